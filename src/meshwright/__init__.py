@@ -1,1 +1,47 @@
-"""Meshwright."""
+"""Write the model for one device; Meshwright lays it over the devices you have.
+
+    import meshwright as mw
+
+    job = mw.Job(model=..., loss=..., optimizer=..., data=..., batch_size=64)
+    mw.train(job, steps=1000)
+
+Names are loaded on first use (PEP 562): importing meshwright does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from meshwright.api import Run, train, verify, watch
+    from meshwright.errors import MeshwrightError
+    from meshwright.job import Job
+    from meshwright.plan.mesh import Mesh
+    from meshwright.plan.plan import Plan
+
+__all__ = ["Job", "Mesh", "MeshwrightError", "Plan", "Run", "train", "verify", "watch"]
+
+__version__ = "0.1.0"
+
+_HOMES: Final = {
+    "Job": "meshwright.job",
+    "Mesh": "meshwright.plan.mesh",
+    "MeshwrightError": "meshwright.errors",
+    "Plan": "meshwright.plan.plan",
+    "Run": "meshwright.api",
+    "train": "meshwright.api",
+    "verify": "meshwright.api",
+    "watch": "meshwright.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'meshwright' has no attribute {name!r}")
+    return vars(import_module(home))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *__all__))

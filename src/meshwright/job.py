@@ -1,0 +1,169 @@
+"""`Job`: what to train. It holds factories and numbers, never a built model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from os import PathLike
+from typing import Any
+
+from meshwright.errors import UsageError
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to train; the plan says where. No field depends on the number of devices.
+
+    Attributes:
+        model: `model()` returns a new `torch.nn.Module`. A factory, so that nothing is built until
+            a rank needs its shard.
+        loss: `loss(model, batch)` returns a scalar mean over the samples, or `(sum, weight)` where
+            the mean is over something else (unmasked tokens), and may append a dict of metrics,
+            each a scalar or `(sum, weight)`.
+        optimizer: `optimizer(model)` returns a `torch.optim.Optimizer` over its parameters.
+        data: `data()` returns a map-style dataset, a `DataLoader` over one, or an iterable of
+            global batches.
+        batch_size: samples per step, over all ranks.
+        schedule: `schedule(optimizer)` returns a learning-rate scheduler, stepped once a step.
+        evaluation: like `data`, for the held-out set.
+        weights: a file or folder of safetensors to start from.
+        collate: makes a batch of a list of samples; torch's default when absent.
+        clip_norm: the largest global L2 norm that gradients keep.
+        steps: how many steps to train. At most one of `steps` and `epochs`.
+        epochs: how many passes over the data to train.
+        normalize_over: samples whose statistics a batch norm shares; the global batch when absent.
+        seed: of initialisation, shuffling, dropout and augmentation.
+
+    Raises:
+        UsageError: a field has a type or value that cannot be.
+    """
+
+    model: Callable[[], Any]
+    loss: Callable[[Any, Any], Any]
+    optimizer: Callable[[Any], Any]
+    data: Callable[[], Any]
+    batch_size: int
+    _: KW_ONLY
+    schedule: Callable[[Any], Any] | None = None
+    evaluation: Callable[[], Any] | None = None
+    weights: str | PathLike[str] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    clip_norm: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    normalize_over: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_factory("model", self.model, "model=lambda: MyModel()")
+        _require_loss(self.loss)
+        _require_factory(
+            "optimizer", self.optimizer, "optimizer=lambda model: AdamW(model.parameters())"
+        )
+        _require_factory("data", self.data, "data=lambda: MyDataset()")
+        for name, value, example in (
+            ("schedule", self.schedule, "schedule=lambda optimizer: StepLR(optimizer, 100)"),
+            ("evaluation", self.evaluation, "evaluation=lambda: MyDataset(train=False)"),
+            ("collate", self.collate, "collate=lambda samples: ..."),
+        ):
+            if value is not None:
+                _require_factory(name, value, example)
+        _require_count("batch_size", self.batch_size)
+        for name, count in (
+            ("steps", self.steps),
+            ("epochs", self.epochs),
+            ("normalize_over", self.normalize_over),
+        ):
+            if count is not None:
+                _require_count(name, count)
+        _require_seed(self.seed)
+        _require_clip_norm(self.clip_norm)
+        _require_weights(self.weights)
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(
+                f"job gives both steps={self.steps} and epochs={self.epochs}; keep one of them"
+            )
+        if self.normalize_over is not None and self.batch_size % self.normalize_over:
+            raise UsageError(
+                f"normalize_over={self.normalize_over} does not divide "
+                f"batch_size={self.batch_size}; use normalize_over="
+                f"{_nearest_divisor(self.batch_size, self.normalize_over)}"
+            )
+
+
+def _require_callable(name: str, value: object, example: str) -> None:
+    if not callable(value):
+        raise UsageError(
+            f"{name} is {_described(value)}, but must be something to call; use {example}"
+        )
+
+
+def _require_loss(value: object) -> None:
+    example = "loss=lambda model, batch: cross_entropy(model(batch['x']), batch['y'])"
+    _require_callable("loss", value, example)
+    if type(value).__module__.startswith("torch.nn."):
+        raise UsageError(
+            f"loss is {_described(value)}, but must be a function of the model and a batch; "
+            f"use {example}"
+        )
+
+
+def _require_factory(name: str, value: object, example: str) -> None:
+    """A built module is callable too; passing one is the usual slip."""
+    _require_callable(name, value, example)
+    if any(base.__module__.startswith("torch.nn.") for base in type(value).__mro__):
+        raise UsageError(
+            f"{name} is {_described(value)} that is built already, but must be a function that "
+            f"builds it, so that each rank builds only its shard; use {example}"
+        )
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} is {_described(value)}, but must be a whole number, 1 or more")
+    if value < 1:
+        raise UsageError(f"{name}={value}, but must be 1 or more")
+
+
+def _require_seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"seed is {_described(value)}, but must be a whole number, 0 or more")
+    if not 0 <= value < 2**63:
+        raise UsageError(f"seed={value}, but must be from 0 to 2**63 - 1")
+
+
+def _require_clip_norm(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"clip_norm is {_described(value)}, but must be a number above 0")
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(
+            f"clip_norm={value}, but must be a finite number above 0; leave it out for no clipping"
+        )
+
+
+def _require_weights(value: object) -> None:
+    if value is not None and not isinstance(value, str | PathLike):
+        raise UsageError(
+            f"weights is {_described(value)}, but must be the path of a safetensors file or folder"
+        )
+    if value == "":
+        raise UsageError("weights is an empty path; name a safetensors file or folder")
+
+
+def _described(value: object) -> str:
+    """`value` for a sentence: short values as they are, others by their type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` closest to `wanted`, at most `number`."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - wanted), d))

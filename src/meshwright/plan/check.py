@@ -1,0 +1,180 @@
+"""Whether a plan fits a world and a batch: a table of small named checks.
+
+Every check is a pure function of the plan and the facts; `require` raises all that fail at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from meshwright.errors import PlanError
+from meshwright.plan.plan import Plan
+
+__all__ = ["CHECKS", "Facts", "Problem", "check", "require"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a plan is laid over.
+
+    Attributes:
+        world: ranks there are.
+        batch_size: samples per step over all ranks; None while it is not known.
+        normalize_over: samples whose statistics a batch norm shares; None where the job leaves it.
+        normalizes: the model has batch norm.
+    """
+
+    world: int
+    batch_size: int | None = None
+    normalize_over: int | None = None
+    normalizes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a plan does not fit, and what to do."""
+
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}"
+
+
+Check = Callable[[Plan, Facts], tuple[Problem, ...]]
+
+
+def check(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """Every reason why `plan` (with `data` filled) cannot be laid over `facts`; empty if it can."""
+    return tuple(problem for find in CHECKS.values() for problem in find(plan, facts))
+
+
+def require(plan: Plan, facts: Facts) -> None:
+    """Return if `plan` fits.
+
+    Raises:
+        PlanError: naming every problem, one a line where there are several.
+    """
+    problems = check(plan, facts)
+    if len(problems) == 1:
+        raise PlanError(str(problems[0]))
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise PlanError(f"plan has {len(problems)} problems:{listed}")
+
+
+def world_is_filled(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """The product of the mesh axes is the number of ranks there are."""
+    if plan.ranks == facts.world:
+        return ()
+    sizes = {axis: size for axis, size in plan.sizes.items() if size > 1 or axis == "data"}
+    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    others = plan.ranks // plan.sizes["data"]
+    fitting, left = divmod(facts.world, others)
+    use = "" if left else f"use data={fitting}, or "
+    return (
+        Problem(
+            f"plan asks for {asked} = {_ranks(plan.ranks)}, but the world has {facts.world}",
+            f"{use}start {_ranks(plan.ranks)}",
+        ),
+    )
+
+
+def microbatches_hold_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """Every rank of the data axis gets at least one sample of every micro-batch."""
+    batch, parts, data = facts.batch_size, plan.microbatches, plan.sizes["data"]
+    if batch is None or batch // parts >= data:
+        return ()
+    if batch < data:
+        return (
+            Problem(
+                f"batch_size={batch} has fewer samples than data={data} has ranks",
+                f"use data={batch} or fewer, or batch_size={data} or more",
+            ),
+        )
+    smallest = f"the smallest has {batch // parts}" if batch >= parts else "some have none"
+    return (
+        Problem(
+            f"microbatches={parts} splits batch_size={batch} so that {smallest}, "
+            f"but data={data} needs at least {data} in each",
+            f"use microbatches={batch // data} or fewer, or batch_size={parts * data} or more",
+        ),
+    )
+
+
+def batch_norm_keeps_its_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """A micro-batch is exactly the samples whose statistics a batch norm shares."""
+    batch, over = facts.batch_size, facts.normalize_over
+    if batch is None or not (facts.normalizes or over):
+        return ()
+    over = over or batch
+    if plan.microbatches * over == batch:
+        return ()
+    shares = (
+        f"normalize_over={over}"
+        if facts.normalize_over
+        else f"batch norm shares the statistics of the whole batch_size={batch}"
+    )
+    return (
+        Problem(
+            f"{shares}, but microbatches={plan.microbatches} would split batch_size={batch} "
+            "otherwise",
+            f"use microbatches={batch // over}"
+            if facts.normalize_over or batch % plan.microbatches
+            else f"use microbatches=1, or say normalize_over={batch // plan.microbatches} in the "
+            "job, which changes the model's numbers",
+        ),
+    )
+
+
+# What this version runs, of the keys whose other values are still to come.
+RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
+    "pipeline": (1,),
+    "tensor": (1,),
+    "context": (1,),
+    "expert": (1,),
+    "schedule": (None,),
+    "virtual": (1,),
+    "gather": (None,),
+    "remat": ("none",),
+    "precision": ("float32",),
+    "offload": ("none",),
+    "regime": ("bsp",),
+    "codec": ("none",),
+    "redundancy": (0,),
+}
+
+
+def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """Every value is one that this version of Meshwright runs."""
+    del facts  # it does not depend on the world
+    keyed = tuple(
+        Problem(f"plan asks for {key}={plan.value(key)}, but {_only(key, runs)}", f"drop {key}")
+        for key, runs in RUNS.items()
+        if plan.value(key) not in runs
+    )
+    listed = tuple(
+        Problem(f"plan has {name}, but this version runs plans without", f"drop {name}")
+        for name, value in (("layouts", plan.layouts), ("cuts", plan.cuts))
+        if value
+    )
+    return keyed + listed
+
+
+def _only(key: str, runs: tuple[int | str | None, ...]) -> str:
+    values = " or ".join(f"{key}={value}" for value in runs if value is not None)
+    return f"this version runs {values or 'its default'} only"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+CHECKS: Final[dict[str, Check]] = {
+    "world": world_is_filled,
+    "samples": microbatches_hold_samples,
+    "batch norm": batch_norm_keeps_its_samples,
+    "version": version_runs_it,
+}

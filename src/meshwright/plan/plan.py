@@ -1,0 +1,224 @@
+"""`Plan`: how to lay a job over a mesh, as one frozen value with a short text form.
+
+zero3,data=2,microbatches=4        [preset,]key=value,...
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Final, Literal, cast
+
+from meshwright.errors import PlanError, UsageError, nearest
+from meshwright.plan.presets import PRESETS
+
+__all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
+
+AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
+COUNTS: Final = (*AXES, "virtual", "microbatches")  # whole numbers, 1 or more
+_WHOLE: Final = ("zero", "redundancy")  # whole numbers, 0 or more
+_WORDS: Final = ("schedule", "gather", "remat", "precision", "offload", "regime", "codec")
+_OPTIONAL: Final = ("data", "schedule", "gather")  # None: left to Meshwright
+KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
+_WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
+_LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
+
+Gather = Literal["step", "microbatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where and how a job runs; equal plans are the same layout, whatever text they came from.
+
+    Attributes:
+        data: ranks that share each micro-batch's samples; None fills the world.
+        pipeline: stages.
+        tensor: ranks that share each weight matrix.
+        context: ranks that share each sequence.
+        expert: ranks that share each layer's experts.
+        zero: 0 to 3, what the data axis shards: 1 optimizer state, 2 gradients too, 3 weights too.
+        schedule: the pipeline's order of work; None takes the default.
+        virtual: stages per pipeline rank.
+        microbatches: parts a global batch is split into, run one after another.
+        gather: when sharded weights are gathered; None takes the default for `zero`.
+        remat: what is computed again in the backward pass instead of saved.
+        precision: the dtype of forward and backward.
+        offload: what is kept in host memory.
+        regime: how replicas stay consistent.
+        codec: gradient compression on the wire.
+        redundancy: snapshots kept on peers.
+        layouts: (parameter name pattern, mesh axis or None for each dim) pairs.
+        cuts: module paths at which pipeline stages begin.
+
+    Raises:
+        PlanError: a field has a type or value that no plan can have.
+    """
+
+    data: int | None = None
+    pipeline: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    zero: int = 0
+    schedule: str | None = None
+    virtual: int = 1
+    microbatches: int = 1
+    gather: Gather | None = None
+    remat: str = "none"
+    precision: str = "float32"
+    offload: str = "none"
+    regime: str = "bsp"
+    codec: str = "none"
+    redundancy: int = 0
+    layouts: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+    cuts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in KEYS:
+            _require(key, self.value(key))
+        _require_layouts(self.layouts)
+        _require_names("cuts", self.cuts)
+
+    def value(self, key: str) -> int | str | None:
+        """The value of one of `KEYS`."""
+        return cast("int | str | None", getattr(self, key))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks along each mesh axis, in the order of `AXES`; an unfilled `data` counts as 1."""
+        return {axis: int(self.value(axis) or 1) for axis in AXES}
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the plan asks for; an unfilled `data` counts as 1."""
+        return math.prod(self.sizes.values())
+
+    def filled(self, world: int) -> Plan:
+        """This plan with `data` set, where it was absent, to as many ranks as `world` leaves it.
+
+        Raises:
+            PlanError: the other axes do not divide the world.
+        """
+        if self.data is not None:
+            return self
+        if world % self.ranks:
+            axes = {axis: size for axis, size in self.sizes.items() if size > 1}
+            asked = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+            if len(axes) > 1:
+                asked += f" = {self.ranks} ranks"
+            raise PlanError(
+                f"plan asks for groups of {asked}, which do not divide the world of {world}; "
+                f"start {math.ceil(world / self.ranks) * self.ranks} ranks"
+            )
+        return replace(self, data=world // self.ranks)
+
+    def text(self) -> str:
+        """The shortest text that `parse` reads back as this plan.
+
+        Raises:
+            UsageError: the plan has `layouts` or `cuts`, which only TOML can write.
+        """
+        for name, value in (("layouts", self.layouts), ("cuts", self.cuts)):
+            if value:
+                raise UsageError(f"a plan with {name} has no one-line text; write it as TOML")
+        set_keys = [key for key in KEYS if self.value(key) != _DEFAULTS[key]]
+        items = [f"{key}={self.value(key)}" for key in set_keys if key != "zero"]
+        if self.zero:
+            items.insert(0, f"zero{self.zero}")
+        return ",".join(items) or "data"
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that `[preset,]key=value,...` names.
+
+        Raises:
+            UsageError: an unknown preset or key, a key twice, a value of the wrong kind.
+        """
+        values: dict[str, int | str] = {}
+        for place, item in enumerate(part.strip() for part in text.split(",")):
+            key, equals, value = (word.strip() for word in item.partition("="))
+            if equals:
+                _require_new(key, values, text)
+                values[key] = _converted(key, value)
+            else:
+                values.update(_preset(item, place, text))
+        return from_values(values)
+
+
+def from_values(values: dict[str, int | str]) -> Plan:
+    """The plan with these values of `KEYS`, checked by `Plan` itself."""
+    return Plan(**values)  # type: ignore[arg-type]  # __post_init__ checks each value
+
+
+_DEFAULTS: Final = {field.name: field.default for field in fields(Plan)}
+
+
+def _require(key: str, value: object) -> None:
+    """Raise unless `value` is one that `key` can have."""
+    if value is None and key in _OPTIONAL:
+        return
+    if key in _WORDS:
+        if not isinstance(value, str) or not _WORD.fullmatch(value):
+            raise PlanError(f"plan key {key} takes a word, not {value!r}")
+        if key == "gather" and value not in ("step", "microbatch"):
+            raise PlanError(f"plan asks for gather={value}; use gather=step or gather=microbatch")
+        return
+    low, high = (1 if key in COUNTS else 0), (3 if key == "zero" else _LARGEST)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PlanError(f"plan key {key} takes a whole number from {low} to {high}, not {value!r}")
+    if not low <= value <= high:
+        raise PlanError(f"plan asks for {key}={_short(value)}; use a number from {low} to {high}")
+
+
+def _require_names(key: str, names: object) -> None:
+    """Raise unless `names` is a tuple of different printable strings."""
+    if not isinstance(names, tuple):
+        raise PlanError(f"plan key {key} takes a list of names, not {names!r}")
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise PlanError(f"plan key {key} takes printable names, not {name!r}")
+        if name in names[:place]:
+            raise PlanError(f"plan key {key} names {name!r} twice; keep one of them")
+
+
+def _require_layouts(layouts: tuple[tuple[str, tuple[str | None, ...]], ...]) -> None:
+    _require_names("layouts", tuple(pattern for pattern, _ in layouts))
+    for pattern, dims in layouts:
+        if not isinstance(dims, tuple):
+            raise PlanError(f"layout of {pattern!r} takes a list of mesh axes, not {dims!r}")
+        for axis in dims:
+            if axis is not None and axis not in AXES:
+                raise PlanError(
+                    f"layout of {pattern!r} names the mesh axis {axis!r}; "
+                    f"{nearest(str(axis), AXES)}"
+                )
+
+
+def _require_new(key: str, values: dict[str, int | str], text: str) -> None:
+    if key not in KEYS:
+        raise UsageError(f"plan {text!r} has an unknown key {key!r}; {nearest(key, KEYS)}")
+    if key in values:
+        raise UsageError(f"plan {text!r} sets {key} twice; keep one of them")
+
+
+def _converted(key: str, value: str) -> int | str:
+    """The text `value` as `key` takes it; what is no number is left for `Plan` to refuse."""
+    return int(value) if key not in _WORDS and re.fullmatch(r"-?[0-9]{1,18}", value) else value
+
+
+def _preset(item: str, place: int, text: str) -> dict[str, int | str]:
+    if not item:
+        raise UsageError(f"plan {text!r} has an empty item; write [preset,]key=value,...")
+    if item in KEYS and item not in PRESETS:
+        raise UsageError(f"plan {text!r} gives {item} no value; write {item}=VALUE")
+    if item not in PRESETS:
+        known = (*PRESETS, "auto")
+        raise UsageError(f"plan {text!r} has an unknown preset {item!r}; {nearest(item, known)}")
+    if place:
+        raise UsageError(f"plan {text!r} has the preset {item} after a key; a preset comes first")
+    return PRESETS[item]
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**18 else f"a number of {len(hex(value)) * 4 - 8} bits"
