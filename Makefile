@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml
 	  echo "make: $(PYTHON) with its venv module is needed and was not found;" >&2; \
 	  echo "      on Debian: apt-get install python3.11-venv; elsewhere: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@

@@ -1,0 +1,148 @@
+"""Plan: its text form, its sizes, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+
+from meshwright.errors import PlanError, UsageError
+from meshwright.plan.plan import KEYS, Plan
+from meshwright.plan.presets import PRESETS
+from tests.plan.strategies import plans
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("data", Plan()),
+        ("data=4", Plan(data=4)),
+        ("zero3,data=2,microbatches=4", Plan(zero=3, data=2, microbatches=4)),
+        (" zero1 , tensor = 2 ", Plan(zero=1, tensor=2)),
+        ("zero=2,gather=step", Plan(zero=2, gather="step")),
+        ("regime=local(8),codec=top-k", Plan(regime="local(8)", codec="top-k")),
+    ],
+)
+def test_parse(text, plan):
+    assert Plan.parse(text) == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (Plan(), "data"),
+        (Plan(zero=3), "zero3"),
+        (Plan(data=2, zero=3, microbatches=4), "zero3,data=2,microbatches=4"),
+        (Plan(data=1), "data=1"),
+    ],
+)
+def test_text_is_the_shortest(plan, text):
+    assert plan.text() == text
+
+
+@given(plan=plans())
+def test_text_parses_back(plan):
+    assert Plan.parse(plan.text()) == plan
+
+
+@given(plan=plans(named=True))
+def test_plans_with_names_say_that_toml_writes_them(plan):
+    if plan.layouts or plan.cuts:
+        with pytest.raises(UsageError, match="write it as TOML"):
+            plan.text()
+    else:
+        assert Plan.parse(plan.text()) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has an empty item"),
+        ("data=2,,zero=1", "has an empty item"),
+        ("zero4", "unknown preset 'zero4'; did you mean 'zero3'?"),
+        ("data=2,zero3", "a preset comes first"),
+        ("zero3,zero2", "a preset comes first"),
+        ("dta=2", "unknown key 'dta'; did you mean 'data'?"),
+        ("cuts=a", "unknown key 'cuts'"),
+        ("data=1,data=2", "sets data twice"),
+        ("zero3,zero=1", "sets zero twice"),
+        ("tensor", "gives tensor no value; write tensor=VALUE"),
+        ("data=", "data takes a whole number from 1 to 1000000, not ''"),
+        ("data=two", "not 'two'"),
+        ("data=2.0", "not '2.0'"),
+        ("data=1_0", "not '1_0'"),
+        ("data=٣", "not '٣'"),
+        ("data=nan", "not 'nan'"),
+        ("data=0", "data=0; use a number from 1"),
+        ("data=-2", "data=-2; use a number from 1"),
+        ("data=1000001", "data=1000001; use a number from 1 to 1000000"),
+        ("zero=4", "zero=4; use a number from 0 to 3"),
+        ("gather=never", "use gather=step or gather=microbatch"),
+        ("remat=", "remat takes a word, not ''"),
+        ("remat=a=b", "remat takes a word, not 'a=b'"),
+    ],
+)
+def test_parse_refuses(text, words):
+    with pytest.raises(UsageError) as caught:
+        Plan.parse(text)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"data": True}, "data takes a whole number from 1 to 1000000, not True"),
+        ({"pipeline": None}, "pipeline takes a whole number"),
+        ({"zero": 1.0}, "not 1.0"),
+        ({"tensor": 1 << 70}, "a number of"),
+        ({"precision": None}, "precision takes a word"),
+        ({"codec": "Two words"}, "codec takes a word"),
+        ({"cuts": ["a"]}, "cuts takes a list of names, not ['a']"),
+        ({"cuts": ("",)}, "cuts takes printable names, not ''"),
+        ({"cuts": ("a\n",)}, "printable names"),
+        ({"cuts": ("a", "a")}, "names 'a' twice"),
+        ({"layouts": (("w", ("tensro",)),)}, "did you mean 'tensor'?"),
+        ({"layouts": (("w", "tensor"),)}, "takes a list of mesh axes"),
+        ({"layouts": (("w", ()), ("w", ()))}, "names 'w' twice"),
+    ],
+)
+def test_a_plan_refuses_values_that_no_plan_can_have(fields, words):
+    with pytest.raises(PlanError) as caught:
+        Plan(**fields)
+    assert words in str(caught.value)
+
+
+def test_sizes_and_ranks():
+    plan = Plan(data=2, pipeline=3, tensor=4)
+    assert plan.sizes == {"data": 2, "pipeline": 3, "tensor": 4, "context": 1, "expert": 1}
+    assert plan.ranks == 24
+    assert Plan(tensor=4).ranks == 4
+
+
+def test_data_fills_the_world():
+    assert Plan(tensor=2, zero=1).filled(8) == Plan(data=4, tensor=2, zero=1)
+    assert Plan(data=3).filled(8) == Plan(data=3)
+
+
+def test_filling_a_world_that_the_other_axes_do_not_divide():
+    with pytest.raises(PlanError, match=r"tensor=2 x context=2 = 4 ranks.*of 6; start 8 ranks"):
+        Plan(tensor=2, context=2).filled(6)
+    with pytest.raises(PlanError, match=r"groups of tensor=3, which.*of 4; start 6 ranks"):
+        Plan(tensor=3).filled(4)
+
+
+def test_plans_are_hashable_and_frozen():
+    assert len({Plan.parse("zero3"), Plan(zero=3), Plan()}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan().zero = 3
+
+
+def test_keys_are_all_fields_but_the_named_ones():
+    names = {field.name for field in dataclasses.fields(Plan)}
+    assert set(KEYS) == names - {"layouts", "cuts"}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_its_keys(name):
+    assert Plan.parse(name) == Plan(**PRESETS[name])
