@@ -88,10 +88,11 @@ def microbatches_hold_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     if batch is None or batch // parts >= data:
         return ()
     if batch < data:
+        whole = " and microbatches=1" if parts > 1 else ""
         return (
             Problem(
                 f"batch_size={batch} has fewer samples than data={data} has ranks",
-                f"use data={batch} or fewer, or batch_size={data} or more",
+                f"use data={batch} or fewer{whole}, or batch_size={parts * data} or more",
             ),
         )
     smallest = f"the smallest has {batch // parts}" if batch >= parts else "some have none"
