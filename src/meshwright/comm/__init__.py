@@ -1,0 +1,1 @@
+"""Requests that generators yield, and the drivers that perform them."""

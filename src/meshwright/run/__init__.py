@@ -1,0 +1,1 @@
+"""Running a plan: steps, data, optimizer, checkpoints, verification."""
