@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 
 import meshwright
 from tests.laws.source import ROOT
@@ -28,6 +31,50 @@ def title(path):
 def test_the_readme_has_code():
     assert blocks(ROOT / "README.md", "python")
     assert blocks(ROOT / "README.md", "bash")
+
+
+def test_the_readmes_job_learns():
+    (block,) = blocks(ROOT / "README.md", "python")
+    names = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    job = names["job"]
+    model = job.model()
+    optimizer = job.optimizer(model)
+    batch = job.data()[: job.batch_size]
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = job.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def verbs():
+    """The verbs of the README's table of commands."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `mw (\w+)", text, re.MULTILINE)
+
+
+def test_the_readme_has_verbs():
+    assert {"train", "verify", "demo"} <= set(verbs())
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("verb", verbs())
+def test_every_verb_helps_with_an_example(verb):
+    main = "import sys; from meshwright.cli import main; sys.exit(main())"
+    ran = subprocess.run(
+        [sys.executable, "-c", main, verb, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert f"mw {verb}" in ran.stdout
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=title)

@@ -60,6 +60,7 @@ def test_plans_with_names_say_that_toml_writes_them(plan):
     [
         ("", "has an empty item"),
         ("data=2,,zero=1", "has an empty item"),
+        ("auto,data=2", "auto is chosen for a job and a world; pass it alone"),
         ("zero4", "unknown preset 'zero4'; did you mean 'zero3'?"),
         ("data=2,zero3", "a preset comes first"),
         ("zero3,zero2", "a preset comes first"),

@@ -212,8 +212,12 @@ def _preset(item: str, place: int, text: str) -> dict[str, int | str]:
         raise UsageError(f"plan {text!r} has an empty item; write [preset,]key=value,...")
     if item in KEYS and item not in PRESETS:
         raise UsageError(f"plan {text!r} gives {item} no value; write {item}=VALUE")
+    if item == "auto":
+        raise UsageError(
+            f"plan {text!r}: auto is chosen for a job and a world; pass it alone, as plan='auto'"
+        )
     if item not in PRESETS:
-        known = (*PRESETS, "auto")
+        known = tuple(PRESETS)
         raise UsageError(f"plan {text!r} has an unknown preset {item!r}; {nearest(item, known)}")
     if place:
         raise UsageError(f"plan {text!r} has the preset {item} after a key; a preset comes first")
