@@ -1,0 +1,166 @@
+"""Requests that generators yield, and the drivers' end that performs them.
+
+Whatever communicates is a generator of requests (an `Exchange`); it uses `yield from` and never
+touches a process group. Only drivers in `comm/` perform requests. A request's answer is sent back
+in; an error is thrown in at the yield.
+
+    handle = yield Start("all_reduce", group, (tensor,))     # the driver answers a Handle
+    (total,) = yield Wait(handle)                            # the driver answers tensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Comm",
+    "Exchange",
+    "Group",
+    "Handle",
+    "Op",
+    "Reduction",
+    "Start",
+    "Wait",
+    "World",
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "gather_json",
+]
+
+Op = Literal[
+    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "permute", "barrier"
+]
+Reduction = Literal["sum", "max", "min"]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Which processes take part: `epoch` grows each time membership changes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The ranks along one mesh axis (or `world`), in coordinate order."""
+
+    axis: str
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def world(cls, size: int) -> Group:
+        """Every rank."""
+        return cls("world", tuple(range(size)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """Begin a collective over `group`; the answer is a `Handle`.
+
+    Every member passes its own `tensors`; what `Wait` answers is a tuple:
+
+    * `all_reduce`: (tensor,) -> (reduced,)
+    * `all_gather`: (tensor,) -> one tensor per member; `shapes` names each member's shape
+      (members may differ)
+    * `reduce_scatter`: one tensor per member -> (my chunk, reduced,)
+    * `all_to_all`: one tensor per member -> one tensor per member, with `shapes` as received
+    * `broadcast`: (tensor,) -> (the tensor of member `root`,)
+    * `permute`: (tensor,) -> (the tensor of the member whose index is `root` before mine,)
+    * `barrier`: () -> ()
+
+    `label` says what it serves (a parameter, a source line): for the ledger and for errors.
+    """
+
+    op: Op
+    group: Group
+    tensors: tuple[Tensor, ...] = ()
+    reduce: Reduction = "sum"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    root: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle:
+    """What a driver answers to `Start`; only the driver that made it reads `token`."""
+
+    request: Start
+    token: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wait:
+    """Wait for a started collective; the answer is its tuple of tensors."""
+
+    handle: Handle
+
+
+Exchange = Generator[Any, Any, Any]
+
+
+class Comm(Protocol):
+    """A driver: performs the requests of one rank's generators over a real transport."""
+
+    @property
+    def world(self) -> World:
+        """Which rank this is, of how many."""
+
+    def perform(self, exchange: Exchange, answer: Any = None) -> Any:
+        """Drive `exchange` until it returns, and return its value."""
+
+    def advance(self, exchange: Exchange, answer: Any = None) -> Any:
+        """Drive `exchange` until it yields something that is no request, and return that."""
+
+    def close(self) -> None:
+        """Leave the world; peers that still wait get an error."""
+
+
+def all_reduce(
+    tensor: Tensor, group: Group, reduce: Reduction = "sum", label: str = ""
+) -> Generator[Any, Any, Tensor]:
+    """The reduction of every member's `tensor` (same shape and dtype on all)."""
+    if len(group.ranks) == 1:
+        return tensor
+    handle = yield Start("all_reduce", group, (tensor,), reduce, label=label)
+    (total,) = yield Wait(handle)
+    return total  # type: ignore[no-any-return]
+
+
+def all_gather(
+    tensor: Tensor, group: Group, shapes: tuple[tuple[int, ...], ...], label: str = ""
+) -> Generator[Any, Any, tuple[Tensor, ...]]:
+    """Every member's tensor, in group order; `shapes` are the members' shapes."""
+    if len(group.ranks) == 1:
+        return (tensor,)
+    handle = yield Start("all_gather", group, (tensor,), shapes=shapes, label=label)
+    parts = yield Wait(handle)
+    return tuple(parts)
+
+
+def barrier(group: Group, label: str = "") -> Generator[Any, Any, None]:
+    """Return once every member has come here."""
+    if len(group.ranks) > 1:
+        handle = yield Start("barrier", group, label=label)
+        yield Wait(handle)
+
+
+def gather_json(value: Any, group: Group, label: str = "") -> Generator[Any, Any, list[Any]]:
+    """Every member's JSON-able `value`, in group order (canonical JSON bytes on the wire)."""
+    data = bytearray(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+    mine = torch.frombuffer(data, dtype=torch.uint8)
+    count = torch.tensor([len(data)], dtype=torch.int64)
+    counts = yield from all_gather(count, group, ((1,),) * len(group.ranks), label)
+    shapes = tuple((int(n.item()),) for n in counts)
+    parts = yield from all_gather(mine, group, shapes, label)
+    return [json.loads(bytes(part.numpy().tobytes())) for part in parts]

@@ -1,0 +1,171 @@
+"""N ranks in one thread: generators driven in rank order, collectives done on lists of tensors.
+
+Deterministic and without locks. A collective is performed when its last member starts it; a rank
+that waits for one that is not complete yields its turn. When nobody can move, that is the deadlock
+report. This is how tests run eight ranks, and how `verify` runs by default.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from meshwright.comm.base import Exchange, Group, Handle, Start, Wait
+from meshwright.errors import InternalError, Stalled
+
+__all__ = ["LocalWorld", "collective", "run_local"]
+
+_Key = tuple[Group, int]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One collective: what each member brought, and the answers once all have come."""
+
+    starts: dict[int, Start] = field(default_factory=dict)
+    results: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@final
+class LocalWorld:
+    """Drives one generator per rank; lives as long as its generators do."""
+
+    def __init__(self, size: int) -> None:
+        """A world of `size` ranks."""
+        self.size = size
+        self._calls: dict[_Key, _Call] = {}
+        self._entered: dict[tuple[Group, int], int] = defaultdict(int)
+
+    def perform(self, exchanges: Sequence[Exchange]) -> list[Any]:
+        """Run all exchanges to their end and return their values, in rank order."""
+        return self._drive(exchanges, [None] * len(exchanges), to_return=True)
+
+    def advance(self, exchanges: Sequence[Exchange], answers: Sequence[Any]) -> list[Any]:
+        """Send each generator its answer; drive all until each yields what is no request."""
+        return self._drive(exchanges, answers, to_return=False)
+
+    def _drive(
+        self, exchanges: Sequence[Exchange], answers: Sequence[Any], *, to_return: bool
+    ) -> list[Any]:
+        outcome: dict[int, Any] = {}
+        waiting: dict[int, Wait] = {}
+        answer = dict(enumerate(answers))
+        while len(outcome) < len(exchanges):
+            moved = False
+            for rank, exchange in enumerate(exchanges):
+                if rank in outcome:
+                    continue
+                if rank in waiting:
+                    ready = self._ready(rank, waiting[rank])
+                    if ready is None:
+                        continue
+                    del waiting[rank]
+                    answer[rank] = ready
+                moved = True
+                ended, value = self._turn(rank, exchange, answer.pop(rank, None))
+                if isinstance(value, Wait) and not ended:
+                    waiting[rank] = value
+                elif ended or not to_return:
+                    outcome[rank] = value
+                else:
+                    raise InternalError(f"rank {rank} yielded {value!r}, which is no request")
+            if not moved:
+                raise Stalled(self._deadlock(waiting, outcome))
+        return [outcome[rank] for rank in range(len(exchanges))]
+
+    def _turn(self, rank: int, exchange: Exchange, answer: Any) -> tuple[bool, Any]:
+        """Let one rank run until it waits, yields something else, or returns."""
+        try:
+            request = exchange.send(answer)
+            while isinstance(request, Start):
+                request = exchange.send(self._enter(rank, request))
+        except StopIteration as end:
+            return True, end.value
+        return False, request
+
+    def _enter(self, rank: int, start: Start) -> Handle:
+        if rank not in start.group.ranks:
+            raise InternalError(f"rank {rank} starts {start.op} on {start.group}, not a member")
+        number = self._entered[start.group, rank]
+        self._entered[start.group, rank] += 1
+        key = (start.group, number)
+        call = self._calls.setdefault(key, _Call())
+        call.starts[rank] = start
+        if len(call.starts) == len(start.group.ranks):
+            ordered = [call.starts[member] for member in start.group.ranks]
+            call.results = dict(zip(start.group.ranks, collective(ordered), strict=True))
+        return Handle(start, key)
+
+    def _ready(self, rank: int, wait: Wait) -> tuple[Tensor, ...] | None:
+        call = self._calls[wait.handle.token]
+        if not call.results:
+            return None
+        result = call.results.pop(rank)
+        if not call.results:
+            del self._calls[wait.handle.token]
+        return result
+
+    def _deadlock(self, waiting: dict[int, Wait], outcome: dict[int, Any]) -> str:
+        lines = ["no rank can move:"]
+        for rank, wait in waiting.items():
+            start = wait.handle.request
+            missing = [
+                r for r in start.group.ranks if r not in self._calls[wait.handle.token].starts
+            ]
+            what = f"{start.op} over {start.group.axis} ({start.label or 'unlabelled'})"
+            lines.append(f"  rank {rank} waits in {what} for ranks {missing}")
+        lines += [f"  rank {rank} has ended its turn" for rank in outcome]
+        return "\n".join(lines)
+
+
+def run_local(exchanges: Sequence[Exchange]) -> list[Any]:
+    """Run one exchange per rank to its end, in one thread; their values in rank order."""
+    return LocalWorld(len(exchanges)).perform(exchanges)
+
+
+def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
+    """What each member's `Wait` answers, given every member's `Start`, in group order.
+
+    Reductions run in group order, so results do not depend on who came first.
+    """
+    first = starts[0]
+    for start in starts[1:]:
+        if (start.op, start.reduce) != (first.op, first.reduce):
+            raise InternalError(
+                f"ranks disagree about the next collective on axis {first.group.axis}: "
+                f"{first.op} {first.reduce} ({first.label}) and "
+                f"{start.op} {start.reduce} ({start.label})"
+            )
+    members = range(len(starts))
+    match first.op:
+        case "barrier":
+            return [() for _ in members]
+        case "all_reduce":
+            return [(_reduce([s.tensors[0] for s in starts], first.reduce),) for _ in members]
+        case "reduce_scatter":
+            return [(_reduce([s.tensors[k] for s in starts], first.reduce),) for k in members]
+        case "all_gather":
+            return [tuple(s.tensors[0].clone() for s in starts) for _ in members]
+        case "all_to_all":
+            return [tuple(s.tensors[k].clone() for s in starts) for k in members]
+        case "broadcast":
+            return [(starts[first.root].tensors[0].clone(),) for _ in members]
+        case "permute":
+            return [(starts[(k - first.root) % len(starts)].tensors[0].clone(),) for k in members]
+
+
+def _reduce(tensors: Sequence[Tensor], how: str) -> Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        if how == "sum":
+            total += tensor
+        elif how == "max":
+            torch.maximum(total, tensor, out=total)
+        else:
+            torch.minimum(total, tensor, out=total)
+    return total

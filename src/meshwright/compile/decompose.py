@@ -1,0 +1,234 @@
+"""Ops that hide a mean or a variance, taken apart before propagation.
+
+`nll_loss`, `mean`, `mse_loss` and batch norm divide by a count, which would be the local one on a
+shard; here each becomes sums and a division by the global count. The tracer applies these to the
+traced ops, so shapes seen here are global.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DECOMPOSITIONS"]
+
+aten = torch.ops.aten
+MEAN, SUM = 1, 2
+
+
+def _nll_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
+) -> Any:
+    if reduction != MEAN:
+        return NotImplemented
+    total, count = aten.nll_loss_forward.default(x, target, weight, SUM, ignore)
+    return total / count, count
+
+
+def _nll_backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore: int,
+    total: Tensor,
+) -> Any:
+    if reduction != MEAN:
+        return NotImplemented
+    return aten.nll_loss_backward.default(grad / total, x, target, weight, SUM, ignore, total)
+
+
+def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.sum(x, dtype=dtype) / x.numel()
+
+
+def _mean_dim(
+    x: Tensor,
+    dim: Sequence[int] | None,
+    keepdim: bool = False,  # noqa: FBT001, FBT002 - aten's signature
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dims = list(dim) if dim else list(range(x.dim()))
+    count = math.prod(x.shape[d] for d in dims)
+    return torch.sum(x, dim=dims, keepdim=keepdim, dtype=dtype) / count
+
+
+def _mse(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
+    squares = (x - y) ** 2
+    if reduction == 0:
+        return squares
+    total = squares.sum()
+    return total / squares.numel() if reduction == MEAN else total
+
+
+def _mse_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    scale = 2.0 / x.numel() if reduction == MEAN else 2.0
+    return scale * (x - y) * grad
+
+
+def _bce(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: int = MEAN,
+) -> Tensor:
+    log_weight = 1 if pos_weight is None else (pos_weight - 1) * target + 1
+    loss = (1 - target) * x - log_weight * aten.log_sigmoid_forward(x)[0]
+    if weight is not None:
+        loss = loss * weight
+    if reduction == 0:
+        return loss
+    return loss.sum() / loss.numel() if reduction == MEAN else loss.sum()
+
+
+def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    smallest = torch.clamp_max(x, 0)
+    return smallest - torch.log1p(torch.exp(-torch.abs(x))), x.new_empty(0)
+
+
+def _log_sigmoid_backward(grad: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return grad * torch.sigmoid(-x)
+
+
+def _reduce_dims(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _per_channel(c: Tensor, x: Tensor) -> Tensor:
+    """c (C,) as (1, C, 1, ...) of x's rank."""
+    return c.view([1, -1] + [1] * (x.dim() - 2))
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+) -> Tensor:
+    y = (x - _per_channel(mean, x)) * _per_channel(invstd, x)
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    return y
+
+
+def _batch_norm_functional(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,  # noqa: FBT001 - aten's signature
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """(y, mean, invstd, new running mean, new running variance); statistics over samples."""
+    if not training:
+        invstd = torch.rsqrt(running_var + eps)
+        y = _batch_norm(x, weight, bias, running_mean, invstd)
+        return y, x.new_zeros(0), x.new_zeros(0), running_mean.clone(), running_var.clone()
+    y, mean, invstd, var = _train_norm(x, weight, bias, eps)
+    count = x.numel() // x.shape[1]
+    unbiased = var * (count / (count - 1)) if count > 1 else var
+    new_mean = running_mean * (1 - momentum) + mean * momentum
+    new_var = running_var * (1 - momentum) + unbiased * momentum
+    return y, mean, invstd, new_mean, new_var
+
+
+def _train_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dims, count = _reduce_dims(x), x.numel() // x.shape[1]
+    mean = x.sum(dims) / count
+    var = ((x - _per_channel(mean, x)) ** 2).sum(dims) / count
+    invstd = torch.rsqrt(var + eps)
+    return _batch_norm(x, weight, bias, mean, invstd), mean, invstd, var
+
+
+def _batch_norm_no_stats(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,  # noqa: FBT001 - aten's signature
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    del training, momentum
+    return _train_norm(x, weight, bias, eps)[:3]
+
+
+def _batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    train: bool,  # noqa: FBT001 - aten's signature
+    eps: float,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    dims, count = _reduce_dims(x), x.numel() // x.shape[1]
+    if not train:
+        assert running_mean is not None and running_var is not None  # noqa: PT018
+        mean, invstd = running_mean, torch.rsqrt(running_var + eps)
+    assert mean is not None and invstd is not None  # noqa: PT018
+    normal = (x - _per_channel(mean, x)) * _per_channel(invstd, x)
+    db = grad.sum(dims)
+    dw = (grad * normal).sum(dims)
+    scale = invstd if weight is None else invstd * weight
+    if train:
+        centred = grad - _per_channel(db / count, x) - normal * _per_channel(dw / count, x)
+    else:
+        centred = grad
+    dx = centred * _per_channel(scale, x)
+    found = (dx, dw, db)
+    return tuple(t if wanted else None for t, wanted in zip(found, mask, strict=True))
+
+
+def _batch_norm_cpu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,  # noqa: FBT001 - aten's signature
+    momentum: float,
+    eps: float,
+) -> Any:
+    """`native_batch_norm` without running statistics to update, or in evaluation."""
+    if training and running_mean is None:
+        return _train_norm(x, weight, bias, eps)[:3]
+    if not training:
+        assert running_mean is not None and running_var is not None  # noqa: PT018
+        y = _batch_norm(x, weight, bias, running_mean, torch.rsqrt(running_var + eps))
+        return y, x.new_zeros(0), x.new_zeros(0)
+    return NotImplemented
+
+
+DECOMPOSITIONS: dict[Any, Any] = {
+    aten.nll_loss_forward.default: _nll_forward,
+    aten.nll_loss_backward.default: _nll_backward,
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean_dim,
+    aten.mse_loss.default: _mse,
+    aten.mse_loss_backward.default: _mse_backward,
+    aten.binary_cross_entropy_with_logits.default: _bce,
+    aten.log_sigmoid_forward.default: _log_sigmoid,
+    aten.log_sigmoid_backward.default: _log_sigmoid_backward,
+    aten._native_batch_norm_legit_functional.default: _batch_norm_functional,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
+    aten.native_batch_norm.default: _batch_norm_cpu,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
+}
+"""aten op -> torch function; the tracer leaves an op as it is where one answers NotImplemented."""

@@ -1,0 +1,327 @@
+"""Counter-based random draws: the same numbers under every plan, micro-batching and recomputation.
+
+Every random op draws from Philox (Salmon et al. 2011) keyed by (seed, n-th random op) and counted
+by the global position of the sample, so that a rank draws for its own samples only. Where an op has
+no sample dim, the counter is (step, micro-batch).
+
+`RandomMode` replaces the random ops of user code by such draws; the same mode serves the trace and
+the eager reference of `verify`, so both count random ops alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from meshwright.errors import NotTraceable
+
+__all__ = ["Draw", "RandomMode", "SampleDim", "draw", "draw_op", "philox", "position_operand"]
+
+SampleDim = tuple[int, int, int]
+"""(dim, outer, unit): the dim that counts samples, seen as (outer, samples, unit)."""
+
+Draw = Callable[[str, Sequence[int]], Tensor]
+
+
+def position_operand(seed: int, first: int, step: int, microbatch: int) -> Tensor:
+    """The operand that tells a program where it stands: int64 (seed, first sample, step, k)."""
+    return torch.tensor([seed, first, step, microbatch], dtype=torch.int64)
+
+
+def philox(seed: int, n: int, counter: Sequence[int]) -> np.random.Generator:
+    """The generator of stream (seed, n) at `counter` (two words above the block counter)."""
+    words = [0, 0, *(int(c) & (2**64 - 1) for c in counter)]
+    key = [seed & (2**64 - 1), n]
+    return np.random.Generator(np.random.Philox(key=key, counter=words))
+
+
+def _fill(kind: str, generator: np.random.Generator, out: np.ndarray[Any, Any]) -> None:
+    if kind == "uniform":
+        generator.random(dtype=np.float32, out=out)
+    elif kind == "normal":
+        generator.standard_normal(dtype=np.float32, out=out)
+    else:
+        out[...] = generator.integers(0, 2**63 - 1, size=out.shape, dtype=np.int64)
+
+
+def draw(
+    kind: str,
+    size: Sequence[int],
+    n: int,
+    sample: SampleDim | None,
+    start: int,
+    position: Tensor,
+) -> Tensor:
+    """Numbers for the n-th random op.
+
+    Args:
+        kind: `uniform` in [0, 1) or `normal`, float32; `integers` in [0, 2^63 - 1), int64.
+        size: shape of the result (local, where the samples are sharded).
+        n: number of the random op in the forward.
+        sample: which dim counts samples; None draws one block keyed by (step, micro-batch).
+        start: first sample of this rank within the micro-batch.
+        position: `position_operand`.
+    """
+    seed, first, step, microbatch = (int(x) for x in position.tolist())
+    dtype = np.int64 if kind == "integers" else np.float32
+    if sample is None:
+        whole = np.empty(tuple(size), dtype)
+        _fill(kind, philox(seed, n, (step, 2**32 + microbatch)), whole)
+        return torch.from_numpy(whole)
+    dim, outer, unit = sample
+    samples = size[dim] // (outer * unit)
+    rest = (*size[:dim], outer, unit, *size[dim + 1 :])
+    block = np.empty((samples, *rest), dtype)
+    for k in range(samples):
+        _fill(kind, philox(seed, n, (first + start + k, 0)), block[k])
+    placed = np.moveaxis(block, 0, dim + 1)  # ..., outer, samples, unit, ...
+    return torch.from_numpy(np.ascontiguousarray(placed)).reshape(tuple(size))
+
+
+@torch.library.custom_op("meshwright::draw", mutates_args=())
+def draw_op(
+    kind: str,
+    size: Sequence[int],
+    n: int,
+    dim: int,
+    outer: int,
+    unit: int,
+    start: int,
+    position: Tensor,
+) -> Tensor:
+    """`draw` as an op that can be traced; `dim` -1 where no sample dim is known."""
+    return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
+
+
+@draw_op.register_fake
+def _(
+    kind: str,
+    size: Sequence[int],
+    n: int,
+    dim: int,
+    outer: int,
+    unit: int,
+    start: int,
+    position: Tensor,
+) -> Tensor:
+    return position.new_empty(size, dtype=torch.int64 if kind == "integers" else torch.float32)
+
+
+class RandomMode(TorchDispatchMode):
+    """Replaces every random op of the code under it by counter draws, in order.
+
+    With `promote`, floating casts and creations inside the code go to float64 too, so that a
+    model's own casts to float32 do not blunt a float64 verification.
+    """
+
+    def __init__(self, emit: Callable[[str, Sequence[int], int], Tensor], *, promote: bool = False):
+        """`emit(kind, size, n)` makes the numbers of the n-th draw."""
+        super().__init__()
+        self.emit = emit
+        self.count = 0
+        self.promote = promote
+
+    def _draw(self, kind: str, size: Sequence[int]) -> Tensor:
+        self.count += 1
+        return self.emit(kind, [int(s) for s in size], self.count - 1)
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.promote and kwargs.get("dtype") in _LOW:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self._draw, *args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not _deterministic(
+            func, args, kwargs
+        ):
+            raise NotTraceable(
+                f"the model draws random numbers by {func}, for which Meshwright has no counter-based"
+                " draw; use torch.rand, randn, bernoulli, dropout or one built on them"
+            )
+        return func(*args, **kwargs)
+
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _deterministic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Ops that carry the tag for their dropout argument only, with it at zero."""
+    name = str(func)
+    if "scaled_dot_product" not in name:
+        return False
+    named = {a.name: a for a in func._schema.arguments}
+    if "dropout_p" not in named:
+        return True
+    place = [a.name for a in func._schema.arguments].index("dropout_p")
+    p = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+    return float(p) == 0.0
+
+
+aten = torch.ops.aten
+
+
+def _bernoulli_in_place(draw: Draw, x: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
+    return x.copy_((draw("uniform", x.shape) < p).to(x.dtype))
+
+
+def _bernoulli(draw: Draw, x: Tensor, p: float | None = None, **_: Any) -> Tensor:
+    return (draw("uniform", x.shape) < (x if p is None else p)).to(x.dtype)
+
+
+def _native_dropout(
+    draw: Draw, x: Tensor, p: float, train: bool | None = True
+) -> tuple[Tensor, Tensor]:
+    if not train or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    keep = draw("uniform", x.shape) < 1 - p
+    return x * keep.to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0), keep
+
+
+def _floating(dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or torch.get_default_dtype()
+
+
+def _rand(draw: Draw, size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return draw("uniform", size).to(_floating(dtype))
+
+
+def _randn(
+    draw: Draw, size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any
+) -> Tensor:
+    return draw("normal", size).to(_floating(dtype))
+
+
+def _rand_like(draw: Draw, x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return draw("uniform", x.shape).to(dtype or x.dtype)
+
+
+def _randn_like(draw: Draw, x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return draw("normal", x.shape).to(dtype or x.dtype)
+
+
+def _uniform_in_place(draw: Draw, x: Tensor, low: float = 0, high: float = 1, **_: Any) -> Tensor:
+    return x.copy_(draw("uniform", x.shape).to(x.dtype) * (high - low) + low)
+
+
+def _normal_in_place(draw: Draw, x: Tensor, mean: float = 0, std: float = 1, **_: Any) -> Tensor:
+    return x.copy_(draw("normal", x.shape).to(x.dtype) * std + mean)
+
+
+def _normal_tensors(draw: Draw, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
+    like = mean if isinstance(mean, Tensor) else std
+    shape = torch.broadcast_shapes(*(x.shape for x in (mean, std) if isinstance(x, Tensor)))
+    return draw("normal", shape).to(like.dtype) * std + mean
+
+
+def _normal_size(draw: Draw, mean: float, std: float, size: Sequence[int], **k: Any) -> Tensor:
+    return _randn(draw, size, **k) * std + mean
+
+
+def _exponential_in_place(draw: Draw, x: Tensor, rate: float = 1, **_: Any) -> Tensor:
+    return x.copy_(-torch.log1p(-draw("uniform", x.shape)).to(x.dtype) / rate)
+
+
+def _log_normal_in_place(
+    draw: Draw, x: Tensor, mean: float = 1, std: float = 2, **_: Any
+) -> Tensor:
+    return x.copy_(torch.exp(draw("normal", x.shape).to(x.dtype) * std + mean))
+
+
+def _cauchy_in_place(
+    draw: Draw, x: Tensor, median: float = 0, sigma: float = 1, **_: Any
+) -> Tensor:
+    turned = torch.tan(math.pi * (draw("uniform", x.shape).to(x.dtype) - 0.5))
+    return x.copy_(median + sigma * turned)
+
+
+def _geometric_in_place(draw: Draw, x: Tensor, p: float, **_: Any) -> Tensor:
+    u = draw("uniform", x.shape).to(torch.float64)
+    return x.copy_(torch.ceil(torch.log1p(-u) / math.log1p(-p)).clamp(min=1).to(x.dtype))
+
+
+def _integers(draw: Draw, low: int, high: int, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if high <= low:
+        raise NotTraceable(f"random integers from {low} to {high}: the range is empty")
+    return (draw("integers", size) % (high - low) + low).to(dtype)
+
+
+def _randint(draw: Draw, high: int, size: Sequence[int], *, dtype: Any = None, **_: Any) -> Tensor:
+    return _integers(draw, 0, high, size, dtype or torch.int64)
+
+
+def _randint_low(
+    draw: Draw, low: int, high: int, size: Sequence[int], *, dtype: Any = None, **_: Any
+) -> Tensor:
+    return _integers(draw, low, high, size, dtype or torch.int64)
+
+
+def _randint_like(draw: Draw, x: Tensor, high: int, *, dtype: Any = None, **_: Any) -> Tensor:
+    return _integers(draw, 0, high, x.shape, dtype or x.dtype)
+
+
+def _randint_like_low(
+    draw: Draw, x: Tensor, low: int, high: int, *, dtype: Any = None, **_: Any
+) -> Tensor:
+    return _integers(draw, low, high, x.shape, dtype or x.dtype)
+
+
+def _random_in_place(draw: Draw, x: Tensor, *bounds: int | None, **_: Any) -> Tensor:
+    low, high = (0, 2**31) if not bounds else (0, bounds[0]) if len(bounds) == 1 else bounds
+    return x.copy_(_integers(draw, low or 0, high or 2**31, x.shape, x.dtype))
+
+
+def _randperm(draw: Draw, n: int, *, dtype: Any = None, **_: Any) -> Tensor:
+    return torch.argsort(draw("uniform", (n,)), stable=True).to(dtype or torch.int64)
+
+
+def _multinomial(draw: Draw, x: Tensor, count: int, replacement: bool = False, **_: Any) -> Tensor:  # noqa: FBT001, FBT002 - aten's signature
+    """Exponential race: the smallest of E/p; with replacement, the inverse of the cumulated sum."""
+    if replacement:
+        total = x.cumsum(-1)
+        u = draw("uniform", (*x.shape[:-1], count)).to(x.dtype) * total[..., -1:]
+        return torch.searchsorted(total, u, right=True).clamp(max=x.shape[-1] - 1)
+    race = -torch.log1p(-draw("uniform", x.shape)).to(x.dtype) / x
+    return race.argsort(-1)[..., :count]
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli_.float: _bernoulli_in_place,
+    aten.bernoulli_.Tensor: _bernoulli_in_place,
+    aten.bernoulli.default: _bernoulli,
+    aten.bernoulli.p: _bernoulli,
+    aten.native_dropout.default: _native_dropout,
+    aten.rand.default: _rand,
+    aten.randn.default: _randn,
+    aten.rand_like.default: _rand_like,
+    aten.randn_like.default: _randn_like,
+    aten.uniform_.default: _uniform_in_place,
+    aten.normal_.default: _normal_in_place,
+    aten.normal.Tensor_float: _normal_tensors,
+    aten.normal.float_Tensor: _normal_tensors,
+    aten.normal.Tensor_Tensor: _normal_tensors,
+    aten.normal.float_float: _normal_size,
+    aten.exponential_.default: _exponential_in_place,
+    aten.log_normal_.default: _log_normal_in_place,
+    aten.cauchy_.default: _cauchy_in_place,
+    aten.geometric_.default: _geometric_in_place,
+    aten.randint.default: _randint,
+    aten.randint.low: _randint_low,
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like_low,
+    aten.random_.default: _random_in_place,
+    aten.random_.to: _random_in_place,
+    getattr(aten.random_, "from"): _random_in_place,
+    aten.randperm.default: _randperm,
+    aten.multinomial.default: _multinomial,
+}

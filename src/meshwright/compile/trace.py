@@ -1,0 +1,284 @@
+"""User code -> Program: one micro-batch, forward and backward together.
+
+`make_fx` runs the user's loss once on fake tensors under functionalisation, so in-place ops, buffer
+updates, custom autograd functions and tied weights come out as plain data flow. Every op is tagged
+with the user's source line, its module and its phase; a backward op takes those of its forward op
+by autograd's sequence number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from meshwright.compile.decompose import DECOMPOSITIONS
+from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value
+
+__all__ = ["Places", "Tagger", "trace_function"]
+
+_OURS = str(Path(__file__).resolve().parents[1])
+_TORCH = str(Path(torch.__file__).resolve().parent)
+
+
+@dataclass(slots=True)
+class Places:
+    """Where ops come from, kept by name of graph node while tracing."""
+
+    module: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    phase: dict[str, Phase] = field(default_factory=dict)
+
+
+class Tagger(TorchDispatchMode):
+    """Notes, for each op traced under it, its phase, module and user source line."""
+
+    def __init__(self, places: Places) -> None:
+        """Notes go to `places`."""
+        super().__init__()
+        self.places = places
+        self.stack: list[str] = []
+        self.phase: Phase = "forward"
+        self.by_sequence: dict[int, tuple[str, str]] = {}
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        mode = get_proxy_mode()
+        assert mode is not None
+        graph = mode.tracer.graph
+        before = graph._root._prev
+        result = func(*args, **(kwargs or {}))
+        module, source = self._where()
+        node = graph._root._prev
+        while node is not before and node is not graph._root:
+            self.places.module[node.name] = module
+            self.places.source[node.name] = source
+            self.places.phase[node.name] = self.phase
+            node = node._prev
+        return result
+
+    def _where(self) -> tuple[str, str]:
+        if self.phase == "backward":
+            current = torch._C._current_autograd_node()
+            sequence = current._sequence_nr() if current is not None else -1
+            return self.by_sequence.get(sequence, ("", ""))
+        found = (self.stack[-1] if self.stack else "", user_line())
+        self.by_sequence[torch.autograd._get_sequence_nr() - 1] = found
+        return found
+
+    @contextmanager
+    def modules(self, model: nn.Module) -> Iterator[None]:
+        """Follow which module of `model` runs."""
+        handles = []
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(self._enter(name)))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            self.stack.append(name)
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self.stack.pop()
+
+
+def user_line() -> str:
+    """`file:line` of the nearest frame that is neither torch's nor ours; the full path."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH, _OURS, "<")):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def trace_function(
+    function: Callable[..., Mapping[str, Tensor]],
+    inputs: Mapping[str, Tensor],
+    places: Places,
+) -> Program:
+    """The Program of `function(**inputs)`, a mapping of named tensors, functionalised.
+
+    Args:
+        function: takes the inputs by name (as one mapping) and returns named outputs. It may
+            change its inputs in place.
+        inputs: fake tensors, all of one fake mode.
+        places: filled by a `Tagger` that the function runs under.
+    """
+    names: list[str] = []
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        with FunctionalTensorMode(), _no_functional_keys():
+            wrapped = [FunctionalTensor.to_functional(t) for t in tensors]
+            outputs = function(dict(zip(inputs, wrapped, strict=True)))
+            names[:] = list(outputs)
+            return [_unwrap(t) for t in outputs.values()]
+
+    graph = make_fx(flat, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*inputs.values())
+    graph.graph.eliminate_dead_code()
+    return _program(graph, list(inputs), names, places)
+
+
+@contextmanager
+def _no_functional_keys() -> Iterator[None]:
+    """Python functionalisation is on; the C++ key above it must be off (as AOTAutograd does)."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        yield
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+_SAME = {
+    "aten.detach.default",
+    "aten.alias.default",
+    "aten.lift_fresh.default",
+    "aten.lift_fresh_copy.default",
+}
+"""Ops that are the identity in a functional program."""
+
+
+class _Reader:
+    """Reads an fx graph into a Program."""
+
+    def __init__(self, graph: GraphModule, places: Places) -> None:
+        self.graph = graph
+        self.places = places
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self.number: dict[Node, int] = {}
+        self.parts: dict[tuple[Node, int], int] = {}
+        self.constants: dict[str, Tensor] = {}
+
+    def new(self, tensor: Tensor) -> int:
+        self.values.append(
+            Value(str(tensor.dtype).removeprefix("torch."), tuple(int(s) for s in tensor.shape))
+        )
+        return len(self.values) - 1
+
+    def arg(self, arg: Any) -> Arg:
+        if isinstance(arg, Node):
+            return Ref(self.number[arg])
+        if isinstance(arg, (list, tuple)):
+            return tuple(self.arg(part) for part in arg)
+        if isinstance(arg, torch.dtype):
+            return Symbol("dtype", str(arg).removeprefix("torch."))
+        if isinstance(arg, torch.device):
+            return Symbol("device", str(arg))
+        if isinstance(arg, torch.layout):
+            return Symbol("layout", str(arg).removeprefix("torch."))
+        if isinstance(arg, torch.memory_format):
+            return Symbol("memory_format", str(arg).removeprefix("torch."))
+        return arg  # type: ignore[no-any-return]
+
+    def call(self, node: Node) -> None:
+        name = str(node.target)
+        if name in _SAME:
+            self.number[node] = self.number[node.args[0]]  # type: ignore[index]
+            return
+        made = node.meta["val"]
+        packed = isinstance(made, (tuple, list))
+        if packed:
+            used = {user.args[1] for user in node.users}
+            outputs = tuple(
+                self.new(t) if isinstance(t, Tensor) and k in used else None
+                for k, t in enumerate(made)
+            )
+            for k, value in enumerate(outputs):
+                if value is not None:
+                    self.parts[node, k] = value
+        else:
+            outputs = (self.new(made),)
+            self.number[node] = outputs[0]  # type: ignore[assignment]
+        args = tuple(self.arg(a) for a in node.args)
+        kwargs = tuple(
+            (k, self.arg(v))
+            for k, v in node.kwargs.items()
+            if k not in ("device", "pin_memory", "layout")
+        )
+        op = Op(
+            name,
+            args,
+            kwargs,
+            outputs,
+            packed,
+            self.places.phase.get(node.name, "forward"),
+            self.places.module.get(node.name, ""),
+            self.places.source.get(node.name, ""),
+        )
+        self.ops.append(_canonical(op, self.values))
+
+    def read(self, inputs: Sequence[str], outputs: Sequence[str]) -> Program:
+        names = iter(inputs)
+        named: list[tuple[str, int]] = []
+        delivered: list[tuple[str, int]] = []
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                self.number[node] = self.new(node.meta["val"])
+                named.append((next(names), self.number[node]))
+            elif node.op == "get_attr":
+                tensor = _attribute(self.graph, node.target)
+                self.number[node] = self.new(tensor)
+                name = f"constant/{node.target}"
+                self.constants[name] = tensor
+                named.append((name, self.number[node]))
+            elif node.op == "call_function" and "getitem" in str(node.target):
+                self.number[node] = self.parts[node.args[0], node.args[1]]
+            elif node.op == "call_function":
+                self.call(node)
+            elif node.op == "output":
+                found = [self.number[n] for n in node.args[0]]
+                delivered = list(zip(outputs, found, strict=True))
+        return Program(tuple(self.values), tuple(named), tuple(self.ops), tuple(delivered))
+
+
+def _attribute(graph: GraphModule, path: str) -> Tensor:
+    found: Any = graph
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _canonical(op: Op, values: Sequence[Value]) -> Op:
+    """Squeezes become views: a local dim of size one must not vanish."""
+    if op.base == "aten.squeeze":
+        from dataclasses import replace
+
+        made = op.results[0]
+        return replace(op, name="aten.view.default", args=(op.args[0], values[made].shape))
+    return op
+
+
+def _program(
+    graph: GraphModule, inputs: Sequence[str], outputs: Sequence[str], places: Places
+) -> Program:
+    reader = _Reader(graph, places)
+    return reader.read(inputs, outputs)

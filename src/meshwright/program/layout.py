@@ -1,0 +1,213 @@
+"""Layout: how one value lies over the mesh axes.
+
+Per axis a value is sharded, replicated (not mentioned) or partial (it still owes a reduction).
+
+    Shard(dim)                       dim split into near-equal contiguous chunks
+    Shard(dim, outer=3, unit=64)     dim seen as (outer, n, unit); the factor n is split in chunks:
+                                     a fused qkv is (3, heads, head size), a flattened batch is
+                                     (1, samples, tokens)
+
+Chunks differ by at most one granule; earlier coordinates get the larger ones. Axes that share a
+factor nest, in mesh order: the later axis splits what the earlier one left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from meshwright.plan.mesh import Axis
+
+__all__ = [
+    "REPLICATED",
+    "Layout",
+    "Partial",
+    "Placement",
+    "Shard",
+    "Slab",
+    "chunk",
+    "local_shape",
+    "region",
+    "slab",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Dim `dim`, seen as (outer, n, unit), has its factor n split over the axis."""
+
+    dim: int
+    outer: int = 1
+    unit: int = 1
+
+    def granules(self, size: int) -> int:
+        """The factor n of a dim of `size`."""
+        return size // (self.outer * self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Each rank holds a term; the value is their reduction."""
+
+    op: Literal["sum", "max", "min"] = "sum"
+
+
+Placement = Shard | Partial | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """(axis, placement) for every axis over which the value is not replicated, in mesh order."""
+
+    placements: tuple[tuple[str, Shard | Partial], ...] = ()
+
+    @classmethod
+    def of(cls, axes: Sequence[Axis], placements: Mapping[str, Placement]) -> Layout:
+        """The layout with these placements, ordered as the mesh's axes are."""
+        found = ((axis.name, placements.get(axis.name)) for axis in axes)
+        return cls(tuple((name, place) for name, place in found if place is not None))
+
+    def on(self, axis: str) -> Placement:
+        """Placement over `axis`; None is replicated."""
+        return next((place for name, place in self.placements if name == axis), None)
+
+    def change(self, axes: Sequence[Axis], axis: str, placement: Placement) -> Layout:
+        """This layout with another placement over one axis."""
+        return Layout.of(axes, {**dict(self.placements), axis: placement})
+
+    @property
+    def partial_axes(self) -> tuple[str, ...]:
+        """Axes over which a reduction is owed."""
+        return tuple(name for name, place in self.placements if isinstance(place, Partial))
+
+    def __str__(self) -> str:
+        """`replicated`, `sharded(0) over data`, `partial(sum) over data`."""
+        words = []
+        for name, place in self.placements:
+            if isinstance(place, Partial):
+                words.append(f"partial({place.op}) over {name}")
+            else:
+                inner = (
+                    f" in ({place.outer}, n, {place.unit})" if place.outer * place.unit > 1 else ""
+                )
+                words.append(f"sharded({place.dim}{inner}) over {name}")
+        return ", ".join(words) or "replicated"
+
+
+REPLICATED = Layout()
+
+
+def chunk(n: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, length) of part `index` of n granules in `parts` near-equal contiguous parts."""
+    each, more = divmod(n, parts)
+    return index * each + min(index, more), each + (index < more)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """What one axis does to a dim of the *local* tensor: (outer, n, unit), n in `lengths`.
+
+    `starts` and `lengths` are in granules, per coordinate along the axis; `n` is their sum.
+    """
+
+    dim: int
+    outer: int
+    unit: int
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Granules over all coordinates."""
+        return sum(self.lengths)
+
+
+def _granules(
+    shape: tuple[int, ...],
+    layout: Layout,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+    shard: Shard,
+    before: str | None,
+) -> int:
+    """Granules of the factor that `shard` splits, left by the axes that come before `before`."""
+    n = shard.granules(shape[shard.dim])
+    for axis in axes:
+        if axis.name == before:
+            break
+        if layout.on(axis.name) == shard:
+            _, n = chunk(n, axis.size, coordinates[axis.name])
+    return n
+
+
+def local_shape(
+    shape: tuple[int, ...],
+    layout: Layout,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+) -> tuple[int, ...]:
+    """The shape that the rank at `coordinates` holds of a value of global `shape`."""
+    local = list(shape)
+    for shard in dict.fromkeys(p for _, p in layout.placements if isinstance(p, Shard)):
+        whole = shard.granules(shape[shard.dim])
+        left = _granules(shape, layout, axes, coordinates, shard, None)
+        local[shard.dim] = local[shard.dim] // whole * left if whole else 0
+    return tuple(local)
+
+
+def slab(
+    shape: tuple[int, ...],
+    layout: Layout,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+    axis: str,
+    shard: Shard,
+) -> Slab:
+    """How `shard` over `axis` lies in the tensor held under `layout` without that axis.
+
+    `layout` holds the other axes' placements (what it says of `axis` is not looked at).
+    """
+    rest = Layout(tuple((n, p) for n, p in layout.placements if n != axis))
+    outer, unit = shard.outer, shard.unit
+    for other in dict.fromkeys(p for _, p in rest.placements if isinstance(p, Shard)):
+        if other.dim != shard.dim or other == shard:
+            continue
+        whole = other.granules(shape[other.dim])
+        left = _granules(shape, rest, axes, coordinates, other, None)
+        if other.unit >= shard.unit * shard.granules(shape[shard.dim]):
+            outer = outer // whole * left
+        else:
+            unit = unit // whole * left
+    n = _granules(shape, rest, axes, coordinates, shard, axis)
+    size = next(a.size for a in axes if a.name == axis)
+    parts = [chunk(n, size, k) for k in range(size)]
+    starts, lengths = zip(*parts, strict=True)
+    return Slab(shard.dim, outer, unit, starts, lengths)
+
+
+def region(
+    shape: tuple[int, ...],
+    layout: Layout,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+) -> tuple[tuple[int, int], ...]:
+    """(start, length) per dim of the box that this rank holds; for layouts of whole dims.
+
+    Layouts with an outer factor hold several boxes; no state is stored so.
+    """
+    box = [(0, size) for size in shape]
+    for axis in axes:
+        place = layout.on(axis.name)
+        if isinstance(place, Shard):
+            assert place.outer == 1, "state is stored in whole boxes"
+            start, length = box[place.dim]
+            first, count = chunk(length // place.unit, axis.size, coordinates[axis.name])
+            box[place.dim] = (start + first * place.unit, count * place.unit)
+    return tuple(box)
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    return math.prod(shape)

@@ -1,0 +1,254 @@
+"""Partition: one rank's program, with local shapes and the reshards that layouts ask for.
+
+Every op runs on shards where the completed layouts let it; an operand that lies otherwise is
+brought over by the cheapest steps (`reshard`). A *partial* value passes through ops that are linear
+in it and is paid for as late as possible, so that gradients owe one reduction, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from meshwright.plan.mesh import Axis
+from meshwright.program.layout import Layout, Partial, Placement, Shard, local_shape, slab
+from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
+from meshwright.program.propagate import Completed
+from meshwright.program.reshard import Step, reshard
+from meshwright.program.rules import Rule, shard_of
+
+__all__ = ["COLLECTIVES", "Local", "partition"]
+
+COLLECTIVES = frozenset(
+    {"comm.all_gather", "comm.all_reduce", "comm.reduce_scatter", "comm.all_to_all"}
+)
+"""Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A rank's program and, per local value, the global value and layout that it is a part of."""
+
+    program: Program
+    origin: tuple[tuple[int, Layout], ...]
+
+
+def partition(
+    program: Program,
+    completed: Completed,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+    outputs: Mapping[str, Layout],
+) -> Local:
+    """The program of the rank at `coordinates`.
+
+    Args:
+        program: the global one.
+        completed: its rules, carried factors and input layouts.
+        axes: of the mesh, major first.
+        coordinates: the rank's, by axis.
+        outputs: output name -> the layout to deliver; those not named stay as they come.
+    """
+    writer = _Writer(program, completed, axes, coordinates)
+    inputs = tuple(
+        (name, writer.new(value, layout))
+        for (name, value), layout in zip(program.inputs, completed.inputs, strict=True)
+    )
+    for number, op in enumerate(program.ops):
+        writer.op(number, op)
+    finish = Op("", (), phase="finish")
+    delivered = tuple(
+        (name, writer.bring(value, outputs.get(name, writer.lies[value]), finish, name))
+        for name, value in program.outputs
+    )
+    local = Program(tuple(writer.values), inputs, tuple(writer.ops), delivered)
+    return Local(local, tuple(writer.origin))
+
+
+class _Writer:
+    """Writes the local program op by op."""
+
+    def __init__(
+        self,
+        program: Program,
+        completed: Completed,
+        axes: Sequence[Axis],
+        coordinates: Mapping[str, int],
+    ) -> None:
+        self.program = program
+        self.completed = completed
+        self.axes = axes
+        self.coordinates = coordinates
+        self.values: list[Value] = []
+        self.origin: list[tuple[int, Layout]] = []
+        self.ops: list[Op] = []
+        self.lies: dict[int, Layout] = {}
+        self.made: dict[tuple[int, Layout, tuple[str, str] | None], int] = {}
+        self.names = {number: name for name, number in program.inputs}
+        self.producers = program.producers()
+
+    def new(self, value: int, layout: Layout, scope: tuple[str, str] | None = None) -> int:
+        """A local value for the global one under `layout`; the first is where the value lies."""
+        old = self.program.values[value]
+        shape = local_shape(old.shape, layout, self.axes, self.coordinates)
+        self.values.append(Value(old.dtype, shape))
+        self.origin.append((value, layout))
+        self.lies.setdefault(value, layout)
+        self.made[value, layout, scope] = len(self.values) - 1
+        return len(self.values) - 1
+
+    def bring(self, value: int, layout: Layout, reader: Op, label: str = "") -> int:
+        """The local value that holds `value` under `layout`, resharded if need be.
+
+        What is brought is kept for later readers; a stored weight's only within the same module
+        and phase, so that ZeRO-3 never saves gathered weights from forward to backward.
+        """
+        here = self.lies[value]
+        scope = None
+        if value in self.completed.resting and layout != here:
+            scope = (reader.phase, reader.module)
+        found = self.made.get((value, layout, scope))
+        if found is not None:
+            return found
+        current = self.made[value, here, None]
+        for step in reshard(self.program.values[value].shape, self.axes, here, layout):
+            known = self.made.get((value, step.after, scope))
+            if known is None:
+                known = self._step(value, current, step, reader, label, scope)
+            current = known
+        return current
+
+    def _step(
+        self,
+        value: int,
+        current: int,
+        step: Step,
+        reader: Op,
+        label: str,
+        scope: tuple[str, str] | None,
+    ) -> int:
+        shape = self.program.values[value].shape
+        place = step.before.on(step.axis)
+        target = step.after.on(step.axis)
+        args: list[Arg] = [Ref(current), step.axis]
+        for shard in (place, target):
+            if isinstance(shard, Shard):
+                found = slab(shape, step.before, self.axes, self.coordinates, step.axis, shard)
+                args.append((found.dim, found.outer, found.unit, found.starts, found.lengths))
+        if isinstance(place, Partial) or isinstance(target, Partial):
+            args.append(place.op if isinstance(place, Partial) else target.op)  # type: ignore[union-attr]
+        result = self.new(value, step.after, scope)
+        if isinstance(place, Partial):
+            self.lies[value] = step.after  # paid for once; later readers start from here
+            self.made[value, step.after, None] = result
+        notes: tuple[tuple[str, Arg], ...] = (
+            ("before", str(step.before)),
+            ("after", str(step.after)),
+            ("value", label or self._name(value)),
+        )
+        self.ops.append(
+            Op(
+                f"comm.{step.kind}",
+                tuple(args),
+                notes,
+                (result,),
+                False,
+                reader.phase,
+                reader.module,
+                reader.source,
+            )
+        )
+        return result
+
+    def _name(self, value: int) -> str:
+        """The input that a value is, or a view of; else empty."""
+        while value not in self.names:
+            op = self.program.ops[self.producers[value]]
+            if len(op.inputs) != 1:
+                return ""
+            value = op.inputs[0]
+        return self.names[value]
+
+    def op(self, number: int, op: Op) -> None:
+        """Write one op: operands brought, arguments made local, results laid out."""
+        rule = self.completed.rules[number]
+        carried = dict(self.completed.carried[number])
+        layouts, through = self._operands(rule, op, carried)
+        wanted = iter(
+            self.bring(value, layout, op) for value, layout in zip(op.inputs, layouts, strict=True)
+        )
+        brought = list(wanted)
+        feed = iter(brought)
+        args, kwargs = map_refs((op.args, op.kwargs), lambda _: next(feed))
+        results = []
+        for value, dims in zip(op.results, rule.results, strict=True):
+            placements: dict[str, Placement] = {}
+            for axis, carry in carried.items():
+                shard = shard_of(rule, dims, carry)
+                placements[axis] = shard if shard is not None else Partial(rule.reduction)
+            placements |= dict.fromkeys(through, Partial())
+            results.append(self.new(value, Layout.of(self.axes, placements)))
+        args = self._local_args(rule, op, args, results)
+        made = iter(results)
+        outputs = tuple(None if value is None else next(made) for value in op.outputs)
+        self.ops.append(replace(op, args=args, kwargs=kwargs, outputs=outputs))
+
+    def _operands(
+        self, rule: Rule, op: Op, carried: Mapping[str, object]
+    ) -> tuple[list[Layout], list[str]]:
+        """The layout that each operand must have, and the axes whose partial sums pass through."""
+        placements: list[dict[str, Placement]] = [{} for _ in op.inputs]
+        through: list[str] = []
+        for axis in self.axes:
+            name = axis.name
+            carry = dict(carried).get(name)
+            if carry is not None:
+                contracts = all(shard_of(rule, dims, carry) is None for dims in rule.results)  # type: ignore[arg-type]
+                for place, dims in enumerate(rule.operands):
+                    shard = shard_of(rule, dims, carry)  # type: ignore[arg-type]
+                    added = contracts and place in rule.addends
+                    placements[place][name] = Partial() if added else shard
+                continue
+            group = self._linear_group(rule, op, name)
+            if group is not None:
+                through.append(name)
+                for place in group:
+                    placements[place][name] = Partial()
+        return [Layout.of(self.axes, found) for found in placements], through
+
+    def _linear_group(self, rule: Rule, op: Op, axis: str) -> frozenset[int] | None:
+        """The operands through which a partial sum over `axis` may pass, if it may.
+
+        All partial operands must be in the group, and those outside replicated. Group members that
+        are replicated are counted once, at coordinate 0; a shard would have to be gathered.
+        """
+        lies = [self.lies[value].on(axis) for value in op.inputs]
+        owing = {place for place, found in enumerate(lies) if isinstance(found, Partial)}
+        if not owing or any(lies[place] != Partial("sum") for place in owing):
+            return None
+        for group in rule.linear:
+            inside = all(not isinstance(lies[place], Shard) for place in group)
+            if owing <= group and inside:
+                return group
+        return None
+
+    def _local_args(
+        self, rule: Rule, op: Op, args: tuple[Arg, ...], results: Sequence[int]
+    ) -> tuple[Arg, ...]:
+        """Sizes inside arguments become local; a random draw learns where its samples start."""
+        changed = list(args)
+        for place, result in rule.shape_args:
+            changed[place] = self.values[results[result]].shape
+        if op.base == "meshwright.draw":
+            changed[6] = self._starts(op.results[0], self.origin[results[0]][1])
+        return tuple(changed)
+
+    def _starts(self, value: int, layout: Layout) -> Arg:
+        """((axis, start of each coordinate's samples), ...) of a random draw."""
+        found: list[Arg] = []
+        shape = self.program.values[value].shape
+        for name, place in layout.placements:
+            assert isinstance(place, Shard)
+            lies = slab(shape, layout, self.axes, self.coordinates, name, place)
+            found.append((name, lies.starts))
+        return tuple(found)

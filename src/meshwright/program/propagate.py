@@ -1,0 +1,193 @@
+"""Propagation: sparse annotations completed to every op, forward and backward, to a fix point.
+
+Per axis, every op gets at most one *carried* factor (GSPMD, Xu et al. 2021, section 3.5; Shardy's
+factors). Annotations refine only: what was pinned is never undone. Where operands disagree, the
+factor that leaves the most bytes where they are wins, and the others are resharded by `partition`.
+
+*Stored* inputs (weights under ZeRO) are laid out for rest, not for work: their layout follows views
+and casts of themselves alone, so that a transposed weight stays a shard, and everything else reads
+them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from meshwright.plan.mesh import Axis
+from meshwright.program.layout import Layout, Placement, Shard
+from meshwright.program.program import Program
+from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
+
+__all__ = ["Completed", "propagate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The result: each op's rule and the factor that each axis carries through it.
+
+    `inputs` are the layouts of the program's inputs, in order; `resting` the values that are
+    stored weights or views of them.
+    """
+
+    rules: tuple[Rule, ...]
+    carried: tuple[tuple[tuple[str, Carry], ...], ...]
+    inputs: tuple[Layout, ...]
+    resting: frozenset[int]
+
+
+def propagate(
+    program: Program,
+    axes: Sequence[Axis],
+    pinned: Mapping[int, Layout],
+    stored: Mapping[int, Layout] | None = None,
+) -> Completed:
+    """Complete the annotations of `program`.
+
+    Args:
+        program: with global shapes.
+        axes: of the mesh, major first; earlier axes choose first.
+        pinned: value -> layout that it has (an input) or should have (any value). Inputs that
+            neither `pinned` nor `stored` names are open: they take what their readers want.
+        stored: inputs laid out for rest.
+    """
+    stored = stored or {}
+    rules = tuple(rule_of(op, program.values) for op in program.ops)
+    places: dict[str, dict[int, Placement]] = {}
+    carried: list[dict[str, Carry]] = [{} for _ in program.ops]
+    resting: set[int] = set(stored)
+    for axis in axes:
+        if axis.size > 1:
+            search = _Search(program, rules, axis, axes, places, carried)
+            resting |= search.rest({v: layout.on(axis.name) for v, layout in stored.items()})
+            places[axis.name] = search.complete({v: p.on(axis.name) for v, p in pinned.items()})
+    closed = {**pinned, **stored}
+    inputs = tuple(
+        closed[value]
+        if value in closed
+        else Layout.of(axes, {name: found.get(value) for name, found in places.items()})
+        for _, value in program.inputs
+    )
+    orders = [tuple(found.items()) for found in carried]
+    return Completed(rules, tuple(orders), inputs, frozenset(resting))
+
+
+class _Search:
+    """The fix point over one axis, given what the axes before it took."""
+
+    def __init__(
+        self,
+        program: Program,
+        rules: tuple[Rule, ...],
+        axis: Axis,
+        axes: Sequence[Axis],
+        earlier: Mapping[str, Mapping[int, Placement]],
+        carried: list[dict[str, Carry]],
+    ) -> None:
+        self.program = program
+        self.rules = rules
+        self.axis = axis
+        self.sizes = {a.name: a.size for a in axes}
+        self.earlier = earlier
+        self.carried = carried
+        self.place: dict[int, Placement] = {}
+        self.closed: set[int] = set()
+
+    def rest(self, stored: Mapping[int, Placement]) -> set[int]:
+        """Let stored layouts follow their own views; the values found."""
+        place = dict(stored)
+        for number, op in enumerate(self.program.ops):
+            inputs = op.inputs
+            if len(inputs) != 1 or inputs[0] not in place or len(op.results) != 1:
+                continue
+            rule, shard = self.rules[number], place[inputs[0]]
+            if not rule.linear:
+                continue
+            if not isinstance(shard, Shard):
+                place[op.results[0]] = shard
+                continue
+            carry = carry_of(rule, rule.operands[0], shard)
+            made = shard_of(rule, rule.results[0], carry) if carry else None
+            if carry and made and self._fits(number, carry):
+                self.carried[number][self.axis.name] = carry
+                place[op.results[0]] = made
+        self.closed |= set(place)
+        return set(place)
+
+    def complete(self, pinned: Mapping[int, Placement]) -> dict[int, Placement]:
+        """Forward and backward until nothing changes; the shards found."""
+        self.place |= {v: p for v, p in pinned.items() if isinstance(p, Shard)}
+        self.closed |= set(pinned)
+        made = set(self.program.producers())
+        self.open = {v for v in range(len(self.program.values)) if v not in self.closed}
+        # Inputs are what they are; a made value that is pinned still tells its producer.
+        self.inputs = set(range(len(self.program.values))) - made
+        changed = True
+        while changed:
+            forward = [self._forward(number) for number in range(len(self.program.ops))]
+            backward = [self._backward(n) for n in reversed(range(len(self.program.ops)))]
+            changed = any(forward) or any(backward)
+        return self.place
+
+    def _forward(self, number: int) -> bool:
+        """Choose the factor that keeps the most operand bytes in place."""
+        if self.axis.name in self.carried[number]:
+            return False
+        votes: dict[Carry, int] = {}
+        rule = self.rules[number]
+        for value, dims in zip(self.program.ops[number].inputs, rule.operands, strict=True):
+            shard = self.place.get(value)
+            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
+            if carry is not None and self._fits(number, carry):
+                votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
+        return self._choose(number, votes)
+
+    def _backward(self, number: int) -> bool:
+        """Choose the factor that its readers want the results to be split by."""
+        if self.axis.name in self.carried[number]:
+            return False
+        votes: dict[Carry, int] = {}
+        rule = self.rules[number]
+        for value, dims in zip(self.program.ops[number].results, rule.results, strict=True):
+            shard = self.place.get(value)
+            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
+            if carry is not None and self._fits(number, carry):
+                votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
+        return self._choose(number, votes)
+
+    def _choose(self, number: int, votes: Mapping[Carry, int]) -> bool:
+        if not votes:
+            return False
+        best = max(votes, key=lambda carry: (votes[carry], -carry.factor))
+        self.carried[number][self.axis.name] = best
+        op, rule = self.program.ops[number], self.rules[number]
+        for values, dims in ((op.inputs, rule.operands), (op.results, rule.results)):
+            for value, factors in zip(values, dims, strict=True):
+                shard = shard_of(rule, factors, best)
+                if shard is not None and value in self.open and value not in self.place:
+                    if self._free(value, shard):
+                        self.place[value] = shard
+        return True
+
+    def _fits(self, number: int, carry: Carry) -> bool:
+        """Whether each coordinate gets a granule, and earlier axes took another or the same one."""
+        size = self.rules[number].sizes[carry.factor]
+        granules = size // (carry.outer * carry.unit)
+        for name, other in self.carried[number].items():
+            if other == carry:
+                granules //= self.sizes[name]
+            elif other.factor == carry.factor and not (
+                carry.unit >= size // other.outer or other.unit >= size // carry.outer
+            ):
+                return False
+        return granules >= self.axis.size
+
+    def _free(self, value: int, shard: Shard) -> bool:
+        """Whether no earlier axis splits the value's dim in a way that cuts across `shard`."""
+        size = self.program.values[value].shape[shard.dim]
+        for found in self.earlier.values():
+            other = found.get(value)
+            if isinstance(other, Shard) and other.dim == shard.dim and other != shard:
+                if not (shard.unit >= size // other.outer or other.unit >= size // shard.outer):
+                    return False
+        return True

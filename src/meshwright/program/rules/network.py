@@ -1,0 +1,231 @@
+"""Layers that stay one op: softmax, norms, attention, convolution, pooling, embedding, losses."""
+
+from __future__ import annotations
+
+from meshwright.program.program import Arg, Ref
+from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum, whole
+
+__all__ = ["RULES"]
+
+
+def _if(arg: Arg, pattern: str) -> str | None:
+    """The pattern where the optional operand is there."""
+    return pattern if isinstance(arg, Ref) else None
+
+
+def _made(view: OpView, *patterns: str) -> list[str]:
+    """The patterns of the results that are used (an output mask leaves some out)."""
+    outs = view.op.outputs
+    return [p for p, out in zip(patterns, outs, strict=False) if out is not None]
+
+
+def _letters(rank: int) -> list[str]:
+    return [f"d{k}" for k in range(rank)]
+
+
+def _softmax(view: OpView) -> Rule:
+    """One dim is whole; softmax(x, dim, ..) and softmax_backward(grad, out, dim, ..)."""
+    rank = len(view.operands[0].shape)
+    if rank == 0:
+        return whole(view)
+    dim = view.number(len(view.operands)) % rank
+    letters = _letters(rank)
+    pattern = " ".join(letters)
+    linear = [[0]] if len(view.operands) == 2 else []
+    return einsum(view, [pattern] * len(view.operands), [pattern], keep=letters[dim], linear=linear)
+
+
+def _norm_patterns(view: OpView, rank: int, place: int) -> tuple[str, str, str]:
+    """(input, statistics, weight) patterns of a norm over the last dims of `normalized_shape`."""
+    count = len(view.numbers(place) or ())
+    letters = _letters(rank)
+    lead, tail = letters[: rank - count], letters[rank - count :]
+    return " ".join(letters), " ".join(lead + ["1"] * count), " ".join(tail)
+
+
+def _layer_norm(view: OpView) -> Rule:
+    full, stats, tail = _norm_patterns(view, len(view.operands[0].shape), 1)
+    operands = [full, _if(view.arg(2), tail), _if(view.arg(3), tail)]
+    return einsum(view, operands, _made(view, full, stats, stats), keep=tail)
+
+
+def _layer_norm_backward(view: OpView) -> Rule:
+    full, stats, tail = _norm_patterns(view, len(view.operands[0].shape), 2)
+    operands = [full, full, stats, stats, _if(view.arg(5), tail), _if(view.arg(6), tail)]
+    return einsum(view, operands, _made(view, full, tail, tail), keep=tail)
+
+
+def _group_norm(view: OpView) -> Rule:
+    """Samples pass; everything within a sample is whole."""
+    rank = len(view.operands[0].shape)
+    full = " ".join(["n", *["1"] * (rank - 1)])
+    operands = [full, _if(view.arg(1), "1"), _if(view.arg(2), "1")]
+    return einsum(view, operands, _made(view, full, "n 1", "n 1"))
+
+
+def _group_norm_backward(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    full = " ".join(["n", *["1"] * (rank - 1)])
+    operands = [full, full, "n 1", "n 1", _if(view.arg(4), "1")]
+    return einsum(view, operands, _made(view, full, "1", "1"))
+
+
+def _flash(view: OpView) -> Rule:
+    """q (b h t d), k and v (b h s d) -> out (b h t d), logsumexp (b h t)."""
+    mask = dict(view.op.kwargs).get("attn_mask")
+    operands = ["b h t d", "b h s d", "b h s d", _if(mask, "... t s")]
+    return einsum(view, operands, _made(view, "b h t d", "b h t"), keep="t s d .1 .2")
+
+
+def _flash_backward(view: OpView) -> Rule:
+    mask = dict(view.op.kwargs).get("attn_mask")
+    q, k = "b h t d", "b h s d"
+    operands = [q, q, k, k, q, "b h t", _if(mask, "... t s")]
+    return einsum(view, operands, _made(view, q, k, k), keep="t s d .1 .2")
+
+
+def _samples_only(view: OpView) -> Rule:
+    """Dim 0 of everything is the sample; the rest is whole (pooling, resizing and its backward)."""
+
+    def pattern(rank: int) -> str:
+        return " ".join(["n", *["1"] * (rank - 1)])
+
+    if any(len(v.shape) != 4 for v in (*view.operands, *view.results)):
+        return whole(view)
+    size = [(1, 0)] if view.op.base == "aten.upsample_bilinear2d_backward" else []
+    operands = [pattern(len(v.shape)) for v in view.operands]
+    results = [pattern(len(v.shape)) for v in view.results]
+    return einsum(view, operands, results, shape_args=size)
+
+
+def _convolution(view: OpView) -> Rule:
+    """x (n c ...), w (o c ...), bias (o): samples and, without groups, output channels."""
+    space = ["1"] * (len(view.operands[0].shape) - 2)
+    x, w = " ".join(["n", "1", *space]), " ".join(["o", "1", *space])
+    out = " ".join(["n", "o", *space])
+    keep = "" if view.number(8) == 1 else "o"
+    if view.arg(6) is True:  # transposed: the weight is (c o ...)
+        w, keep = " ".join(["1", "o", *space]), keep
+    return einsum(view, [x, w, _if(view.arg(2), "o")], [out], keep=keep)
+
+
+def _convolution_backward(view: OpView) -> Rule:
+    """(grad, x, w) -> (dx, dw, db): the weight's gradients sum over samples."""
+    space = ["1"] * (len(view.operands[0].shape) - 2)
+    x, w = " ".join(["n", "1", *space]), " ".join(["1", "1", *space])
+    return einsum(view, [x, x, w], _made(view, x, w, "1"))
+
+
+def _embedding(view: OpView) -> Rule:
+    """weight (v d), indices (...) -> (... d)."""
+    index = [f"i{k}" for k in range(len(view.operands[1].shape))]
+    out = " ".join([*index, "d"])
+    return einsum(view, ["v d", " ".join(index)], [out], keep="v", linear=[[0]])
+
+
+def _embedding_backward(view: OpView) -> Rule:
+    """grad (... d), indices (...) -> (v d): sums over the indices."""
+    index = [f"i{k}" for k in range(len(view.operands[1].shape))]
+    linear = [[0]]
+    return einsum(view, [" ".join([*index, "d"]), " ".join(index)], ["1 d"], linear=linear)
+
+
+def _nll_forward(view: OpView) -> Rule:
+    """x (n c), target (n) -> sum of losses, sum of weights; the mean was decomposed before."""
+    if len(view.operands[0].shape) != 2:
+        return whole(view)
+    out = "n" if view.number(3) == 0 else ""
+    weight = _if(view.arg(2), "c")
+    return einsum(view, ["n c", "n", weight], _made(view, out, ""), keep="c")
+
+
+def _nll_backward(view: OpView) -> Rule:
+    """(grad, x, target, weight, reduction, ignore, total) -> gradient of x."""
+    if len(view.operands[1].shape) != 2:
+        return whole(view)
+    grad = "n" if view.number(4) == 0 else ""
+    operands = [grad, "n c", "n", _if(view.arg(3), "c"), _if(view.arg(6), "")]
+    return einsum(view, operands, ["n c"], keep="c", linear=[[0]])
+
+
+def _gather(view: OpView) -> Rule:
+    """x.gather(dim, index): the other dims pass where the index covers them whole."""
+    x, index = view.operands[0].shape, view.operands[1].shape
+    if not x or len(x) != len(index):
+        return whole(view)
+    dim = view.number(1) % len(x)
+    letters = ["1" if k == dim or x[k] != index[k] else f"d{k}" for k in range(len(x))]
+    pattern = " ".join(letters)
+    return einsum(view, [pattern, pattern], [pattern], linear=[[0]])
+
+
+def _scatter(view: OpView) -> Rule:
+    """x.scatter(dim, index, source): as gather, reading and writing along `dim`."""
+    shapes = [value.shape for value in view.operands]
+    if not shapes[0] or len({len(shape) for shape in shapes}) != 1:
+        return whole(view)
+    dim = view.number(1) % len(shapes[0])
+    same = [k != dim and len({shape[k] for shape in shapes}) == 1 for k in range(len(shapes[0]))]
+    pattern = " ".join(f"d{k}" if ok else "1" for k, ok in enumerate(same))
+    return einsum(view, [pattern] * len(shapes), [pattern])
+
+
+def _index(view: OpView) -> Rule:
+    """x[i, j, ..]: dims that are not indexed pass; the indices' own dims pass, broadcast."""
+    picks = view.arg(1)
+    assert isinstance(picks, tuple)
+    x = view.operands[0].shape
+    used = [k for k, pick in enumerate(picks) if isinstance(pick, Ref)]
+    if any(value.dtype == "bool" for value in view.operands[1:]) or not used:
+        return whole(view)
+    if used != list(range(used[0], used[-1] + 1)):
+        return whole(view)
+    letters = ["1" if k in used else f"d{k}" for k in range(len(x))]
+    rank = max(len(value.shape) for value in view.operands[1:])
+    index = [f"i{k}" for k in range(rank)]
+    patterns = [" ".join(index[rank - len(v.shape) :]) for v in view.operands[1:]]
+    out = letters[: used[0]] + index + letters[used[-1] + 1 :]
+    return einsum(view, [" ".join(letters), *patterns], [" ".join(out)], linear=[[0]])
+
+
+RULES: dict[str, RuleMaker] = {
+    **dict.fromkeys(
+        (
+            "aten._softmax",
+            "aten._log_softmax",
+            "aten._safe_softmax",
+            "aten._softmax_backward_data",
+            "aten._log_softmax_backward_data",
+        ),
+        _softmax,
+    ),
+    "aten.native_layer_norm": _layer_norm,
+    "aten.native_layer_norm_backward": _layer_norm_backward,
+    "aten.native_group_norm": _group_norm,
+    "aten.native_group_norm_backward": _group_norm_backward,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _flash,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+    **dict.fromkeys(
+        (
+            "aten.max_pool2d_with_indices",
+            "aten.max_pool2d_with_indices_backward",
+            "aten.avg_pool2d",
+            "aten.avg_pool2d_backward",
+            "aten._adaptive_avg_pool2d",
+            "aten._adaptive_avg_pool2d_backward",
+            "aten.upsample_nearest2d",
+            "aten.upsample_bilinear2d",
+        ),
+        _samples_only,
+    ),
+    "aten.convolution": _convolution,
+    "aten.convolution_backward": _convolution_backward,
+    "aten.embedding": _embedding,
+    "aten.embedding_dense_backward": _embedding_backward,
+    "aten.nll_loss_forward": _nll_forward,
+    "aten.nll_loss_backward": _nll_backward,
+    "aten.gather": _gather,
+    "aten.scatter": _scatter,
+    "aten.scatter_add": _scatter,
+    "aten.index": _index,
+}

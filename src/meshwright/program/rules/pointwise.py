@@ -1,0 +1,75 @@
+"""Pointwise ops: operands broadcast, every dim passes through."""
+
+from __future__ import annotations
+
+from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum
+
+__all__ = ["RULES", "pointwise"]
+
+_ANY = """
+abs acos acosh asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp
+clamp_max clamp_min copysign cos cosh digamma elu elu_backward eq erf erfc erfinv exp exp2 expm1
+floor floor_divide fmax fmin fmod frac ge gelu gelu_backward gt hardshrink hardsigmoid
+hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward hypot isfinite isinf
+isnan le leaky_relu leaky_relu_backward lerp lgamma log log10 log1p log2 log_sigmoid_backward
+logaddexp logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish
+mish_backward mse_loss_backward_none nan_to_num ne pow reciprocal relu relu6 remainder round rsqrt
+sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh smooth_l1_loss_none softplus
+softplus_backward softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc
+xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like isposinf isneginf
+prelu_kernel _prelu_kernel erfinv sinc where bitwise_left_shift bitwise_right_shift
+""".split()
+
+# In which operands (by place) an op is linear, together: a partial sum passes through those.
+_LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
+    "add": ((0, 1),),
+    "sub": ((0, 1),),
+    "rsub": ((0, 1),),
+    "mul": ((0,), (1,)),
+    "div": ((0,),),
+    "neg": ((0,),),
+    "clone": ((0,),),
+    "detach": ((0,),),
+    "alias": ((0,),),
+    "copy": ((1,),),
+    "_to_copy": ((0,),),
+    "lift_fresh_copy": ((0,),),
+    "threshold_backward": ((0,),),
+    "gelu_backward": ((0,),),
+    "silu_backward": ((0,),),
+    "tanh_backward": ((0,),),
+    "sigmoid_backward": ((0,),),
+    "masked_fill": (),
+}
+
+
+def pointwise(view: OpView) -> Rule:
+    """`..., ... -> ...` for any number of operands and results."""
+    name = view.op.base.removeprefix("aten.").removeprefix("meshwright.")
+    linear = [g for g in _LINEAR.get(name, ()) if all(p < len(view.operands) for p in g)]
+    if name in ("add", "sub", "rsub") and len(view.operands) == 1:
+        linear = []  # x + 1 is not linear
+    if name == "_to_copy" and not _floating(view):
+        linear = []
+    if name == "div" and dict(view.op.kwargs).get("rounding_mode") is not None:
+        linear = []
+    if name == "where" and len(view.operands) == 3:
+        linear = [(1, 2)]
+    sizes = [(1, 0)] if name in ("expand",) else []
+    return einsum(
+        view,
+        ["..."] * len(view.operands),
+        ["..."] * len(view.results),
+        linear=linear,
+        shape_args=sizes,
+    )
+
+
+def _floating(view: OpView) -> bool:
+    """Rounding to integers is not linear."""
+    return "int" not in view.results[0].dtype and view.results[0].dtype != "bool"
+
+
+RULES: dict[str, RuleMaker] = {
+    f"aten.{name}": pointwise for name in {*_ANY, *_LINEAR, "sub", "rsub"}
+} | {"meshwright.watch": pointwise}

@@ -1,0 +1,251 @@
+"""Views and moves of dims: nothing is computed, factors are renamed, split and joined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from meshwright.program.rules.factor import Dim, OpView, Rule, RuleMaker, einsum, whole
+
+__all__ = ["RULES", "split_factors"]
+
+_LINEAR = (frozenset({0}),)
+
+
+def split_factors(
+    before: Sequence[int], after: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[Dim, ...], tuple[Dim, ...]] | None:
+    """(factor sizes, dims of `before`, dims of `after`): the finest factors both are products of.
+
+    Where one dim's borders do not divide the other's, e.g. (6, 4) to (8, 3), the whole run of dims
+    gets no factor. None where the two have not the same number of elements, or it is zero.
+    """
+    if math.prod(before) != math.prod(after) or math.prod(before) == 0:
+        return None
+    sizes: list[int] = []
+    left: list[Dim] = [()] * len(before)
+    right: list[Dim] = [()] * len(after)
+    i = j = 0
+    while i < len(before) or j < len(after):
+        i0, j0, a, b = i, j, 1, 1
+        while i == i0 or j == j0 or a != b:
+            if (a <= b and i < len(before)) or j == len(after):
+                a, i = a * before[i], i + 1
+            else:
+                b, j = b * after[j], j + 1
+            if a == b == 1 and i == len(before) and j == len(after):
+                break
+        _split_run(before, after, (i0, i), (j0, j), sizes, left, right)
+    return tuple(sizes), tuple(left), tuple(right)
+
+
+def _split_run(
+    before: Sequence[int],
+    after: Sequence[int],
+    run: tuple[int, int],
+    other: tuple[int, int],
+    sizes: list[int],
+    left: list[Dim],
+    right: list[Dim],
+) -> None:
+    """Factor one run of dims with equal products on both sides."""
+
+    def borders(shape: Sequence[int], start: int, stop: int) -> list[int]:
+        found, product = [1], 1
+        for size in shape[start:stop]:
+            product *= size
+            found.append(product)
+        return found
+
+    cuts = sorted({*borders(before, *run), *borders(after, *other)})
+    if any(high % low for low, high in zip(cuts, cuts[1:], strict=False)):
+        return
+    place = {low: len(sizes) + k for k, low in enumerate(cuts[:-1])}
+    sizes += [high // low for low, high in zip(cuts, cuts[1:], strict=False)]
+    for shape, (start, stop), dims in ((before, run, left), (after, other, right)):
+        product = 1
+        for number in range(start, stop):
+            low, product = product, product * shape[number]
+            dims[number] = tuple(place[cut] for cut in cuts[:-1] if low <= cut < product)
+
+
+def _view(view: OpView) -> Rule:
+    found = split_factors(view.operands[0].shape, view.results[0].shape)
+    if found is None:
+        return whole(view)
+    sizes, left, right = found
+    args = () if view.op.base in ("aten.squeeze", "aten.unsqueeze") else ((1, 0),)
+    return Rule(sizes, (left,), (right,), linear=_LINEAR, shape_args=args)
+
+
+def _permuted(view: OpView, order: Sequence[int]) -> Rule:
+    letters = [f"d{k}" for k in range(len(view.operands[0].shape))]
+    result = " ".join(letters[k] for k in order)
+    return einsum(view, [" ".join(letters)], [result], linear=[[0]])
+
+
+def _t(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    return _permuted(view, range(rank)[::-1])
+
+
+def _transpose(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    order = list(range(rank))
+    a, b = view.number(1) % rank, view.number(2) % rank
+    order[a], order[b] = order[b], order[a]
+    return _permuted(view, order)
+
+
+def _permute(view: OpView) -> Rule:
+    return _permuted(view, view.dims(1, len(view.operands[0].shape)))
+
+
+def _expand(view: OpView) -> Rule:
+    return einsum(view, ["..."], ["..."], linear=[[0]], shape_args=[(1, 0)])
+
+
+def _same_but(view: OpView, dims: Sequence[int], args: Sequence[tuple[int, int]] = ()) -> Rule:
+    """All dims pass but `dims`, whose sizes change or whose elements mix."""
+    rank = len(view.operands[0].shape)
+    letters = ["1" if k in dims else f"d{k}" for k in range(rank)]
+    pattern = " ".join(letters)
+    count = len(view.results)
+    linear = [list(range(len(view.operands)))]
+    return einsum(
+        view, [pattern] * len(view.operands), [pattern] * count, linear=linear, shape_args=args
+    )
+
+
+def _slice(view: OpView) -> Rule:
+    shape, made = view.operands[0].shape, view.results[0].shape
+    dim = view.number(1, 0) % len(shape)
+    return _same_but(view, [] if shape == made and view.number(4, 1) == 1 else [dim])
+
+
+def _split(view: OpView) -> Rule:
+    return _same_but(view, [view.number(2, 0) % len(view.operands[0].shape)])
+
+
+def _cat(view: OpView) -> Rule:
+    rank = len(view.results[0].shape)
+    if any(len(value.shape) != rank for value in view.operands):
+        return whole(view)  # legacy: an empty one-dim tensor among the operands
+    return _same_but(view, [view.number(1, 0) % rank])
+
+
+def _along(view: OpView) -> Rule:
+    """Elements mix along the dims argument only (cumsum, flip, roll, sort ...)."""
+    rank = len(view.operands[0].shape)
+    if rank == 0:
+        return whole(view)
+    dims = view.dims(2 if view.op.base == "aten.roll" else 1, rank)
+    rule = _same_but(view, dims)
+    return rule if view.op.base in ("aten.cumsum", "aten.flip", "aten.roll") else _nonlinear(rule)
+
+
+def _nonlinear(rule: Rule) -> Rule:
+    return Rule(rule.sizes, rule.operands, rule.results, shape_args=rule.shape_args)
+
+
+def _sort(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    return _nonlinear(_same_but(view, [view.number(1, -1) % rank])) if rank else whole(view)
+
+
+def _topk(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    return _nonlinear(_same_but(view, [view.number(2, -1) % rank])) if rank else whole(view)
+
+
+def _last_two(view: OpView) -> Rule:
+    rank = len(view.operands[0].shape)
+    return _same_but(view, [rank - 2, rank - 1])
+
+
+def _select(view: OpView) -> Rule:
+    shape = view.operands[0].shape
+    dim = view.number(1) % len(shape)
+    letters = [f"d{k}" for k in range(len(shape))]
+    rest = " ".join(letters[:dim] + letters[dim + 1 :])
+    return einsum(
+        view, [" ".join(letters)], [rest] * len(view.results), keep=letters[dim], linear=[[0]]
+    )
+
+
+def _unbind(view: OpView) -> Rule:
+    shape = view.operands[0].shape
+    dim = view.number(1, 0) % len(shape)
+    letters = [f"d{k}" for k in range(len(shape))]
+    rest = " ".join(letters[:dim] + letters[dim + 1 :])
+    return einsum(
+        view, [" ".join(letters)], [rest] * len(view.results), keep=letters[dim], linear=[[0]]
+    )
+
+
+def _stack(view: OpView) -> Rule:
+    rank = len(view.results[0].shape)
+    dim = view.number(1, 0) % rank
+    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
+    rest = " ".join(letters[:dim] + letters[dim + 1 :])
+    count = len(view.operands)
+    return einsum(view, [rest] * count, [" ".join(letters)], linear=[list(range(count))])
+
+
+def _select_backward(view: OpView) -> Rule:
+    rank = len(view.results[0].shape)
+    dim = view.number(2) % rank
+    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
+    rest = " ".join(letters[:dim] + letters[dim + 1 :])
+    return einsum(view, [rest], [" ".join(letters)], linear=[[0]], shape_args=[(1, 0)])
+
+
+def _slice_backward(view: OpView) -> Rule:
+    shape, made = view.operands[0].shape, view.results[0].shape
+    dims = [] if shape == made else [view.number(2) % len(made)]
+    return _same_but(view, dims, [(1, 0)])
+
+
+def _pad(view: OpView) -> Rule:
+    shape, made = view.operands[0].shape, view.results[0].shape
+    padding = view.numbers(1) or ()
+    rank = len(shape)
+    dims = [rank - 1 - k // 2 for k, amount in enumerate(padding) if amount]
+    rule = _same_but(view, dims)
+    del made
+    return rule if view.arg(2, 0) in (0, 0.0) else _nonlinear(rule)
+
+
+def _repeat(view: OpView) -> Rule:
+    shape, made = view.operands[0].shape, view.results[0].shape
+    extra = len(made) - len(shape)
+    times = view.numbers(1) or ()
+    letters = [f"d{k}" if times[extra + k] == 1 else "1" for k in range(len(shape))]
+    return einsum(view, [" ".join(letters)], [" ".join(["1"] * extra + letters)], linear=[[0]])
+
+
+RULES: dict[str, RuleMaker] = {
+    **dict.fromkeys(
+        ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze"), _view
+    ),
+    "aten.t": _t,
+    "aten.transpose": _transpose,
+    "aten.permute": _permute,
+    "aten.expand": _expand,
+    "aten.slice": _slice,
+    "aten.slice_backward": _slice_backward,
+    "aten.select": _select,
+    "aten.select_backward": _select_backward,
+    "aten.unbind": _unbind,
+    "aten.stack": _stack,
+    "aten.split": _split,
+    "aten.split_with_sizes": _split,
+    "aten.cat": _cat,
+    "aten.constant_pad_nd": _pad,
+    "aten.repeat": _repeat,
+    "aten.tril": _last_two,
+    "aten.triu": _last_two,
+    **dict.fromkeys(("aten.cumsum", "aten.cumprod", "aten.flip", "aten.roll"), _along),
+    "aten.sort": _sort,
+    "aten.topk": _topk,
+}
