@@ -1,0 +1,174 @@
+"""One page about a run, `report.html`: self-contained, readable from a file, on paper, in the dark.
+
+The page loads nothing: style, script and pictures are in it, and a content security policy in its
+head forbids all else, with the script named by its digest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from datetime import UTC, datetime
+from functools import partial
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from meshwright.errors import StorageError
+from meshwright.view import findings, units
+from meshwright.view.advice import advise
+from meshwright.view.chart.gauge import error_gauge
+from meshwright.view.chart.loss import loss_chart, spark_line
+from meshwright.view.chart.memory import MOST_BARS, equal_bills, memory_chart, part_class
+from meshwright.view.chart.mesh import MOST_CELLS, mesh_picture
+from meshwright.view.chart.tape import layout_tape
+from meshwright.view.chart.time import time_chart, total_bar
+from meshwright.view.commands import target, train_command, verify_command
+from meshwright.view.folder import Folder, read_folder
+from meshwright.view.history import History
+from meshwright.view.holdings import modules, shape_text
+from meshwright.view.layouts import KINDS
+from meshwright.view.measures import measure
+from meshwright.view.runfile import Setup
+from meshwright.view.svg import both_widths
+from meshwright.view.traffic import phases
+
+__all__ = ["render_report", "write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder and return its path.
+
+    Raises:
+        UsageError: `run_dir` is no run folder.
+        StorageError: a file in it cannot be read, or the page cannot be written.
+    """
+    page = render_report(read_folder(run_dir))
+    path = run_dir / "report.html"
+    aside = run_dir / ".report.html.tmp"
+    try:
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def render_report(folder: Folder) -> str:
+    """The page, as text."""
+    environment = Environment(
+        loader=PackageLoader("meshwright.view", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(_FILTERS)
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.jinja")
+    return template.render(
+        style=Markup(_asset("report.css")),
+        script=Markup(script),
+        script_digest=digest,
+        **_facts(folder),
+        **_pictures(folder),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("meshwright.view").joinpath(name).read_text(encoding="utf-8")
+
+
+def _facts(folder: Folder) -> dict[str, Any]:
+    setup, measures = folder.setup, measure(folder)
+    return {
+        "run": folder,
+        "setup": setup,
+        "measures": measures,
+        "history": folder.history,
+        "verification": folder.verification,
+        "target": target(setup),
+        "started": _when(setup.started),
+        "modules": modules(setup.parameters, setup.axes),
+        "phases": phases(setup.collectives),
+        "advice": advise(folder, measures),
+        "train_command": train_command(setup),
+        "verify_command": verify_command(setup),
+        "kinds": KINDS,
+        "findings": {
+            "mesh": findings.mesh_finding(setup),
+            "axes": findings.axes_text(setup),
+            "loss": findings.loss_finding(folder.history, measures),
+            "time": findings.time_finding(measures),
+            "traffic": findings.traffic_finding(measures),
+            "memory": findings.memory_finding(setup),
+            "verification": findings.verification_finding(folder),
+        },
+        "memory_parts": _memory_parts(setup),
+        "hidden_bars": max(0, len(equal_bills(setup.memory)) - MOST_BARS),
+        "hidden_ranks": max(0, len(setup.ranks) - MOST_CELLS),
+    }
+
+
+def _pictures(folder: Folder) -> dict[str, Any]:
+    setup, history, measures = folder.setup, folder.history, measure(folder)
+    time = measures.time
+    return {
+        "mesh_picture": both_widths(partial(mesh_picture, setup)),
+        "loss_picture": both_widths(partial(loss_chart, history)),
+        "time_total": both_widths(partial(total_bar, time)) if time else "",
+        "time_picture": both_widths(partial(time_chart, history.steps)) if time else "",
+        "memory_picture": both_widths(partial(memory_chart, setup.memory)),
+        "sparks": _sparks(history),
+        "tape": layout_tape,
+        "gauge": error_gauge,
+    }
+
+
+def _memory_parts(setup: Setup) -> tuple[tuple[str, str], ...]:
+    """Each named part of memory and the class of its colour, for the legend."""
+    names = chain.from_iterable(entry.parts for entry in setup.memory)
+    return tuple((name, part_class(name)) for name in dict.fromkeys(name for name, _ in names))
+
+
+def _sparks(history: History) -> list[tuple[str, Markup, float]]:
+    """The user's own metrics and the learning rate: name, course, last value; at most twelve."""
+    courses: dict[str, list[tuple[int, float]]] = {}
+    for step in history.steps:
+        for name, value in step.metrics:
+            courses.setdefault(name, []).append((step.step, value))
+    shown = list(courses.items())[:12]
+    return [(name, spark_line(points), points[-1][1]) for name, points in shown]
+
+
+def _when(started: str) -> str:
+    """A start time as people write it; anything that is no time stays as it is."""
+    try:
+        moment = datetime.fromisoformat(started)
+    except ValueError:
+        return started
+    text = f"{moment.day} {moment:%B %Y, %H:%M}"
+    return f"{text} UTC" if moment.utcoffset() == UTC.utcoffset(None) else text
+
+
+def _quantity(text: str) -> Markup:
+    """Number and unit apart, so that columns of them line up."""
+    number, _, unit = text.partition(" ")
+    return Markup('<span class="q">{}<span class="u">{}</span></span>').format(number, unit)
+
+
+_FILTERS = {
+    "bytes": lambda size: _quantity(units.bytes_text(size)),
+    "bytes_text": units.bytes_text,
+    "count": units.count_text,
+    "error": units.error_text,
+    "percent": units.percent_text,
+    "seconds": units.seconds_text,
+    "shape": shape_text,
+    "value": units.value_text,
+}

@@ -1,0 +1,163 @@
+"""What `run.json` says: what was trained, under which plan, and what each rank holds and moves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.view.fields import finite, integer, mapping, mappings, numbers, shape, text
+
+__all__ = ["Axis", "Collective", "Parameter", "Rank", "RankMemory", "Setup", "parse_setup"]
+
+Axis = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A rank and its coordinate on each mesh axis, in the axes' order."""
+
+    rank: int
+    coordinates: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter: global shape and bytes, its three layouts, its shape on each rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    weights: str
+    gradients: str
+    optimizer: str
+    local: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective of one step: `bytes` are what a rank moves for all its `count` calls."""
+
+    op: str
+    axis: str
+    bytes: int
+    count: int
+    source: str
+    module: str
+    why: str
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What a rank's memory goes to: (part, bytes), largest kinds first as written."""
+
+    rank: int
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(size for _, size in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The facts of a run that do not change with its steps."""
+
+    file: str
+    name: str
+    started: str
+    status: str
+    plan: str
+    batch_size: int
+    microbatches: int
+    command: str
+    versions: tuple[tuple[str, str], ...]
+    host: tuple[tuple[str, str | float], ...]
+    axes: tuple[Axis, ...]
+    ranks: tuple[Rank, ...]
+    parameters: tuple[Parameter, ...]
+    collectives: tuple[Collective, ...]
+    memory: tuple[RankMemory, ...]
+
+
+def parse_setup(run: Mapping[str, Any]) -> Setup:
+    """The setup that the decoded `run.json` describes; what is missing is empty."""
+    mesh, batch = mapping(run.get("mesh")), mapping(run.get("batch"))
+    return Setup(
+        file=text(run.get("file")),
+        name=text(run.get("name"), "job"),
+        started=text(run.get("started")),
+        status=text(run.get("status")),
+        plan=text(run.get("plan")),
+        batch_size=integer(batch.get("batch_size")),
+        microbatches=integer(batch.get("microbatches"), 1),
+        command=_command(run.get("command")),
+        versions=tuple((k, text(v)) for k, v in mapping(run.get("versions")).items()),
+        host=tuple((k, _host(v)) for k, v in mapping(run.get("host")).items()),
+        axes=_axes(mesh.get("axes")),
+        ranks=_ranks(mesh.get("ranks")),
+        parameters=tuple(_parameter(entry) for entry in mappings(run.get("parameters"))),
+        collectives=tuple(_collective(entry) for entry in mappings(run.get("collectives"))),
+        memory=tuple(_memory(entry) for entry in mappings(run.get("memory"))),
+    )
+
+
+def _command(value: Any) -> str:
+    if isinstance(value, list):
+        return shlex.join(text(word) for word in value)
+    return text(value)
+
+
+def _host(value: Any) -> str | float:
+    number = finite(value)
+    return text(value) if number is None else number
+
+
+def _axes(value: Any) -> tuple[Axis, ...]:
+    pairs = value if isinstance(value, list) else []
+    pairs = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
+    return tuple((text(name), integer(size, 1)) for name, size in pairs)
+
+
+def _ranks(value: Any) -> tuple[Rank, ...]:
+    def one(entry: Mapping[str, Any]) -> Rank:
+        coordinates = numbers(entry.get("coordinates"))
+        return Rank(integer(entry.get("rank")), tuple((a, int(at)) for a, at in coordinates))
+
+    return tuple(one(entry) for entry in mappings(value)) or (Rank(0, ()),)
+
+
+def _parameter(entry: Mapping[str, Any]) -> Parameter:
+    local = mapping(entry.get("local"))
+    return Parameter(
+        name=text(entry.get("name")),
+        shape=shape(entry.get("shape")),
+        dtype=text(entry.get("dtype")).removeprefix("torch."),
+        bytes=integer(entry.get("bytes")),
+        weights=text(entry.get("weights", "replicated"), "none"),
+        gradients=text(entry.get("gradients", "replicated"), "none"),
+        optimizer=text(entry.get("optimizer", "replicated"), "none"),
+        local=tuple((int(rank), shape(size)) for rank, size in local.items() if rank.isdecimal()),
+    )
+
+
+def _collective(entry: Mapping[str, Any]) -> Collective:
+    return Collective(
+        op=text(entry.get("op")),
+        axis=text(entry.get("axis")),
+        bytes=integer(entry.get("bytes")),
+        count=integer(entry.get("count"), 1),
+        source=text(entry.get("source")),
+        module=text(entry.get("module")),
+        why=text(entry.get("why")),
+        phase=text(entry.get("phase"), "other"),
+    )
+
+
+def _memory(entry: Mapping[str, Any]) -> RankMemory:
+    parts = tuple((name, int(size)) for name, size in numbers(entry.get("parts")))
+    return RankMemory(integer(entry.get("rank")), parts)
