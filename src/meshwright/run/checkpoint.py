@@ -1,0 +1,209 @@
+"""Saving a checkpoint: every rank writes its shard aside, the first one makes it visible.
+
+    root/.step-00000020.tmp-<nonce>/rank0.safetensors ...   every rank writes and syncs its own
+    root/.step-00000020.tmp-<nonce>/manifest.json           the first rank, from all ranks' digests
+    root/step-00000020                                      renamed: now it is there, whole
+
+A crash at any point leaves the older checkpoints as they were. Nothing is ever unpickled, and
+loading under another plan is reading other boxes of the same entries.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meshwright.comm.base import Group
+from meshwright.errors import StorageError
+from meshwright.run.durable import discard, publish, write_file
+from meshwright.run.manifest import Entry, File, Manifest, Stored, check_meta, parse, render
+from meshwright.run.region import Region
+from meshwright.run.restore import (
+    MANIFEST,
+    Checkpoint,
+    Found,
+    newest,
+    open_checkpoint,
+    resume,
+)
+from meshwright.run.retention import doomed, is_leftover, replaced_name, step_name
+from meshwright.run.shard import Shards, dtype_name, key_of, write_shard
+from meshwright.run.together import together
+
+__all__ = [
+    "Checkpoint",
+    "Found",
+    "Piece",
+    "merge",
+    "newest",
+    "open_checkpoint",
+    "resume",
+    "save",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """This rank's box of an entry: `tensor` begins at `start` of a tensor of global `shape`.
+
+    Of replicas exactly one is `primary`, and only that is written. The primary boxes of all ranks
+    tile the entry. A rank may hold several boxes of one entry.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    tensor: Tensor
+    primary: bool = True
+
+
+def save(
+    root: Path,
+    step: int,
+    pieces: Sequence[Piece],
+    meta: Mapping[str, Any],
+    group: Group,
+    rank_index: int,
+    keep: int = 3,
+) -> Generator[Any, Any, Path]:
+    """Save the checkpoint of `step` in `root`, a folder that all hosts see; answers its folder.
+
+    The first rank's `meta` (JSON) is kept. Needs no more memory than one tensor's contiguous copy.
+    Afterwards only the newest `keep` are left, two at the least.
+
+    Raises:
+        StorageError: on every rank alike, if any could not write its part; what was saved before
+            is intact, and nothing of this one is left.
+    """
+    label = f"saving the checkpoint of step {step}"
+    first = rank_index == 0
+    names = yield from together(lambda: _begin(root, step, meta) if first else None, group, label)
+    aside = root / names[0]
+    try:
+        shards = yield from together(
+            lambda: _write(aside / f"rank{group.ranks[rank_index]}.safetensors", pieces),
+            group,
+            label,
+        )
+        yield from together(
+            lambda: _commit(aside, root, merge(step, meta, shards)) if first else None, group, label
+        )
+    except StorageError:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if first:
+        _retire(root, step, keep)
+    return root / step_name(step)
+
+
+def _begin(root: Path, step: int, meta: Mapping[str, Any]) -> str:
+    """Make the folder that ranks write to, after removing what crashed saves left."""
+    check_meta(meta)
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        if is_leftover(path.name):
+            shutil.rmtree(path)
+    name = f".{step_name(step)}.tmp-{secrets.token_hex(8)}"
+    (root / name).mkdir()
+    return name
+
+
+def _write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write this rank's primary pieces; a JSON-able account of them for the first rank."""
+    mine = [piece for piece in pieces if piece.primary]
+    tensors: dict[str, Tensor] = {}
+    for piece in mine:
+        key = key_of(piece.name, piece.start)
+        if key in tensors:
+            raise StorageError(f"two pieces of {piece.name!r} start at {list(piece.start)}")
+        dtype_name(piece.tensor.dtype)
+        tensors[key] = piece.tensor
+    held = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
+    file, digests = write_shard(path, held) if held else (None, {})
+    return {
+        "file": None if file is None else [path.name, file.bytes, file.header],
+        "pieces": [
+            [
+                piece.name,
+                dtype_name(piece.tensor.dtype),
+                list(piece.shape),
+                list(piece.start),
+                list(piece.tensor.shape),
+                digests.get(key),
+            ]
+            for key, piece in zip(tensors, mine, strict=True)
+        ],
+    }
+
+
+def merge(step: int, meta: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]) -> Manifest:
+    """The manifest of what all ranks wrote. Pure; whether pieces tile is for `parse` to say.
+
+    Raises:
+        StorageError: ranks tell different shapes or dtypes of one entry.
+    """
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    stored: dict[str, list[Stored]] = {}
+    for account in accounts:
+        for name, dtype, shape, start, local, sha256 in account["pieces"]:
+            kind = (dtype, tuple(shape))
+            if kinds.setdefault(name, kind) != kind:
+                raise StorageError(f"ranks disagree about {name!r}: {kinds[name]} and {kind}")
+            pieces = stored.setdefault(name, [])
+            if sha256 is not None:
+                region = Region(tuple(start), tuple(local))
+                pieces.append(Stored(account["file"][0], region, sha256))
+    entries = {name: Entry(*kinds[name], tuple(stored[name])) for name in sorted(kinds)}
+    files = [account["file"] for account in accounts if account["file"]]
+    return Manifest(step, meta, entries, {name: File(size, head) for name, size, head in files})
+
+
+def _commit(aside: Path, root: Path, manifest: Manifest) -> None:
+    """Write the manifest and give the folder its name."""
+    data = render(manifest)
+    parse(data)  # never leave behind what could not be read again
+    Shards(aside, manifest.files).check_lengths(manifest.files)
+    write_file(aside / MANIFEST, [data])
+    final, old = root / step_name(manifest.step), root / replaced_name(manifest.step)
+    if not final.exists():
+        publish(aside, final)
+        return
+    if old.exists():
+        _remove(old)
+    final.rename(old)
+    publish(aside, final)
+    _remove(old)
+
+
+def _retire(root: Path, step: int, keep: int) -> None:
+    names = [path.name for path in root.iterdir()]
+    for name in doomed(names, step, keep, lambda name: _sound(root / name)):
+        try:
+            _remove(root / name)
+        except OSError as error:
+            # The checkpoint is in; an old one that stays is no reason to stop a run.
+            _log.warning("could not remove the old checkpoint %s: %s", root / name, error)
+
+
+def _sound(path: Path) -> bool:
+    """Whether its manifest is valid and its files have their lengths (no digest is compared)."""
+    try:
+        open_checkpoint(path).close()
+    except StorageError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    name = path.name.removesuffix(".replaced")
+    discard(path, path.with_name(f".{name}.old-{secrets.token_hex(8)}"))
