@@ -1,1 +1,1 @@
-"""Starting ranks, the contract between them, and what is said when one fails."""
+"""Starting worlds: the contract, the local supervisor, the worker's end of it."""

@@ -1,0 +1,89 @@
+"""The ledger: the last collective this rank entered and left. Always on, a few words per call.
+
+When a rank stalls or a peer is lost, the ledgers of all ranks side by side say who is behind and
+what everybody waits for. A ledger is written as JSON to `<run>/ledger/rank<K>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from meshwright.comm.base import Start
+
+__all__ = ["Entry", "Ledger", "describe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One collective: its number on this rank (from 1), what it was, how many bytes it brought."""
+
+    number: int
+    op: str
+    axis: str
+    ranks: tuple[int, ...]
+    label: str
+    bytes: int
+
+    def text(self) -> str:
+        """As in `#12 all_reduce over data (blocks.3.attn)`."""
+        return f"#{self.number} {phrase(self.op, self.axis, self.label)}"
+
+
+@final
+@dataclass(slots=True)
+class Ledger:
+    """Counts collectives entered and left by one rank and remembers the last of each."""
+
+    rank: int
+    entered: int = 0
+    left: int = 0
+    last_entered: Entry | None = None
+    last_left: Entry | None = None
+    began: float = field(default_factory=time.time)
+
+    def enter(self, request: Start) -> Entry:
+        """Note that this rank starts `request`."""
+        self.entered += 1
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in request.tensors)
+        group = request.group
+        self.last_entered = Entry(
+            self.entered, request.op, group.axis, group.ranks, request.label, moved
+        )
+        return self.last_entered
+
+    def leave(self, entry: Entry) -> None:
+        """Note that the collective of `entry` has been waited for."""
+        self.left += 1
+        self.last_left = entry
+
+    def head(self) -> dict[str, Any]:
+        """A JSON-able summary: counts, and the texts of the last entered and left."""
+        return {
+            "rank": self.rank,
+            "entered": self.entered,
+            "left": self.left,
+            "last_entered": self.last_entered.text() if self.last_entered else None,
+            "last_left": self.last_left.text() if self.last_left else None,
+            "began": self.began,
+        }
+
+    def dump(self, run_dir: Path) -> Path:
+        """Write the head to `run_dir/ledger/rank<K>.json` and return that path."""
+        path = run_dir / "ledger" / f"rank{self.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.head(), indent=1) + "\n")
+        return path
+
+
+def describe(request: Start) -> str:
+    """As in `all_reduce over data (blocks.3.attn)`: for error messages."""
+    return phrase(request.op, request.group.axis, request.label)
+
+
+def phrase(op: str, axis: str, label: str) -> str:
+    """The words for a collective; an empty label is left out."""
+    return f"{op} over {axis}" + (f" ({label})" if label else "")

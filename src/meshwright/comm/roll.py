@@ -1,0 +1,199 @@
+"""Who is still here: every rank's card, and how to find out which rank is gone.
+
+gloo says that a connection broke, not whose. Ranks therefore leave a card in the store (host and
+process id) when they join; on one host the kernel knows whether that process lives, and ranks on
+other hosts are asked to answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import final
+
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+
+from meshwright.comm.base import World
+from meshwright.errors import PeerLost, Stalled
+
+__all__ = ["Card", "Roll", "named", "own_card"]
+
+_SLICE = 0.25
+_ANSWER_WITHIN = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Where a rank runs. `machine` names a host and its process-id namespace."""
+
+    rank: int
+    pid: int
+    host: str
+    machine: str
+
+    def alive(self) -> bool | None:
+        """Whether the process runs; None when it is on another machine."""
+        if self.machine != _machine():
+            return None
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@final
+class Roll:
+    """The cards of a world, and what its ranks have said about one another."""
+
+    def __init__(self, store: Store, world: World, cards: tuple[Card, ...]) -> None:
+        """Use `Roll.join`."""
+        self._store, self._world, self._cards = store, world, cards
+
+    @classmethod
+    def join(cls, store: Store, world: World, seconds: float) -> Roll:
+        """Leave this rank's card and wait for everybody's.
+
+        Raises:
+            Stalled: somebody did not come in `seconds`; names who.
+        """
+        store.set(f"card/{world.rank}", json.dumps(asdict(own_card(world.rank))))
+        roll = cls(store, world, ())
+        ranks = range(world.size)
+        roll.arrive("card", ranks, seconds, "joining the world")
+        cards = tuple(Card(**json.loads(store.get(f"card/{rank}"))) for rank in ranks)
+        return cls(store, world, cards)
+
+    def arrive(self, place: str, ranks: Sequence[int], seconds: float, what: str) -> None:
+        """Wait until all `ranks` have set `place/<rank>`.
+
+        Raises:
+            Stalled: after `seconds`; names the ranks that have not come.
+            PeerLost: somebody said meanwhile that it is gone.
+        """
+        end = time.monotonic() + seconds
+        missing = list(ranks)
+        while missing:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise Stalled(
+                    f"{what}: no sign of {named(missing)} after {seconds:g} s; "
+                    "see the logs of those ranks, or give more time with --timeout"
+                )
+            self._wait([f"{place}/{rank}" for rank in missing], min(left, _SLICE), what)
+            missing = [rank for rank in missing if not self._has(f"{place}/{rank}", what)]
+            if missing:
+                self.check_news(what)
+
+    def sign(self, place: str) -> None:
+        """Set `place/<this rank>`, for others' `arrive`."""
+        self._store.set(f"{place}/{self._world.rank}", "here")
+
+    def check_news(self, what: str) -> None:
+        """Raise PeerLost if some rank has said that it is gone or that somebody is."""
+        if self._has("lost", what):
+            raise PeerLost(f"{what} cannot finish: " + self._store.get("lost").decode())
+
+    def tell(self, reason: str) -> None:
+        """Say for all to read why the world cannot go on; the first word stands."""
+        with suppress(DistError, RuntimeError):  # no store, and so nobody who could read this
+            self._store.compare_set("lost", "", reason)
+
+    def gone(self) -> str:
+        """After a broken connection: which rank is missing, in words, as far as can be known."""
+        with suppress(DistError, RuntimeError):  # below it is found out who kept the store
+            self.sign("answer")
+        end = time.monotonic() + _ANSWER_WITHIN
+        while True:
+            dead = [card for card in self._cards if card.alive() is False]
+            if dead:
+                return ", ".join(f"rank {card.rank} (pid {card.pid})" for card in dead) + " is gone"
+            if not self._listen(end):
+                return self._silent()
+
+    def waits(self, place: str) -> None:
+        """Let others know in which collective this rank has been waiting for a while."""
+        try:
+            self._store.set(f"at/{self._world.rank}", place)
+        except (DistError, RuntimeError):
+            raise PeerLost(f"{place} cannot finish: {self.gone()}") from None
+
+    def goes_on(self) -> None:
+        """Take back `waits`."""
+        with suppress(DistError, RuntimeError):  # a lost store shows at the next collective
+            self._store.delete_key(f"at/{self._world.rank}")
+
+    def whereabouts(self, ranks: Sequence[int]) -> dict[int, str]:
+        """In which collective each of `ranks` waits; those that wait in none are left out."""
+        with suppress(DistError, RuntimeError):
+            self._store.wait([f"at/{rank}" for rank in ranks], timedelta(seconds=_ANSWER_WITHIN))
+        found = {}
+        for rank in ranks:
+            with suppress(DistError, RuntimeError):
+                if self._store.check([f"at/{rank}"]):
+                    found[rank] = self._store.get(f"at/{rank}").decode()
+        return found
+
+    def leave(self, seconds: float, *, keeper: bool) -> None:
+        """Say goodbye; the store's keeper waits up to `seconds` for the others to do so."""
+        with suppress(DistError, RuntimeError):  # then there is nobody left to say it to
+            self.sign("left")
+            if keeper:
+                keys = [f"left/{card.rank}" for card in self._cards]
+                self._store.wait(keys, timedelta(seconds=seconds))
+
+    def _listen(self, end: float) -> bool:
+        """Wait a moment for answers; False when time is up or all have answered."""
+        keys = [f"answer/{card.rank}" for card in self._cards]
+        try:
+            self._store.wait(keys, timedelta(seconds=_ANSWER_WITHIN / 10))
+        except (DistError, RuntimeError):
+            return time.monotonic() < end
+        return False
+
+    def _silent(self) -> str:
+        try:
+            quiet = [c.rank for c in self._cards if not self._store.check([f"answer/{c.rank}"])]
+        except (DistError, RuntimeError):
+            return "rank 0, which keeps the store, does not answer"
+        if not quiet:
+            return "a connection broke although every rank still answers"
+        return f"{named(quiet)} did not answer within {_ANSWER_WITHIN:g} s"
+
+    def _wait(self, keys: list[str], seconds: float, what: str) -> None:
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except DistError:
+            self._has(keys[0], what)  # late, or the store is gone: this tells
+
+    def _has(self, key: str, what: str) -> bool:
+        try:
+            return bool(self._store.check([key]))
+        except (DistError, RuntimeError):
+            raise PeerLost(f"{what} cannot finish: {self.gone()}") from None
+
+
+def own_card(rank: int) -> Card:
+    """This process's card."""
+    return Card(rank, os.getpid(), socket.gethostname(), _machine())
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    try:
+        return boot.read_text().strip() + str(namespace.readlink())
+    except OSError:
+        return socket.gethostname()
+
+
+def named(ranks: Sequence[int]) -> str:
+    """As in `rank 2` or `ranks 0, 2`."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,87 @@
+"""The worker's end of a launch: every way to fail leaves a record, tells the others, and ends.
+
+A process that is stuck in a collective cannot be unwound: gloo's threads block its teardown. So a
+failing rank writes what it has to say and leaves by `os._exit`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import NoReturn
+
+from meshwright.comm.torchdist import TorchDist
+from meshwright.launch.connect import connect
+from meshwright.launch.contract import Contract
+from meshwright.launch.failure import describe, record, render
+
+__all__ = ["end", "guard", "serve"]
+
+
+def serve(contract: Contract, body: Callable[[TorchDist], int]) -> int:
+    """Join the world, run `body`, leave, and return its exit status; an error ends the process.
+
+    For processes that are ranks and nothing else, such as `mw train` under a launcher.
+    """
+    comm: TorchDist | None = None
+    try:
+        comm = connect(contract)
+        status = body(comm)
+        comm.close()
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001  every way to fail must reach the other ranks
+        end(contract, comm, error)
+    return status
+
+
+def guard(contract: Contract, comm: TorchDist) -> None:
+    """Let an exception that nobody catches end this process as `end` does.
+
+    For a script with its own loop, where our code is not around the user's.
+    """
+
+    def hook(
+        _kind: type[BaseException], error: BaseException, _trace: TracebackType | None
+    ) -> None:
+        end(contract, comm, error)
+
+    sys.excepthook = hook
+    with suppress(OSError, ValueError):  # stderr may be no real file, as in a notebook
+        faulthandler.enable()
+
+
+def end(contract: Contract, comm: TorchDist | None, error: BaseException) -> NoReturn:
+    """Record `error`, tell the other ranks, and end this process with the error's status."""
+    rank = contract.world.rank
+    failure = describe(rank, error)
+    if comm is not None:
+        comm.abandon(f"{failure.kind}: {failure.message.splitlines()[0]}")
+    run_dir = contract.run_dir
+    if run_dir is not None:
+        with suppress(OSError):  # a full disk must not hide the error itself
+            record(run_dir, rank, error)
+            if comm is not None:
+                comm.ledger.dump(run_dir)
+    _say(contract, error, render([failure], world=contract.world.size))
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(failure.status)
+
+
+def _say(contract: Contract, error: BaseException, text: str) -> None:
+    """The whole traceback to this rank's log; the short text where nobody else prints it."""
+    whole = "".join(traceback.format_exception(error))
+    if contract.supervised and contract.run_dir is not None:
+        log = contract.run_dir / "logs" / f"rank{contract.world.rank}.log"
+        with suppress(OSError), log.open("a") as file:
+            file.write(whole)
+        return
+    with suppress(OSError, ValueError):
+        print(text if contract.world.size > 1 else whole, file=sys.stderr)  # noqa: T201
