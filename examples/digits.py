@@ -3,9 +3,9 @@
     mw train examples/digits.py
     mw train examples/digits.py --ranks 2 --set normalize_over=16
 
-The 1,797 images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. Batch norm shares its
-statistics over `normalize_over` samples (the whole batch unless told), however many devices there
-are.
+The 1,797 images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. Batch norm shares
+its statistics over `normalize_over` samples (the whole batch unless told), however many devices
+there are.
 """
 
 from __future__ import annotations

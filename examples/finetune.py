@@ -60,7 +60,7 @@ def build(folder: str | Path) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            module.requires_grad_(False)
+            module.requires_grad_(requires_grad=False)
     return model
 
 
