@@ -24,6 +24,7 @@ __all__ = [
     "time_finding",
     "traffic_finding",
     "verification_finding",
+    "verification_text",
 ]
 
 
@@ -115,10 +116,11 @@ def verification_finding(folder: Folder) -> str:
     result = folder.verification
     if result is None:
         return "Not compared with one device yet"
-    return _verified(result)
+    return verification_text(result)
 
 
-def _verified(result: Verification) -> str:
+def verification_text(result: Verification) -> str:
+    """The verdict in a sentence."""
     worst = max((error for _, error in result.errors), default=0.0)
     if not result.passed:
         return f"Not the numbers of one device: worst relative error {error_text(worst)}"
