@@ -50,8 +50,10 @@ def tiny_gpt2(folder: Path = CACHE) -> Path:
         AutoModelForCausalLM.from_config(config).save_pretrained(aside)
     try:
         aside.rename(folder)
-    except OSError:  # another rank was first
+    except OSError:
         shutil.rmtree(aside)
+        if not (folder / "config.json").exists():  # else another rank was first
+            raise
     return folder
 
 
