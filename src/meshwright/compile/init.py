@@ -1,0 +1,235 @@
+"""Initialisation: a model built without memory, whose tensors can be made one at a time.
+
+The factory runs once on fake tensors while every op is written on a tape, its random draws keyed by
+(seed, order). Any tensor can then be replayed alone (the ops that wrote its storage, and what those
+read), sliced and freed: a rank's peak is its shards plus the largest tensor, and the numbers are
+the same under every plan, and the same as the factory's own run under `seeded`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from meshwright.compile.random import RandomMode, draw, draw_op, position_operand
+from meshwright.errors import UserCodeError
+
+__all__ = ["Blueprint", "blueprint", "seeded"]
+
+_STREAM = 2**40
+"""Initialisation draws from streams of its own, far from those of training steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One op on the tape: what it was given, what it made, which storages it read and wrote."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    reads: frozenset[int]
+    writes: frozenset[int]
+
+
+class _Tape(TorchDispatchMode):
+    """Writes down every op that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[_Entry] = []
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = _storages(result)
+        given = _storages((args, kwargs))
+        mutates = func._schema.is_mutable
+        writes = made | (_mutated(func, args, kwargs) if mutates else frozenset())
+        self.entries.append(_Entry(func, args, kwargs, result, given, writes))
+        return result
+
+
+def _storages(tree: Any) -> frozenset[int]:
+    return frozenset(_storage(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _mutated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
+    found: set[int] = set()
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found |= _storages(value)
+    return frozenset(found)
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """A model on fake tensors, and how to make each of its tensors.
+
+    Attributes:
+        module: the user's module, with fake parameters and buffers.
+        parameters: name -> fake parameter; a tied one stands under its first name only.
+        tied: other name -> the name that it is tied to.
+        buffers: name -> fake buffer.
+        constants: name -> tensor that is a plain attribute of a module.
+        notes: what the user should be told.
+    """
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    tied: dict[str, str]
+    buffers: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)
+    tape: list[_Entry] = field(default_factory=list)
+
+    def make(self, tensor: Tensor) -> Tensor:
+        """The real tensor that `tensor` (one of this blueprint's) stands for, alone in memory."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor.detach().clone()
+        needed = {_storage(tensor)}
+        chain: list[_Entry] = []
+        for entry in reversed(self.tape):
+            if entry.writes & needed:
+                chain.append(entry)
+                needed |= entry.reads
+        real: dict[int, Any] = {}
+        with torch.no_grad():
+            for entry in reversed(chain):
+                args, kwargs = pytree.tree_map(lambda x: _real(x, real), (entry.args, entry.kwargs))
+                made = entry.function(*args, **kwargs)
+                for fake, value in zip(
+                    pytree.tree_leaves(entry.result), pytree.tree_leaves(made), strict=True
+                ):
+                    real[id(fake)] = value
+        found = real.get(id(tensor))
+        if found is None:  # a Parameter wraps the tensor that the tape knows
+            found = next(real[id(e.result)] for e in reversed(chain) if _same(e.result, tensor))
+        return found.detach()  # type: ignore[no-any-return]
+
+
+def _same(made: Any, tensor: Tensor) -> bool:
+    return (
+        isinstance(made, Tensor)
+        and _storage(made) == _storage(tensor)
+        and made.shape == tensor.shape
+        and made.stride() == tensor.stride()
+        and made.storage_offset() == tensor.storage_offset()
+    )
+
+
+def _real(value: Any, real: Mapping[int, Any]) -> Any:
+    if isinstance(value, FakeTensor):
+        return real[id(value)]
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a model factory for real, with the draws that `blueprint` records."""
+    place = position_operand(seed, 0, 0, 0)
+
+    def emit(kind: str, size: Any, n: int) -> Tensor:
+        return draw(kind, size, _STREAM + n, None, 0, place)
+
+    with _python_seeded(seed), RandomMode(emit):
+        yield
+
+
+@contextlib.contextmanager
+def _python_seeded(seed: int) -> Iterator[None]:
+    """Python's and numpy's generators seeded alike on every rank, and restored."""
+    before, before_numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
+
+
+def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
+    """Run `factory` on fake tensors and keep the tape.
+
+    A factory that reads its tensors' values (`.item()`, `from_pretrained`) is run for real.
+    """
+    place = position_operand(seed, 0, 0, 0)
+    mode, tape = FakeTensorMode(allow_non_fake_inputs=True), _Tape()
+
+    def emit(kind: str, size: Any, n: int) -> Tensor:
+        return draw_op(kind, size, _STREAM + n, -1, 1, 1, 0, place)
+
+    notes: list[str] = []
+    try:
+        with _python_seeded(seed), mode, tape, RandomMode(emit):
+            module = factory()
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        notes.append(
+            f"the model factory reads tensor values ({type(error).__name__}), so each rank builds"
+            " the whole model once before it keeps its shards"
+        )
+        with seeded(seed):
+            module = factory()
+    if not isinstance(module, nn.Module):
+        raise UserCodeError(
+            f"model() returned {type(module).__name__}, but must return a torch.nn.Module"
+        )
+    return _named(module, tape.entries, notes)
+
+
+def _named(module: nn.Module, tape: list[_Entry], notes: list[str]) -> Blueprint:
+    parameters: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            parameters[name] = tensor
+    buffers = dict(module.named_buffers())
+    return Blueprint(module, parameters, tied, buffers, _constants(module), notes, tape)
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules keep as plain attributes, by path."""
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                found[f"{path}.{name}" if path else name] = value
+    return found
