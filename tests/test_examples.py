@@ -88,8 +88,9 @@ def test_a_job_function_has_a_type_and_a_default_for_every_set_key(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_model_can_be_built_on_the_meta_device(name, tiny):
+    job = made(name, tiny)
     with torch.device("meta"):
-        model = made(name, tiny).model()
+        model = job.model()
     assert all(value.is_meta for value in model.parameters())
 
 
