@@ -22,7 +22,7 @@ from torch import Tensor
 
 from meshwright.comm.base import Group
 from meshwright.errors import StorageError
-from meshwright.run.durable import discard, publish, write_file
+from meshwright.run.durable import discard, make_folder, publish, write_file
 from meshwright.run.manifest import Entry, File, Manifest, Stored, check_meta, parse, render
 from meshwright.run.region import Region
 from meshwright.run.restore import (
@@ -109,7 +109,7 @@ def save(
 def _begin(root: Path, step: int, meta: Mapping[str, Any]) -> str:
     """Make the folder that ranks write to, after removing what crashed saves left."""
     check_meta(meta)
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     for path in root.iterdir():
         if is_leftover(path.name):
             shutil.rmtree(path)
@@ -120,28 +120,27 @@ def _begin(root: Path, step: int, meta: Mapping[str, Any]) -> str:
 
 def _write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     """Write this rank's primary pieces; a JSON-able account of them for the first rank."""
-    mine = [piece for piece in pieces if piece.primary]
+    mine = [(piece, key_of(piece.name, piece.start)) for piece in pieces if piece.primary]
     tensors: dict[str, Tensor] = {}
-    for piece in mine:
-        key = key_of(piece.name, piece.start)
+    for piece, key in mine:
         if key in tensors:
             raise StorageError(f"two pieces of {piece.name!r} start at {list(piece.start)}")
-        dtype_name(piece.tensor.dtype)
-        tensors[key] = piece.tensor
-    held = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
-    file, digests = write_shard(path, held) if held else (None, {})
+        if piece.tensor.numel():
+            tensors[key] = piece.tensor
+    kinds = [dtype_name(piece.tensor.dtype) for piece, _ in mine]
+    file, digests = write_shard(path, tensors) if tensors else (None, {})
     return {
         "file": None if file is None else [path.name, file.bytes, file.header],
         "pieces": [
             [
                 piece.name,
-                dtype_name(piece.tensor.dtype),
+                kind,
                 list(piece.shape),
                 list(piece.start),
                 list(piece.tensor.shape),
-                digests.get(key),
+                digests[key] if piece.tensor.numel() else None,
             ]
-            for key, piece in zip(tensors, mine, strict=True)
+            for kind, (piece, key) in zip(kinds, mine, strict=True)
         ],
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from meshwright.errors import StorageError
 
-__all__ = ["discard", "opened", "publish", "read_small", "sync_folder", "write_file"]
+__all__ = ["discard", "make_folder", "opened", "publish", "read_small", "sync_folder", "write_file"]
 
 _CHUNK = 8 << 20
 
@@ -56,13 +56,26 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems keep names safe themselves, and know no sync of a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, for good."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def discard(folder: Path, aside: Path) -> None:
     """Remove a folder; it vanishes in one step, so no reader meets half of it."""
     folder.rename(aside)
+    sync_folder(aside.parent)
     shutil.rmtree(aside)
 
 
