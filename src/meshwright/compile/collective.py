@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,10 +89,20 @@ def local_move(op: Op, tensor: Tensor, coordinates: Mapping[str, int]) -> Tensor
     args: tuple[Any, ...] = op.args[1:]
     index = coordinates[args[0]]
     if op.name == "comm.slice":
-        return _narrow(tensor, args[1], index)
+        # What follows may be a view, which the whole tensor allowed and a cut one would not.
+        return _narrow(tensor, args[1], index).contiguous()
     if index == 0:
         return tensor
-    if args[1] == "sum":
-        return torch.zeros_like(tensor)
-    info = torch.finfo(tensor.dtype) if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
-    return torch.full_like(tensor, info.min if args[1] == "max" else info.max)
+    return torch.full_like(tensor, _neutral(args[1], tensor.dtype))
+
+
+def _neutral(reduction: str, dtype: torch.dtype) -> float:
+    """What changes nothing under the reduction."""
+    if reduction == "sum":
+        return 0
+    if dtype == torch.bool:
+        return reduction == "min"
+    if dtype.is_floating_point:
+        return -math.inf if reduction == "max" else math.inf
+    info = torch.iinfo(dtype)
+    return info.min if reduction == "max" else info.max
