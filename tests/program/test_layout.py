@@ -1,0 +1,124 @@
+"""Layouts: local shapes, slabs and boxes agree with splitting an array of indices."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.plan.mesh import Axis
+from meshwright.program.layout import (
+    REPLICATED,
+    Layout,
+    Partial,
+    Shard,
+    chunk,
+    local_shape,
+    region,
+    slab,
+)
+from tests.program.worlds import axes_of, everywhere, factored, held, layouts, meshes
+
+
+@st.composite
+def cases(draw, whole_dims=False):
+    axes = draw(meshes())
+    shape, shards = draw(factored())
+    if whole_dims:
+        shards = [Shard(dim) for dim in range(len(shape))]
+    return shape, axes, draw(layouts(axes, shards))
+
+
+@given(n=st.integers(0, 50), parts=st.integers(1, 9))
+def test_chunks_are_those_of_array_split(n, parts):
+    found = [chunk(n, parts, k) for k in range(parts)]
+    wanted = np.array_split(np.arange(n), parts)
+    assert [length for _, length in found] == [len(part) for part in wanted]
+    assert [list(range(s, s + m)) for s, m in found] == [part.tolist() for part in wanted]
+
+
+@given(case=cases())
+def test_local_shapes_are_those_of_the_split_array(case):
+    shape, axes, layout = case
+    for here in everywhere(axes):
+        assert local_shape(shape, layout, axes, here) == held(shape, layout, axes, here).shape
+
+
+@given(case=cases())
+def test_the_ranks_together_hold_each_element_once(case):
+    shape, axes, layout = case
+    copies = 1
+    for axis in axes:
+        copies *= 1 if isinstance(layout.on(axis.name), Shard) else axis.size
+    seen = np.zeros(int(np.prod(shape)), int)
+    for here in everywhere(axes):
+        np.add.at(seen, held(shape, layout, axes, here).ravel(), 1)
+    assert (seen == copies).all()
+    total = sum(np.prod(local_shape(shape, layout, axes, here)) for here in everywhere(axes))
+    assert total == copies * np.prod(shape)
+
+
+@given(case=cases())
+def test_slabs_cut_the_local_array_as_the_layout_says(case):
+    """Narrowing what is held without an axis, by that axis's slab, gives what is held with it."""
+    shape, axes, layout = case
+    for here in everywhere(axes):
+        for number, axis in enumerate(axes):
+            shard = layout.on(axis.name)
+            if not isinstance(shard, Shard) or shard in [
+                layout.on(a.name) for a in axes[number + 1 :]
+            ]:
+                continue  # a later axis nests inside: the slab is of the innermost only
+            without = layout.change(axes, axis.name, None)
+            base = held(shape, without, axes, here)
+            found = slab(shape, layout, axes, here, axis.name, shard)
+            assert found.outer * found.n * found.unit == base.shape[shard.dim]
+            seen = base.reshape(
+                *base.shape[: shard.dim], found.outer, found.n, found.unit,
+                *base.shape[shard.dim + 1 :],
+            )  # fmt: skip
+            for k in range(axis.size):
+                start, length = found.starts[k], found.lengths[k]
+                cut = np.take(seen, range(start, start + length), axis=shard.dim + 1)
+                wanted = held(shape, layout, axes, {**here, axis.name: k})
+                assert cut.reshape(wanted.shape).tolist() == wanted.tolist()
+
+
+@given(case=cases(whole_dims=True))
+def test_a_box_is_what_is_held_of_whole_dims(case):
+    shape, axes, layout = case
+    whole = np.arange(int(np.prod(shape))).reshape(shape)
+    for here in everywhere(axes):
+        box = region(shape, layout, axes, here)
+        cut = whole[tuple(slice(start, start + length) for start, length in box)]
+        assert cut.tolist() == held(shape, layout, axes, here).tolist()
+
+
+@given(units=st.integers(1, 4), n=st.integers(1, 7), sizes=st.lists(st.integers(1, 3), max_size=3))
+def test_a_box_of_granules_keeps_them_whole(units, n, sizes):
+    axes = axes_of(*sizes)
+    layout = Layout.of(axes, {axis.name: Shard(0, 1, units) for axis in axes})
+    for here in everywhere(axes):
+        ((start, length),) = region((n * units,), layout, axes, here)
+        assert list(range(start, start + length)) == held((n * units,), layout, axes, here).tolist()
+
+
+def test_a_fused_projection_keeps_each_head_whole():
+    axes = axes_of(2)
+    qkv = Layout.of(axes, {"data": Shard(0, outer=3, unit=4)})  # 3 x 2 heads x 4
+    assert held((24,), qkv, axes, {"data": 1}).tolist() == [
+        4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23,
+    ]  # fmt: skip
+    assert local_shape((24,), qkv, axes, {"data": 1}) == (12,)
+
+
+def test_a_layout_is_ordered_as_the_mesh_and_says_so():
+    axes = (Axis("data", 2), Axis("tensor", 2))
+    layout = Layout.of(axes, {"tensor": Shard(1, 3, 8), "data": Partial()})
+    assert layout.placements == (("data", Partial()), ("tensor", Shard(1, 3, 8)))
+    assert str(layout) == "partial(sum) over data, sharded(1 in (3, n, 8)) over tensor"
+    assert layout.partial_axes == ("data",)
+    assert layout.change(axes, "data", None) == Layout.of(axes, {"tensor": Shard(1, 3, 8)})
+    assert layout.on("context") is None
+    assert str(REPLICATED) == "replicated"
+    assert Layout.of(axes, {"data": None, "tensor": None}) == REPLICATED
