@@ -58,7 +58,7 @@ class Console:
             clock: a monotonic clock in seconds.
         """
         stream = sys.stderr if stream is None else stream
-        terminal = Terminal(file=stream, highlight=False, soft_wrap=True)
+        terminal = _Terminal(file=stream, highlight=False, soft_wrap=True)
         if live is None:
             live = stream.isatty() and not terminal.is_dumb_terminal
         self._display: _Display = _Live(terminal) if live else _Lines(stream)
@@ -183,6 +183,13 @@ class _Lines:
 
     def close(self) -> None:
         return
+
+
+class _Terminal(Terminal):
+    """A terminal whose end is not the program's: rich's own exits the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class _Live:

@@ -25,6 +25,7 @@ from meshwright.view.chart.gauge import error_gauge
 from meshwright.view.chart.loss import loss_chart, spark_line
 from meshwright.view.chart.memory import MOST_BARS, equal_bills, memory_chart, part_class
 from meshwright.view.chart.mesh import MOST_CELLS, mesh_picture
+from meshwright.view.chart.smooth import FEW
 from meshwright.view.chart.tape import layout_tape
 from meshwright.view.chart.time import time_chart, total_bar
 from meshwright.view.commands import target, train_command, verify_command
@@ -91,6 +92,7 @@ def _facts(folder: Folder) -> dict[str, Any]:
         "setup": setup,
         "measures": measures,
         "history": folder.history,
+        "smooth": len(folder.history.steps) >= FEW,
         "verification": folder.verification,
         "target": target(setup),
         "started": _when(setup.started),

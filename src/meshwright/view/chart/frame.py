@@ -44,9 +44,7 @@ class Frame:
                 *(self._row(value, y_text(value)) for value in rows),
                 *(self._column(value) for value in self._step_ticks()),
                 el("text", y_title, x=0, y=12, class_="axis-title"),
-                el(
-                    "text", "step", x=self.x.start - 8, y=self.y.start + 20, class_="axis-title end"
-                ),
+                el("text", "step", x=0, y=self.y.start + 20, class_="axis-title"),
             ]
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from meshwright.view.chart.frame import Frame, hover_json
-from meshwright.view.chart.smooth import Bin, Point, bins, smoothed
+from meshwright.view.chart.smooth import FEW, Bin, Point, bins, smoothed
 from meshwright.view.history import History
 from meshwright.view.svg import Scale, el, join, picture, tip
 from meshwright.view.units import value_text
@@ -55,8 +55,8 @@ def _course(frame: Frame, raw: Sequence[Bin], course: Sequence[Point], most: int
     if len(course) == 1:
         return _dot(frame, course[0], "dot train")
     means = [(b.middle, b.mean) for b in bins(course, most)]
-    few = len(course) < 20
-    dots = [_dot(frame, point, "dot train") for point in course] if few else []
+    shown = course if len(course) < FEW else ()
+    dots = [_dot(frame, point, "dot train") for point in shown]
     return join([_band(frame, raw), _line(frame, means, "line train"), *dots])
 
 

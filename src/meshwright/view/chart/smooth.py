@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
-__all__ = ["Bin", "bins", "chunks", "smoothed"]
+__all__ = ["FEW", "Bin", "bins", "chunks", "smoothed"]
 
 Point = tuple[int, float]
 Item = TypeVar("Item")
+
+# Below so many points each is shown by itself.
+FEW = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,10 @@ def bins(points: Sequence[Point], most: int) -> tuple[Bin, ...]:
 def smoothed(points: Sequence[Point]) -> tuple[Point, ...]:
     """Each point averaged with a hundredth of all on either side, which lags behind no slope.
 
-    Fewer than 20 points are left as they are: an average would hide what little there is.
+    Fewer than `FEW` are left as they are: an average would hide what little there is.
     """
     count = len(points)
-    if count < 20:
+    if count < FEW:
         return tuple(points)
     reach = max(2, count // 100)
     sums = [0.0, *accumulate(value for _, value in points)]
