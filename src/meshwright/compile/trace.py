@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from meshwright.compile.decompose import DECOMPOSITIONS
-from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value
+from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
-__all__ = ["Places", "Tagger", "trace_function"]
+__all__ = ["Places", "Tagger", "is_user_file", "trace_function", "user_line"]
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -103,12 +103,17 @@ class Tagger(TorchDispatchMode):
         self.stack.pop()
 
 
+def is_user_file(file: str) -> bool:
+    """Whether code of this file is neither torch's, nor ours, nor generated."""
+    return not file.startswith((_TORCH, _OURS, "<"))
+
+
 def user_line() -> str:
     """`file:line` of the nearest frame that is neither torch's nor ours; the full path."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _OURS, "<")):
+        if is_user_file(file):
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
@@ -203,6 +208,9 @@ class _Reader:
         if name in _SAME:
             self.number[node] = self.number[node.args[0]]  # type: ignore[index]
             return
+        if name == "aten.copy.default" and self._same_form(node):
+            self.number[node] = self.number[node.args[1]]  # type: ignore[index]
+            return
         made = node.meta["val"]
         packed = isinstance(made, (tuple, list))
         if packed:
@@ -235,6 +243,11 @@ class _Reader:
         )
         self.ops.append(_canonical(op, self.values))
 
+    def _same_form(self, node: Node) -> bool:
+        """Whether copying makes nothing new: source and destination alike."""
+        target, source = (self.values[self.number[arg]] for arg in node.args[:2])  # type: ignore[index]
+        return target == source
+
     def read(self, inputs: Sequence[str], outputs: Sequence[str]) -> Program:
         names = iter(inputs)
         named: list[tuple[str, int]] = []
@@ -256,7 +269,9 @@ class _Reader:
             elif node.op == "output":
                 found = [self.number[n] for n in node.args[0]]
                 delivered = list(zip(outputs, found, strict=True))
-        return Program(tuple(self.values), tuple(named), tuple(self.ops), tuple(delivered))
+        return without_dead_ops(
+            Program(tuple(self.values), tuple(named), tuple(self.ops), tuple(delivered))
+        )
 
 
 def _attribute(graph: GraphModule, path: str) -> Tensor:
@@ -270,8 +285,6 @@ def _attribute(graph: GraphModule, path: str) -> Tensor:
 def _canonical(op: Op, values: Sequence[Value]) -> Op:
     """Squeezes become views: a local dim of size one must not vanish."""
     if op.base == "aten.squeeze":
-        from dataclasses import replace
-
         made = op.results[0]
         return replace(op, name="aten.view.default", args=(op.args[0], values[made].shape))
     return op

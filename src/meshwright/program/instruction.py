@@ -37,7 +37,7 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        segment: what a Run calls, or which collective a Start begins; an index into the list's
+        segment: what a Run calls, or which collective a Start begins and a Wait ends; an index into the list's
             `segments` or `calls`.
         microbatch: which micro-batch it serves; None for what is done once a step.
         version: of the weights it reads (0 is the newest).
@@ -205,6 +205,7 @@ def run_pieces(
     later.reverse()
 
     found: list[Instruction] = []
+    calls: dict[int, int] = {}
     for piece, wanted in zip(cut, later, strict=True):
         if piece.kind == "run":
             segment, reads, gives = segments_of(program, piece.ops, wanted)
@@ -217,19 +218,22 @@ def run_pieces(
         assert isinstance(axis, str)
         result = name(op.results[0])
         if piece.kind == "start":
-            found.append(
-                Instruction(
-                    "Start",
-                    table.call(op),
-                    microbatch,
-                    0,
-                    (name(op.inputs[0]),),
-                    (f"~{result}",),
-                    axis,
-                )
+            calls[op.results[0]] = table.call(op)
+            begun = Instruction(
+                "Start",
+                calls[op.results[0]],
+                microbatch,
+                0,
+                (name(op.inputs[0]),),
+                (f"~{result}",),
+                axis,
             )
+            found.append(begun)
         else:
-            found.append(Instruction("Wait", None, microbatch, 0, (f"~{result}",), (result,), axis))
+            number = calls[op.results[0]]
+            found.append(
+                Instruction("Wait", number, microbatch, 0, (f"~{result}",), (result,), axis)
+            )
     return (*_with_frees(found, {name(v) for v in delivered}, set(outside.values())),)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Value",
     "map_refs",
     "refs",
+    "without_dead_ops",
 ]
 
 ITEMSIZE = {
@@ -142,6 +143,17 @@ class Program:
         content = [[(v.dtype, v.shape) for v in self.values], self.inputs, bare, self.outputs]
         text = json.dumps(content, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_dead_ops(program: Program) -> Program:
+    """The program without ops whose results nobody reads."""
+    needed = {value for _, value in program.outputs}
+    kept: list[Op] = []
+    for op in reversed(program.ops):
+        if needed.intersection(op.results):
+            needed.update(op.inputs)
+            kept.append(op)
+    return replace(program, ops=tuple(reversed(kept)))
 
 
 def refs(arg: Any) -> Iterator[int]:

@@ -27,13 +27,14 @@ class Completed:
     """The result: each op's rule and the factor that each axis carries through it.
 
     `inputs` are the layouts of the program's inputs, in order; `resting` the values that are
-    stored weights or views of them.
+    stored weights or views of them; `places` tells, per axis, where each value was found to lie.
     """
 
     rules: tuple[Rule, ...]
     carried: tuple[tuple[tuple[str, Carry], ...], ...]
     inputs: tuple[Layout, ...]
     resting: frozenset[int]
+    places: Mapping[str, Mapping[int, Placement]]
 
 
 def propagate(
@@ -69,7 +70,7 @@ def propagate(
         for _, value in program.inputs
     )
     orders = [tuple(found.items()) for found in carried]
-    return Completed(rules, tuple(orders), inputs, frozenset(resting))
+    return Completed(rules, tuple(orders), inputs, frozenset(resting), places)
 
 
 class _Search:

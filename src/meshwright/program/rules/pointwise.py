@@ -13,11 +13,11 @@ floor floor_divide fmax fmin fmod frac ge gelu gelu_backward gt hardshrink hards
 hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward hypot isfinite isinf
 isnan le leaky_relu leaky_relu_backward lerp lgamma log log10 log1p log2 log_sigmoid_backward
 logaddexp logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish
-mish_backward mse_loss_backward_none nan_to_num ne pow reciprocal relu relu6 remainder round rsqrt
-sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh smooth_l1_loss_none softplus
+mish_backward nan_to_num ne pow reciprocal relu relu6 remainder round rsqrt
+sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh softplus
 softplus_backward softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc
 xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like isposinf isneginf
-prelu_kernel _prelu_kernel erfinv sinc where bitwise_left_shift bitwise_right_shift
+_prelu_kernel sinc where bitwise_left_shift bitwise_right_shift
 """.split()
 
 # In which operands (by place) an op is linear, together: a partial sum passes through those.
@@ -45,7 +45,7 @@ _LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
 
 def pointwise(view: OpView) -> Rule:
     """`..., ... -> ...` for any number of operands and results."""
-    name = view.op.base.removeprefix("aten.").removeprefix("meshwright.")
+    name = view.op.base.removeprefix("aten.")
     linear = [g for g in _LINEAR.get(name, ()) if all(p < len(view.operands) for p in g)]
     if name in ("add", "sub", "rsub") and len(view.operands) == 1:
         linear = []  # x + 1 is not linear
@@ -72,4 +72,4 @@ def _floating(view: OpView) -> bool:
 
 RULES: dict[str, RuleMaker] = {
     f"aten.{name}": pointwise for name in {*_ANY, *_LINEAR, "sub", "rsub"}
-} | {"meshwright.watch": pointwise}
+}

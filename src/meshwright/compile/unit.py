@@ -1,0 +1,458 @@
+"""The traced unit: what one micro-batch does, forward and backward, as one Program.
+
+    inputs    model/* buffer/* constant/* batch/*  position  scale
+    outputs   gradient/* of the loss sum times `scale`, next/* buffers,
+              total/loss total/weight total/metric/* (sums over the micro-batch), watch/*
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from meshwright.compile.init import Blueprint
+from meshwright.compile.random import RandomMode, SampleDim, draw_op
+from meshwright.compile.trace import Places, Tagger, trace_function, user_line
+from meshwright.compile.watch import Watched, watching
+from meshwright.errors import NotTraceable, UserCodeError
+from meshwright.plan.mesh import Axis
+from meshwright.program.layout import REPLICATED, Layout, Shard
+from meshwright.program.program import Program
+from meshwright.program.propagate import propagate
+
+__all__ = ["Example", "Loss", "Unit", "example_of", "normalise", "straight_checkpoint", "trace_unit"]
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The form of a micro-batch: `leaves` (dtype, shape without dim 0) and what holds them."""
+
+    leaves: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+    spec: Any
+    plain: tuple[tuple[int, Any], ...]
+
+    def build(self, tensors: Sequence[Tensor]) -> Any:
+        """The batch with these tensors as leaves."""
+        flat: list[Any] = list(tensors)
+        for place, value in self.plain:
+            flat.insert(place, value)
+        return pytree.tree_unflatten(flat, self.spec)
+
+
+def example_of(tree: Any) -> tuple[Example, list[Tensor]]:
+    """The form of a batch, and its tensor leaves."""
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    leaves = [(pytree.keystr(path), leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
+    plain = tuple((k, leaf) for k, (_, leaf) in enumerate(paths) if not isinstance(leaf, Tensor))
+    named = tuple((_leaf_name(path), t.dtype, tuple(t.shape[1:])) for path, t in leaves)
+    return Example(named, spec, plain), [t for _, t in leaves]
+
+
+def _leaf_name(path: str) -> str:
+    """`['x'][0]` as `x.0`; a bare tensor is `batch`."""
+    words = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    return words.strip(".") or "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A traced micro-batch.
+
+    Attributes:
+        program: with global shapes.
+        samples: in the micro-batch.
+        draws: per random op, its sample dim, or None where it has none.
+        unused: parameters that the loss does not reach; eager leaves their gradient None.
+        trained: parameters with a gradient, in order.
+        metrics: names, in order.
+    """
+
+    program: Program
+    samples: int
+    draws: tuple[SampleDim | None, ...]
+    unused: tuple[str, ...]
+    trained: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def straight_checkpoint() -> Iterator[None]:
+    """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business."""
+
+    def straight(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for option in ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check",
+                       "debug", "early_stop"):  # fmt: skip
+            kwargs.pop(option, None)
+        return function(*args, **kwargs)
+
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", straight):
+        yield
+
+
+def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[Any, Any]]]:
+    """What a loss returned, as (sum, weight, metrics as (sum, weight)).
+
+    Raises:
+        UserCodeError: the loss is no scalar, or of another form.
+    """
+    metrics: Mapping[str, Any] = {}
+    if isinstance(found, tuple) and len(found) >= 2 and isinstance(found[-1], Mapping):
+        metrics, found = found[-1], found[:-1]
+        found = found[0] if len(found) == 1 else found
+    if isinstance(found, tuple) and len(found) == 2:
+        total, weight = found
+        _require_scalar("the loss's sum", total)
+    else:
+        _require_scalar("the loss", found)
+        total, weight = found * samples, samples
+    return total, weight, {name: _metric(name, m, samples) for name, m in metrics.items()}
+
+
+def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
+    if isinstance(metric, tuple) and len(metric) == 2:
+        return metric
+    if isinstance(metric, Tensor) and metric.numel() != 1:
+        raise UserCodeError(
+            f"metric {name!r} has shape {tuple(metric.shape)}, but must be a scalar or (sum, weight);"
+            " take its mean or sum"
+        )
+    return metric * samples, samples
+
+
+def _require_scalar(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise UserCodeError(
+            f"{what} is {type(value).__name__}, but must be a scalar tensor, or (sum, weight); "
+            "return the loss from loss(model, batch)"
+        )
+    if value.numel() != 1:
+        raise UserCodeError(
+            f"{what} has shape {tuple(value.shape)}, but must be a scalar; take its mean, or return"
+            " (sum, weight)"
+        )
+    if not value.is_floating_point():
+        raise UserCodeError(f"{what} is {value.dtype}, but must be floating point")
+
+
+@dataclass(slots=True)
+class _Run:
+    """What a trace found out beside the program."""
+
+    unused: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    draws: int = 0
+
+
+def trace_unit(
+    model: Blueprint,
+    loss: Loss,
+    example: Example,
+    samples: int,
+    *,
+    dtype: torch.dtype | None = None,
+    training: bool = True,
+) -> Unit:
+    """Trace one micro-batch of `samples` samples.
+
+    Args:
+        model: the user's, on fake tensors.
+        loss: of the job.
+        example: the form of the batch.
+        samples: in the micro-batch, over all ranks.
+        dtype: floating tensors' dtype instead of their own (float64 to verify).
+        training: with gradients, in training mode; else forward only, in evaluation mode.
+
+    Raises:
+        NotTraceable: naming the user's line and the way out.
+        UserCodeError: the loss is of a wrong form, or the forward changes what the trace bakes in.
+    """
+    with _unchanged(model.module):
+        first, run = _trace(model, loss, example, samples, dtype, training, 0)
+    with _unchanged(model.module):
+        again, _ = _trace(model, loss, example, samples, dtype, training, 1)
+    if first.digest != again.digest:
+        raise UserCodeError(
+            "two traces of the model differ: its forward depends on something outside its inputs "
+            "(a counter, random.random(), the clock); draw by torch, or use --eager"
+        )
+    draws = _sample_dims(first, samples, run.draws)
+    if samples == 1 and run.draws:
+        probe, _ = _trace(model, loss, example, 2, dtype, training, 0)
+        draws = _sample_dims(probe, 2, run.draws)
+    trained = tuple(n.removeprefix("gradient/") for n, _ in first.outputs if n.startswith("gradient/"))
+    return Unit(_with_draws(first, draws), samples, draws, run.unused, trained, run.metrics)
+
+
+def _trace(
+    model: Blueprint,
+    loss: Loss,
+    example: Example,
+    samples: int,
+    dtype: torch.dtype | None,
+    training: bool,  # noqa: FBT001 - private
+    turn: int,
+) -> tuple[Program, _Run]:
+    places, run = Places(), _Run()
+    fakes = _fakes(model, example, samples, dtype)
+
+    def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _unit(model, loss, example, samples, dtype, training, inputs, places, run)
+
+    states = random.getstate(), np.random.get_state()
+    random.seed(turn)
+    np.random.seed(turn)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or default)
+    marks = random.getstate(), np.random.get_state()[1:3]
+    try:
+        with straight_checkpoint():
+            program = trace_function(function, fakes, places)
+        if random.getstate() != marks[0]:
+            raise UserCodeError(
+                "the forward draws from Python's random module, which a program would freeze to one"
+                " value; draw by torch (torch.rand, torch.bernoulli), or use --eager"
+            )
+        now = np.random.get_state()[1:3]
+        if now[1] != marks[1][1] or not np.array_equal(now[0], marks[1][0]):
+            raise UserCodeError(
+                "the forward draws from numpy.random, which a program would freeze to one value; "
+                "draw by torch (torch.rand, torch.bernoulli), or use --eager"
+            )
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NotTraceable(_untraceable(error, str(error.func))) from error
+    except UnsupportedOperatorException as error:
+        raise NotTraceable(_untraceable(error, str(error.func))) from error
+    finally:
+        torch.set_default_dtype(default)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return program, run
+
+
+def _untraceable(error: BaseException, what: str) -> str:
+    line = _line_of(error)
+    known = {
+        "aten._local_scalar_dense.default": "reads a tensor's value (.item(), bool(), float(), if)",
+        "aten.nonzero.default": "makes a shape that depends on values (nonzero, boolean indexing)",
+    }
+    return (
+        f"{line}: the model {known.get(what, f'uses {what}')}, which cannot be traced into a program;"
+        " write it with torch.where or fixed shapes, or run it with --eager"
+    )
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost user line of a traceback."""
+    from meshwright.compile.trace import is_user_file
+
+    found, trace = "the model", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if is_user_file(file):
+            found = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+def _fakes(
+    model: Blueprint, example: Example, samples: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Fake inputs of the unit, by name."""
+    found: dict[str, Tensor] = {}
+
+    def like(shape: Sequence[int], kind: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype if dtype and kind.is_floating_point else kind)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, tensor in model.parameters.items():
+            found[f"model/{name}"] = like(tensor.shape, tensor.dtype)
+        for name, tensor in model.buffers.items():
+            found[f"buffer/{name}"] = like(tensor.shape, tensor.dtype)
+        for name, tensor in model.constants.items():
+            found[f"constant/{name}"] = like(tensor.shape, tensor.dtype)
+        for name, kind, shape in example.leaves:
+            found[f"batch/{name}"] = like((samples, *shape), kind)
+        found["position"] = torch.empty(4, dtype=torch.int64)
+        found["scale"] = torch.empty((), dtype=dtype or torch.float32)
+    return found
+
+
+class _LossOf(nn.Module):
+    """The loss as a module, so that torch swaps the model's tensors for the program's inputs."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Any:
+        return self.loss(self.model, batch)
+
+
+def _unit(
+    model: Blueprint,
+    loss: Loss,
+    example: Example,
+    samples: int,
+    dtype: torch.dtype | None,
+    training: bool,  # noqa: FBT001 - private
+    inputs: Mapping[str, Tensor],
+    places: Places,
+    run: _Run,
+) -> dict[str, Tensor]:
+    wanted = {n for n, p in model.module.named_parameters() if p.requires_grad and training}
+    parameters = {
+        name: inputs[f"model/{name}"].detach().requires_grad_(name in wanted)
+        for name in model.parameters
+    }
+    buffers = {name: inputs[f"buffer/{name}"] for name in model.buffers}
+    state = {f"model.{name}": t for name, t in {**parameters, **buffers}.items()}
+    state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
+    batch = example.build([inputs[f"batch/{name}"] for name, _, _ in example.leaves])
+    position = inputs["position"]
+
+    def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
+        return draw_op(kind, size, n, -1, 1, 1, 0, position)
+
+    tagger = Tagger(places)
+    whole = _LossOf(model.module, loss)
+    whole.train(training)
+    watched = Watched()
+    with (
+        tagger,
+        tagger.modules(model.module),
+        RandomMode(emit, promote=dtype == torch.float64) as mode,
+        _constants_swapped(model, inputs),
+        watching(watched),
+        torch.set_grad_enabled(training),
+    ):
+        found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
+        total, weight, metrics = normalise(found, samples)
+        outputs: dict[str, Tensor] = {}
+        if training:
+            tagger.phase = "backward"
+            outputs = _gradients(total * inputs["scale"], parameters, wanted, run)
+            tagger.phase = "forward"
+        run.draws, run.metrics = mode.count, tuple(metrics)
+        scalars = {"loss": total, "weight": weight}
+        for name, (part, share) in metrics.items():
+            scalars |= {f"metric/{name}": part, f"metric-weight/{name}": share}
+        for name, value in scalars.items():
+            outputs[f"total/{name}"] = _scalar(value, inputs["scale"])
+    if training:
+        outputs |= {f"next/{name}": tensor for name, tensor in buffers.items()}
+    outputs |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
+    return outputs
+
+
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A total: a scalar of the accumulators' dtype."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like.dtype)
+    return torch.full((), float(value), dtype=like.dtype)
+
+
+def _gradients(
+    scaled: Tensor, parameters: Mapping[str, Tensor], wanted: set[str], run: _Run
+) -> dict[str, Tensor]:
+    named = {name: tensor for name, tensor in parameters.items() if name in wanted}
+    if not scaled.requires_grad:
+        raise UserCodeError(
+            "the loss does not depend on any parameter that requires a gradient; check that loss() "
+            "uses the model it is given, and that not all parameters are frozen"
+        )
+    found = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+    run.unused = tuple(name for name, g in zip(named, found, strict=True) if g is None)
+    return {f"gradient/{n}": g for n, g in zip(named, found, strict=True) if g is not None}
+
+
+@contextlib.contextmanager
+def _constants_swapped(model: Blueprint, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Tensors that modules keep as plain attributes become inputs too."""
+    homes = [(name.rpartition("."), name) for name in model.constants]
+    try:
+        for (path, _, attribute), name in homes:
+            setattr(model.module.get_submodule(path), attribute, inputs[f"constant/{name}"])
+        yield
+    finally:
+        for (path, _, attribute), name in homes:
+            setattr(model.module.get_submodule(path), attribute, model.constants[name])
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of all modules, by path: a program bakes these in."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, _PLAIN) and name != "training"
+    }
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Refuse a forward that changes plain attributes: a program would do so once, then never."""
+    before = _attributes(module)
+    yield
+    after = _attributes(module)
+    for name, value in after.items():
+        if name not in before or before[name] != value:
+            old = before.get(name, "nothing")
+            raise UserCodeError(
+                f"the forward changes {name} from {old!r} to {value!r}, which a program would freeze;"
+                " keep it in a buffer (register_buffer), or use --eager"
+            )
+
+
+def sample_layouts(program: Program) -> dict[int, Layout]:
+    """The annotation that dim 0 of every batch leaf counts samples; all else is whole."""
+    return {
+        value: Layout((("sample", Shard(0)),)) if name.startswith("batch/") else REPLICATED
+        for name, value in program.inputs
+    }
+
+
+def _sample_dims(program: Program, samples: int, count: int) -> tuple[SampleDim | None, ...]:
+    """Which dim of each random op counts samples, found by propagating the batch's."""
+    found: list[SampleDim | None] = [None] * count
+    if count and samples > 1:
+        done = propagate(program, (Axis("sample", samples),), sample_layouts(program))
+        for op in program.ops:
+            if op.base == "meshwright.draw":
+                place = done.places["sample"].get(op.results[0])
+                n = op.args[2]
+                if isinstance(place, Shard) and isinstance(n, int):
+                    found[n] = (place.dim, place.outer, place.unit)
+    return tuple(found)
+
+
+def _with_draws(program: Program, draws: Sequence[SampleDim | None]) -> Program:
+    """The program whose random ops know their sample dims."""
+
+    def known(op: Any) -> Any:
+        if op.base != "meshwright.draw" or draws[op.args[2]] is None:
+            return op
+        return replace(op, args=(*op.args[:3], *draws[op.args[2]], *op.args[6:]))
+
+    return replace(program, ops=tuple(known(op) for op in program.ops))

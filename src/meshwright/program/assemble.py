@@ -1,0 +1,192 @@
+"""Assemble: traced micro-batches and state layouts -> one rank's instruction list.
+
+    body   for each micro-batch: Load, its pieces, Stash what outlives it
+           reduce gradients, Finish, Agree, Update, gather weights, Commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from meshwright.plan.mesh import Axis
+from meshwright.program.instruction import Instruction, InstructionList, Table, run_pieces
+from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
+from meshwright.program.partition import Local, partition
+from meshwright.program.program import Op, Program, Ref, Value
+from meshwright.program.propagate import Completed, propagate
+from meshwright.program.zero import StateLayouts
+
+__all__ = ["Compiled", "accumulated", "assemble", "complete_unit", "move_program", "unit_outputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What one rank runs, and the partitioned programs that it was made from.
+
+    Attributes:
+        instructions: the list.
+        units: per distinct micro-batch program, (how many micro-batches run it, its local program).
+        reduce: gradients to the optimizer's layout, once a step.
+        gather: updated weights to their resting layout, once a step.
+    """
+
+    instructions: InstructionList
+    units: tuple[tuple[int, Local], ...]
+    reduce: Local
+    gather: Local
+
+
+def accumulated(unit: Program, *, first: bool) -> Program:
+    """The unit with its sums added to accumulators; the first micro-batch of a step assigns."""
+    if first:
+        return unit
+    values, ops = list(unit.values), list(unit.ops)
+    inputs = list(unit.inputs)
+    outputs: list[tuple[str, int]] = []
+    for name, value in unit.outputs:
+        if not name.startswith(("gradient/", "total/")):
+            outputs.append((name, value))
+            continue
+        values += [unit.values[value], unit.values[value]]
+        old, new = len(values) - 2, len(values) - 1
+        inputs.append((name, old))
+        ops.append(Op("aten.add.Tensor", (Ref(old), Ref(value)), (), (new,), phase="backward"))
+        outputs.append((name, new))
+    return Program(tuple(values), tuple(inputs), tuple(ops), tuple(outputs))
+
+
+def unit_outputs(
+    unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts]
+) -> dict[str, Layout]:
+    """Where a unit's outputs must lie: sums partial over data, buffers and watched values whole."""
+    partial = Layout.of(axes, {a.name: Partial() for a in axes if a.name == "data" and a.size > 1})
+    found: dict[str, Layout] = {}
+    for name, _ in unit.outputs:
+        if name.startswith("gradient/"):
+            found[name] = states[name.removeprefix("gradient/")].gradients
+        else:
+            found[name] = partial if name.startswith("total/") else REPLICATED
+    return found
+
+
+def complete_unit(
+    unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts]
+) -> Completed:
+    """Propagate the unit's annotations: batches split by sample, weights as they rest."""
+    outputs = unit_outputs(unit, axes, states)
+    batch = Layout.of(axes, {a.name: Shard(0) for a in axes if a.name == "data" and a.size > 1})
+    pinned: dict[int, Layout] = {}
+    stored: dict[int, Layout] = {}
+    for name, value in unit.inputs:
+        if name.startswith("model/"):
+            stored[value] = states[name.removeprefix("model/")].weights
+        elif name.startswith("batch/"):
+            pinned[value] = batch
+        else:
+            pinned[value] = outputs.get(name, REPLICATED)
+    return propagate(unit, axes, pinned, stored)
+
+
+def move_program(
+    moves: Mapping[str, tuple[Value, Layout, Layout]],
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+) -> Local:
+    """A rank's program that only moves named values from one layout to another."""
+    values = tuple(value for value, _, _ in moves.values())
+    named = tuple((name, place) for place, name in enumerate(moves))
+    program = Program(values, named, (), named)
+    pinned = {place: before for place, (_, before, _) in enumerate(moves.values())}
+    after = {name: layout for name, (_, _, layout) in moves.items()}
+    return partition(program, propagate(program, axes, pinned), axes, coordinates, after)
+
+
+def assemble(
+    units: Sequence[Program],
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+    states: Mapping[str, StateLayouts],
+) -> Compiled:
+    """The instruction list of the rank at `coordinates`.
+
+    Args:
+        units: the traced program of each micro-batch, in order; equal ones may be one object.
+        axes: of the mesh.
+        coordinates: the rank's.
+        states: layouts by parameter.
+    """
+    table = Table()
+    body: list[Instruction] = []
+    made: dict[tuple[str, bool], Local] = {}
+    runs: dict[tuple[str, bool], int] = {}
+    for k, unit in enumerate(units):
+        key = (unit.digest, k == 0)
+        if key not in made:
+            program = accumulated(unit, first=k == 0)
+            completed = complete_unit(program, axes, states)
+            outputs = unit_outputs(program, axes, states)
+            made[key] = partition(program, completed, axes, coordinates, outputs)
+        runs[key] = runs.get(key, 0) + 1
+        body += _microbatch(k, made[key].program, table)
+    trained = [n.removeprefix("gradient/") for n, _ in units[0].outputs if n.startswith("gradient/")]
+    weights = {name: units[0].values[value] for name, value in units[0].inputs}
+    reduce = move_program(
+        {
+            f"gradient/{n}": (weights[f"model/{n}"], states[n].gradients, states[n].optimizer)
+            for n in trained
+        },
+        axes,
+        coordinates,
+    )
+    gather = move_program(
+        {
+            f"model/{n}": (weights[f"model/{n}"], states[n].optimizer, states[n].weights)
+            for n in trained
+            if states[n].optimizer != states[n].weights
+        },
+        axes,
+        coordinates,
+    )
+    body += _move(reduce.program, table, "reduce", "gradient/", "reduced/")
+    body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
+    body += _move(gather.program, table, "gather", "shard/", "gathered/")
+    body.append(Instruction("Commit"))
+    lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
+    used = tuple((count, made[key]) for key, count in runs.items())
+    return Compiled(lists, used, reduce, gather)
+
+
+def _microbatch(k: int, program: Program, table: Table) -> list[Instruction]:
+    """Load micro-batch k, run its pieces, keep what outlives it."""
+    own = [n for n, _ in program.inputs if n.startswith("batch/") or n == "position"]
+    names = {name: f"{k}:{name}" for name in own}
+    if k:  # buffers that an earlier micro-batch of this step updated
+        updated = {n.removeprefix("next/") for n, _ in program.outputs if n.startswith("next/")}
+        names |= {f"buffer/{n}": f"next/{n}" for n in updated}
+    run = run_pieces(program, table, k, names)
+    inputs = {value: names.get(name, name) for name, value in program.inputs}
+    kept = {name: inputs.get(value, f"{k}:{value}") for name, value in program.outputs}
+    stash = Instruction("Stash", None, k, 0, tuple(kept.values()), tuple(kept))
+    load = Instruction("Load", None, k, 0, (), tuple(names[name] for name in own))
+    used = set(kept.values()) | set(load.outputs)
+    dead = tuple(v for v in sorted(used) if v.startswith(f"{k}:"))
+    return [load, *run, stash, Instruction("Free", None, k, 0, dead)]
+
+
+def _move(program: Program, table: Table, prefix: str, read: str, give: str) -> list[Instruction]:
+    """Run a program of moves: reads `read`name, gives `give`name."""
+
+    def bare(name: str) -> str:
+        return name.partition("/")[2]
+
+    if not program.inputs:
+        return []
+    names = {name: read + bare(name) for name, _ in program.inputs}
+    found = list(run_pieces(program, table, None, names, prefix))
+    inputs = {value: names[name] for name, value in program.inputs}
+    kept = {give + bare(n): inputs.get(v, f"{prefix}:{v}") for n, v in program.outputs}
+    found.append(Instruction("Stash", None, None, 0, tuple(kept.values()), tuple(kept)))
+    dead = tuple(v for v in kept.values() if v.startswith(f"{prefix}:"))
+    return [*found, Instruction("Free", None, None, 0, dead)] if dead else found
+

@@ -1,0 +1,172 @@
+"""From a job and a plan to what ranks run: blueprint, layouts, traced units, lowered lists.
+
+A `Build` is per process and shared by all ranks that the process drives; it caches what equal
+batches and equal ranks have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.comm.base import Group
+from meshwright.compile.init import Blueprint, blueprint
+from meshwright.compile.lower import Segment, lower
+from meshwright.compile.unit import Example, Unit, trace_unit
+from meshwright.errors import PlanError
+from meshwright.job import Job
+from meshwright.plan.check import Facts, require
+from meshwright.plan.mesh import Axis, Mesh
+from meshwright.plan.plan import Plan
+from meshwright.program.assemble import Compiled, assemble
+from meshwright.program.layout import chunk
+from meshwright.program.program import Value
+from meshwright.program.zero import StateLayouts, zero_layouts
+from meshwright.run.executor import Place
+from meshwright.run.optimizer import Recipe, is_elementwise, recipe
+
+__all__ = ["Build", "Lowered", "Micro", "mesh_of", "micro_ranges", "prepare"]
+
+
+def mesh_of(plan: Plan) -> Mesh:
+    """The mesh of a plan whose `data` is filled."""
+    sizes = {name: size for name, size in plan.sizes.items() if name != "pipeline"}
+    return Mesh.of(pipeline=plan.pipeline, **sizes)
+
+
+def micro_ranges(samples: int, microbatches: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each micro-batch within a global batch; sizes differ by one at most."""
+    parts = (chunk(samples, microbatches, k) for k in range(microbatches))
+    return tuple((start, start + length) for start, length in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """The form of one micro-batch: what its leaves look like, and how many samples it has."""
+
+    example: Example
+    samples: int
+
+    @property
+    def key(self) -> str:
+        """Equal for micro-batches that run the same program."""
+        return repr((self.example.leaves, str(self.example.spec), self.example.plain, self.samples))
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A rank's compiled list with its segments as callables."""
+
+    compiled: Compiled
+    functions: tuple[Segment, ...]
+
+
+@dataclass(slots=True)
+class Build:
+    """A job under a plan.
+
+    Attributes:
+        dtype: of all floating tensors, where it is not their own (float64 to verify).
+        states: layouts of every parameter's state.
+    """
+
+    job: Job
+    plan: Plan
+    mesh: Mesh
+    model: Blueprint
+    recipe: Recipe
+    states: dict[str, StateLayouts]
+    dtype: torch.dtype | None = None
+    units: dict[tuple[str, str], Unit] = field(default_factory=dict)
+    lists: dict[tuple[Any, ...], Lowered] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes of the (only) stage mesh."""
+        return self.mesh.stages[0].axes
+
+    def place(self, rank: int) -> Place:
+        """Coordinates and groups of a rank."""
+        _, coordinates = self.mesh.coordinates(rank)
+        groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
+        return Place(coordinates, groups)
+
+    def unit(self, micro: Micro, loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool) -> Unit:
+        """The traced program of a micro-batch form; traced once."""
+        function = loss or self.job.loss
+        key = (micro.key, repr((id(function), sorted(how.items()))))
+        if key not in self.units:
+            self.units[key] = trace_unit(
+                self.model, function, micro.example, micro.samples, dtype=self.dtype, **how
+            )
+        return self.units[key]
+
+    def lowered(
+        self, rank: int, micros: Sequence[Micro], loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool
+    ) -> Lowered:
+        """The instruction list of `rank` for a step of these micro-batches."""
+        key = (rank, tuple(m.key for m in micros), id(loss), tuple(sorted(how.items())))
+        if key not in self.lists:
+            place = self.place(rank)
+            units = [self.unit(m, loss, **how).program for m in micros]
+            compiled = assemble(units, self.axes, place.coordinates, self.states)
+            functions = tuple(lower(s, place.coordinates) for s in compiled.instructions.segments)
+            self.lists[key] = Lowered(compiled, functions)
+        return self.lists[key]
+
+    def samples_of(self, rank: int, range_: tuple[int, int]) -> tuple[int, int]:
+        """(start, stop) of the samples of a micro-batch that `rank` loads."""
+        _, coordinates = self.mesh.coordinates(rank)
+        start, stop = range_
+        data = self.mesh.stages[0].axis_size("data")
+        first, length = chunk(stop - start, data, coordinates.get("data", 0))
+        return start + first, start + first + length
+
+
+def values_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Value]:
+    """Dtypes and shapes, by name."""
+    found = {}
+    for name, tensor in tensors.items():
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        found[name] = Value(str(kind).removeprefix("torch."), tuple(tensor.shape))
+    return found
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether statistics over samples are taken in training."""
+    return any(isinstance(part, _NORMS) for part in module.modules())
+
+
+def prepare(job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None) -> Build:
+    """Blueprint the model and lay its state out.
+
+    Raises:
+        PlanError: the plan does not fit the world, the batch or the model.
+        UserCodeError: a factory raised or made what it must not.
+    """
+    plan = plan.filled(world)
+    require(plan, Facts(world, job.batch_size, job.normalize_over))
+    model = blueprint(job.model, job.seed)
+    norms = has_batch_norm(model.module)
+    require(plan, Facts(world, job.batch_size, job.normalize_over if norms else None, norms))
+    made = recipe(model, job.optimizer)
+    if plan.zero and plan.data and plan.data > 1 and not is_elementwise(made):
+        raise PlanError(
+            f"plan asks for zero={plan.zero}, but {made.kind.__name__} is not elementwise: its update of"
+            " an element depends on others, which lie on other ranks; use zero=0 or an elementwise "
+            "optimizer such as AdamW"
+        )
+    mesh = mesh_of(plan)
+    values = values_of(model.parameters, dtype)
+    frozen = frozenset(n for n, p in model.parameters.items() if not p.requires_grad)
+    axis = next(a for a in mesh.stages[0].axes if a.name == "data")
+    states = zero_layouts(plan.zero, values, axis, frozen)
+    return Build(job, plan, mesh, model, made, states, dtype)
+

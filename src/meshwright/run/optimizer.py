@@ -1,0 +1,101 @@
+"""The user's optimizer, built anew over this rank's shards.
+
+The factory runs once on the blueprint's model for its groups and settings; then an instance of the
+same class is built over the shards with every recorded setting, and stepped eagerly. A class that
+is not elementwise (found by a probe, not a list) cannot be stepped on shards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.compile.init import Blueprint
+from meshwright.errors import UserCodeError
+
+__all__ = ["Recipe", "build", "is_elementwise", "recipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user's factory made: its class, and per group the parameters' names and settings."""
+
+    kind: type[torch.optim.Optimizer]
+    defaults: dict[str, Any]
+    groups: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters it updates."""
+        return tuple(name for names, _ in self.groups for name in names)
+
+
+def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
+    """Call the factory on the model and record what it made.
+
+    Raises:
+        UserCodeError: it made no optimizer, or one over tensors that are not the model's.
+    """
+    made = factory(model.module)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UserCodeError(
+            f"optimizer(model) returned {type(made).__name__}, but must return a torch.optim.Optimizer"
+        )
+    name_of = {id(tensor): name for name, tensor in model.parameters.items()}
+    groups = []
+    for number, group in enumerate(made.param_groups):
+        for tensor in group["params"]:
+            if id(tensor) not in name_of:
+                raise UserCodeError(
+                    f"optimizer group {number} holds a tensor of shape {tuple(tensor.shape)} that is no"
+                    " parameter of the model it was given; build it from that model's parameters"
+                )
+        names = tuple(name_of[id(t)] for t in group["params"])
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append((names, settings))
+    return Recipe(type(made), dict(made.defaults), tuple(groups))
+
+
+def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The same optimizer over these tensors, with the recorded settings of each group."""
+    accepted = inspect.signature(plan.kind.__init__).parameters
+    defaults = {key: value for key, value in plan.defaults.items() if key in accepted}
+    groups: list[dict[str, Any]] = [
+        {"params": [shards[name] for name in names]} for names, _ in plan.groups
+    ]
+    try:
+        made = plan.kind(groups, **defaults)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserCodeError(
+            f"optimizer {plan.kind.__name__} cannot be built over shards: {error}; give its __init__ "
+            "the usual (params, **settings), or use --eager"
+        ) from error
+    for group, (_, settings) in zip(made.param_groups, plan.groups, strict=True):
+        group.update(settings)
+    return made
+
+
+def is_elementwise(plan: Recipe) -> bool:
+    """Whether three steps on a small tensor, whole and in two parts, agree to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, generator=generator)
+    gradients = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    (names, settings), *_ = plan.groups
+    del names
+
+    def run(part: slice) -> Tensor:
+        tensor = nn.Parameter(start[part].clone())
+        single = Recipe(plan.kind, plan.defaults, ((("p",), settings),))
+        optimizer = build(single, {"p": tensor})
+        for gradient in gradients:
+            tensor.grad = gradient[part].clone()
+            optimizer.step()
+        return tensor.detach()
+
+    halves = torch.cat([run(slice(0, 2)), run(slice(2, 6))])
+    return torch.equal(run(slice(0, 6)), halves)

@@ -1,0 +1,202 @@
+"""One step's Finish, Agree, Update and Commit, on one rank's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.comm.base import Group, all_reduce
+from meshwright.errors import UserCodeError
+
+__all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a step does beside the plan.
+
+    Attributes:
+        clip_norm: largest global norm of the gradients.
+        nonfinite: `raise`, `skip` the update, or `ignore` it.
+    """
+
+    clip_norm: float | None = None
+    nonfinite: str = "raise"
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """A step's global numbers."""
+
+    step: int
+    loss: float
+    metrics: Mapping[str, float]
+    gradient_norm: float | None
+    skipped: bool
+    watched: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> float:
+        """`loss`, or a metric by name."""
+        return self.loss if name == "loss" else self.metrics[name]
+
+
+@dataclass(slots=True)
+class RankState:
+    """What a rank holds between steps.
+
+    Attributes:
+        values: by global name: `model/`, `buffer/`, `constant/`, `scale`.
+        shards: parameters as the optimizer sees them (parts of `model/` where they are whole).
+        optimizer: over the shards.
+        counted: parameters whose shard this rank counts in global sums (one of its replicas does).
+        inplace: parameters whose whole tensor is refreshed from gathered shards.
+    """
+
+    values: dict[str, Tensor]
+    shards: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    counted: frozenset[str]
+    trained: tuple[str, ...]
+    scheduler: Any = None
+
+
+@dataclass(slots=True)
+class Totals:
+    """The step's sums, global after Agree."""
+
+    vector: Tensor
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.vector[self.names.index(name)])
+
+
+class StepWork:
+    """The `Step` that the executor is sent: this rank's part of one global step."""
+
+    def __init__(
+        self,
+        state: RankState,
+        policy: Policy,
+        step: int,
+        load: Callable[[int], tuple[Mapping[str, Tensor], Tensor]],
+        group: Group,
+        next_digest: int = 0,
+    ) -> None:
+        """`load(k)` gives micro-batch k's leaves by name and its position operand."""
+        self.state = state
+        self.policy = policy
+        self.step = step
+        self._load = load
+        self.group = group
+        self.next_digest = next_digest
+        self.digests_differ = False
+        self.totals = Totals(torch.zeros(0), ())
+        self.skipped = False
+        self.norm: float | None = None
+
+    def load(self, microbatch: int) -> Mapping[str, Tensor]:
+        """The operands of a micro-batch."""
+        leaves, position = self._load(microbatch)
+        return {**{f"batch/{name}": t for name, t in leaves.items()}, "position": position}
+
+    def finish(self, values: dict[str, Tensor]) -> None:
+        """Take the sums together, in float64: totals, squared gradient norm, shape digests."""
+        found = {n.removeprefix("total/"): v for n, v in values.items() if n.startswith("total/")}
+        if self.policy.clip_norm is not None:
+            found["norm2"] = self._squares(values)
+        digest = float(self.next_digest)
+        found |= {"digest": _scalar(digest), "digest2": _scalar(digest * digest)}
+        vector = torch.stack([value.to(torch.float64) for value in found.values()])
+        self.totals = Totals(vector, tuple(found))
+
+    def _squares(self, values: Mapping[str, Tensor]) -> Tensor:
+        """This rank's share of the squared norm of all gradients, as accumulated."""
+        total = torch.zeros((), dtype=torch.float64)
+        for name in self.state.trained:
+            if name in self.state.counted:
+                total += values[f"reduced/{name}"].to(torch.float64).square().sum()
+        return total
+
+    def agree(self) -> Generator[Any, Any, None]:
+        """Reduce the sums over the ranks, and decide: go on, skip, or raise."""
+        self.totals.vector = yield from all_reduce(
+            self.totals.vector, self.group, label=f"totals of step {self.step}"
+        )
+        size = len(self.group.ranks)
+        digest, squares = self.totals["digest"], self.totals["digest2"]
+        self.digests_differ = digest * digest != size * squares
+        weight = self.totals["weight"]
+        if not weight > 0:
+            raise UserCodeError(
+                f"the loss's weight at step {self.step} is {weight}, but must be above 0; a batch needs"
+                " at least one sample (or token) that counts"
+            )
+        if self.policy.clip_norm is not None:
+            self.norm = math.sqrt(self.totals["norm2"]) / (weight * float(self.scale))
+        finite = math.isfinite(self.totals["loss"]) and math.isfinite(self.norm or 0.0)
+        if not finite and self.policy.nonfinite == "raise":
+            what = "the loss" if not math.isfinite(self.totals["loss"]) else "the gradient norm"
+            value = self.totals["loss"] if what == "the loss" else self.norm
+            raise UserCodeError(
+                f"{what} is {value} at step {self.step}; nothing of this step was applied. Lower the "
+                "learning rate, check the data, or set nonfinite='skip'"
+            )
+        self.skipped = not finite and self.policy.nonfinite == "skip"
+
+    @property
+    def scale(self) -> Tensor:
+        """What the loss sum was multiplied by before its gradient."""
+        return self.state.values["scale"]
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Divide by the step's weight, clip, and step the optimizer on the shards."""
+        factor = 1.0 / (self.totals["weight"] * float(self.scale))
+        if self.norm is not None and self.policy.clip_norm is not None:
+            factor *= min(1.0, self.policy.clip_norm / (self.norm + 1e-6))
+        for name in self.state.trained:
+            gradient = values.pop(f"reduced/{name}")
+            values.pop(f"gradient/{name}", None)
+            if not self.skipped and name in self.state.shards:
+                shard = self.state.shards[name]
+                shard.grad = (gradient * factor).to(shard.dtype)
+        if not self.skipped:
+            self.state.optimizer.step()
+            self.state.optimizer.zero_grad(set_to_none=True)
+        for name, shard in self.state.shards.items():
+            values[f"shard/{name}"] = shard.data
+
+    def commit(self, values: dict[str, Tensor]) -> Metrics:
+        """Gathered weights and new buffers become the state."""
+        watched: dict[str, Tensor] = {}
+        for name in [n for n in values if n.startswith(("gathered/", "next/", "watch/"))]:
+            kind, _, bare = name.partition("/")
+            tensor = values.pop(name)
+            if kind == "gathered":
+                values[f"model/{bare}"].copy_(tensor)
+            elif kind == "watch":
+                watched[bare] = tensor
+            elif not self.skipped:
+                values[f"buffer/{bare}"] = tensor
+        for name in [n for n in values if n.startswith(("total/", "shard/"))]:
+            del values[name]
+        if self.state.scheduler is not None and not self.skipped:
+            self.state.scheduler.step()
+        return self._metrics(watched)
+
+    def _metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
+        totals = self.totals
+        named = [n.removeprefix("metric/") for n in totals.names if n.startswith("metric/")]
+        metrics = {n: totals[f"metric/{n}"] / totals[f"metric-weight/{n}"] for n in named}
+        loss = totals["loss"] / totals["weight"]
+        return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+

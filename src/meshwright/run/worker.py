@@ -1,0 +1,220 @@
+"""One rank of a job: its state, and the exchange that runs a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.comm.base import Group, all_reduce
+from meshwright.compile.random import position_operand
+from meshwright.compile.unit import example_of
+from meshwright.errors import UserCodeError
+from meshwright.program.layout import region
+from meshwright.run.build import Build, Lowered, Micro, micro_ranges
+from meshwright.run.data import Source
+from meshwright.run.executor import Committed, execute
+from meshwright.run.optimizer import build as build_optimizer
+from meshwright.run.step import Metrics, Policy, RankState, StepWork
+
+__all__ = ["Fetched", "Worker", "box", "initial_state"]
+
+Make = Callable[[str, Tensor], Tensor]
+"""(name, blueprint tensor) -> the whole real tensor, or a read of it."""
+
+
+def box(tensor: Tensor, bounds: tuple[tuple[int, int], ...]) -> Tensor:
+    """The part of `tensor` within (start, length) bounds, a view."""
+    for dim, (start, length) in enumerate(bounds):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def initial_state(build: Build, rank: int, make: Make | None = None) -> RankState:
+    """Make this rank's tensors one at a time: its shards, and never more than one whole tensor.
+
+    Args:
+        build: of the job and plan.
+        rank: whose state.
+        make: gives a tensor's whole value; by default the blueprint's own initialisation.
+    """
+    model, dtype = build.model, build.dtype
+    axes, coordinates = build.axes, build.place(rank).coordinates
+    make = make or (lambda _name, tensor: model.make(tensor))
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    values: dict[str, Tensor] = {}
+    for name, fake in model.parameters.items():
+        bounds = region(tuple(fake.shape), build.states[name].weights, axes, coordinates)
+        part = box(make(f"model/{name}", fake), bounds)
+        values[f"model/{name}"] = cast(part).clone(memory_format=torch.contiguous_format)
+    for kind, tensors in (("buffer", model.buffers), ("constant", model.constants)):
+        for name, fake in tensors.items():
+            values[f"{kind}/{name}"] = cast(make(f"{kind}/{name}", fake)).clone()
+    values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
+    return _with_optimizer(build, rank, values)
+
+
+def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankState:
+    axes, coordinates = build.axes, build.place(rank).coordinates
+    shards: dict[str, nn.Parameter] = {}
+    counted: set[str] = set()
+    first = all(index == 0 for index in coordinates.values())
+    for name in build.recipe.names:
+        fake, states = build.model.parameters[name], build.states[name]
+        part = values[f"model/{name}"]
+        if states.optimizer != states.weights:
+            part = box(part, region(tuple(fake.shape), states.optimizer, axes, coordinates))
+        shards[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
+    for name, fake in build.model.parameters.items():
+        if fake.requires_grad and (first or build.states[name].optimizer.placements):
+            counted.add(name)
+    trained = tuple(n for n, p in build.model.parameters.items() if p.requires_grad)
+    optimizer = build_optimizer(build.recipe, shards)
+    scheduler = build.job.schedule(optimizer) if build.job.schedule is not None else None
+    return RankState(values, shards, optimizer, frozenset(counted), trained, scheduler)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """This rank's part of a global batch: per micro-batch its form, leaves and first position."""
+
+    step: int
+    micros: tuple[Micro, ...]
+    leaves: tuple[list[Tensor], ...]
+    firsts: tuple[int, ...]
+    digest: int
+
+
+class Worker:
+    """A rank: holds its state between steps and runs steps as exchanges."""
+
+    def __init__(self, build: Build, rank: int, source: Source | None, policy: Policy) -> None:
+        """`source` is None where batches are pushed only."""
+        self.build = build
+        self.rank = rank
+        self.source = source
+        self.policy = policy
+        self.place = build.place(rank)
+        self.group = self.place.groups["data"]
+        self.state = initial_state(build, rank)
+        self.running: dict[int, Generator[Any, Any, None]] = {}
+        self.ahead: Fetched | None = None
+
+    def fetch(self, step: int) -> Fetched:
+        """Load this rank's samples of `step`."""
+        assert self.source is not None
+        ranges = micro_ranges(self.build.job.batch_size, self.build.plan.microbatches)
+        micros, leaves, digest = [], [], 0
+        for start, stop in ranges:
+            low, high = self.build.samples_of(self.rank, (start, stop))
+            batch = self.source.fetch(step, low, high, (start, stop))
+            example, tensors = example_of(batch.tree)
+            micros.append(Micro(example, stop - start))
+            leaves.append(self._cast(tensors))
+            digest = (digest * 1_000_003 + batch.digest) % 2**20
+        base = step * self.build.job.batch_size
+        firsts = tuple(base + start for start, _ in ranges)
+        return Fetched(step, tuple(micros), tuple(leaves), firsts, digest)
+
+    def _cast(self, tensors: list[Tensor]) -> list[Tensor]:
+        dtype = self.build.dtype
+        return [t.to(dtype) if dtype and t.is_floating_point() else t for t in tensors]
+
+    def agree_on_shapes(self, fetched: Fetched) -> Generator[Any, Any, Fetched]:
+        """Have all ranks run the same program: where shapes differ, collate whole micro-batches."""
+        same = yield from same_everywhere(fetched.digest, self.group)
+        if same:
+            return fetched
+        again = yield from self._whole(fetched.step)
+        return again
+
+    def _whole(self, step: int) -> Generator[Any, Any, Fetched]:
+        assert self.source is not None
+        self.source.whole = True
+        self.source.notes.append(
+            "ranks' samples collate to different shapes, so each rank collates the whole micro-batch "
+            "and keeps its samples: exact, but slower; pad to a fixed length to avoid it"
+        )
+        fetched = self.fetch(step)
+        same = yield from same_everywhere(fetched.digest, self.group)
+        if not same:
+            raise UserCodeError(
+                f"ranks disagree about the shapes of the batch of step {step} even when each collates"
+                " all of it; the dataset or collate must give the same samples on every rank"
+            )
+        return fetched
+
+    def lowered(self, fetched: Fetched) -> Lowered:
+        """The compiled list for batches of this form."""
+        return self.build.lowered(self.rank, fetched.micros)
+
+    def step(self, fetched: Fetched, upcoming: int | None) -> Generator[Any, Any, tuple[Metrics, Any]]:
+        """Run one step; an exchange. `upcoming` is the step whose batch to look at ahead."""
+        lowered = self.lowered(fetched)
+        work = _AheadWork(self, fetched, upcoming)
+        committed: Committed = yield from self._advance(lowered, work)
+        if self.ahead is not None and work.digests_differ:
+            self.ahead = yield from self._whole(self.ahead.step)
+        return committed.result, committed.timing
+
+    def _advance(self, lowered: Lowered, work: StepWork) -> Generator[Any, Any, Committed]:
+        """Send the executor its work and pass its requests on, until it commits."""
+        key = id(lowered)
+        if key not in self.running:
+            started = execute(
+                lowered.compiled.instructions, lowered.functions, self.state.values, self.place
+            )
+            next(started)
+            self.running[key] = started
+        executor = self.running[key]
+        request = executor.send(work)
+        while not isinstance(request, Committed):
+            try:
+                answer = yield request
+            except BaseException as error:
+                del self.running[key]
+                executor.throw(error)
+                raise
+            request = executor.send(answer)
+        return request
+
+
+class _AheadWork(StepWork):
+    """A step that loads the next step's batch before Agree, so that its shapes travel along."""
+
+    def __init__(self, worker: Worker, fetched: Fetched, upcoming: int | None) -> None:
+        self.worker = worker
+        self.upcoming = upcoming
+        self.fetched = fetched
+        super().__init__(worker.state, worker.policy, fetched.step, self._operands, worker.group)
+
+    def _operands(self, microbatch: int) -> tuple[Mapping[str, Tensor], Tensor]:
+        fetched = self.fetched
+        names = [name for name, _, _ in fetched.micros[microbatch].example.leaves]
+        position = position_operand(
+            self.worker.build.job.seed, fetched.firsts[microbatch], fetched.step, microbatch
+        )
+        return dict(zip(names, fetched.leaves[microbatch], strict=True)), position
+
+    def finish(self, values: dict[str, Tensor]) -> None:
+        """Look ahead, then take the sums together."""
+        worker = self.worker
+        worker.ahead = None
+        if self.upcoming is not None and worker.source is not None:
+            worker.ahead = worker.fetch(self.upcoming)
+            self.next_digest = worker.ahead.digest
+        super().finish(values)
+
+
+def same_everywhere(digest: int, group: Group) -> Generator[Any, Any, bool]:
+    """Whether all members hold the same 20-bit digest (N times the sum of squares tells)."""
+    vector = torch.tensor([digest, digest * digest], dtype=torch.float64)
+    total = yield from all_reduce(vector, group, label="shapes of the next batch")
+    return float(total[0]) ** 2 == len(group.ranks) * float(total[1])
+
