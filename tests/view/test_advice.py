@@ -45,10 +45,8 @@ def test_replicated_optimizer_state_is_sharded_by_a_plan_that_parses(tmp_path: P
 
 
 def test_gathering_that_costs_much_is_given_up_for_memory_it_names(tmp_path: Path) -> None:
-    slow = timed(communication=0.4)
-    found = advice(tmp_path, run_record(4, 3), slow, verify_record())[
-        "Keep the weights whole: zero2"
-    ]
+    slow, title = timed(communication=0.4), "Keep the weights whole: zero2"
+    found = advice(tmp_path, run_record(4, 3), slow, verify_record())[title]
     assert "Communication is 29 % of a step" in found.why
     assert "10.5 MiB more on each rank" in found.why
     assert found.command == "mw train gpt.py -n 4 --plan zero2,data=4"
