@@ -331,7 +331,7 @@ def mutations(draw):
             parent = parent[key]
         kind = draw(st.sampled_from(["replace", "remove", "double", "swap"]))
         if kind == "replace":
-            parent[path[-1]] = draw(hostile)
+            parent[path[-1]] = copy.deepcopy(draw(hostile))
         elif kind == "remove" and len(path) > 1:
             del parent[path[-1]]
         elif kind == "double" and isinstance(parent, list):
