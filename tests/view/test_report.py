@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -83,7 +83,7 @@ def test_every_section_is_there_and_says_what_it_found(whole: str) -> None:
         "The numbers of one device: worst relative error 3.1e-15",
         "blocks.0–7.mlp.up",
         "gpt.py:58",
-        "mw train gpt.py -n 4 --plan zero3,data=4",
+        "mw train gpt.py --ranks 4 --plan zero3,data=4",
         "AMD EPYC 9R14",
     ):
         assert words in page.text

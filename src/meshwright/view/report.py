@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
@@ -158,6 +159,14 @@ def _when(started: str) -> str:
     return f"{text} UTC" if moment.utcoffset() == UTC.utcoffset(None) else text
 
 
+_UNIT = re.compile(r"(?<=[0-9]) (?=([KMGTP]i)?B\b|[mµ]?s\b|min\b|%)")
+
+
+def _unbroken(text: str) -> str:
+    """`text` with no line break between a number and its unit."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", text)
+
+
 def _quantity(text: str) -> Markup:
     """Number and unit apart, so that columns of them line up."""
     number, _, unit = text.partition(" ")
@@ -172,5 +181,6 @@ _FILTERS = {
     "percent": units.percent_text,
     "seconds": units.seconds_text,
     "shape": shape_text,
+    "unbroken": _unbroken,
     "value": units.value_text,
 }
