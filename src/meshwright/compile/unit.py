@@ -223,7 +223,9 @@ def _trace(
     torch.set_default_dtype(dtype or default)
     marks = random.getstate(), np.random.get_state()[1:3]
     try:
-        with straight_checkpoint():
+        # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
+        compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
+        with straight_checkpoint(), compiling:
             program = trace_function(function, fakes, places)
         if random.getstate() != marks[0]:
             raise UserCodeError(

@@ -99,6 +99,7 @@ class StepWork:
         self.totals = Totals(torch.zeros(0), ())
         self.skipped = False
         self.norm: float | None = None
+        self.keep_gradients: dict[str, Tensor] | None = None
 
     def load(self, microbatch: int) -> Mapping[str, Tensor]:
         """The operands of a micro-batch."""
@@ -165,6 +166,8 @@ class StepWork:
             if not self.skipped and name in self.state.shards:
                 shard = self.state.shards[name]
                 shard.grad = (gradient * factor).to(shard.dtype)
+                if self.keep_gradients is not None:
+                    self.keep_gradients[name] = shard.grad.clone()
         if not self.skipped:
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)

@@ -105,6 +105,7 @@ class Worker:
         self.state = initial_state(build, rank)
         self.running: dict[int, Generator[Any, Any, None]] = {}
         self.ahead: Fetched | None = None
+        self.keep_gradients: dict[str, Tensor] | None = None
 
     def fetch(self, step: int) -> Fetched:
         """Load this rank's samples of `step`."""
@@ -193,6 +194,7 @@ class _AheadWork(StepWork):
         self.upcoming = upcoming
         self.fetched = fetched
         super().__init__(worker.state, worker.policy, fetched.step, self._operands, worker.group)
+        self.keep_gradients = worker.keep_gradients
 
     def _operands(self, microbatch: int) -> tuple[Mapping[str, Tensor], Tensor]:
         fetched = self.fetched
