@@ -14,6 +14,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -25,6 +26,7 @@ from meshwright.errors import PeerLost, Stalled, UsageError
 __all__ = ["Rendezvous", "is_loopback", "open_store", "own_address"]
 
 _CLIENT_WAIT = 0.5
+_READ_WITHIN = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +161,30 @@ def _challenge(hello: Store, world: World, token: str, seconds: float) -> None:
         for rank in range(1, world.size):
             _admit(hello, rank, nonce, token, limit)
         return
+    try:
+        known = _prove(hello, str(world.rank), token, limit)
+    except DistError as error:
+        raise PeerLost(
+            f"rank {world.rank} joined rank 0's store, which then went away or did not answer "
+            f"within {seconds:g} s; see rank 0's log ({error})"
+        ) from None
+    if not known:
+        raise UsageError(
+            f"rank {world.rank} and rank 0 hold different job tokens; another job may be using "
+            "this MASTER_PORT: start all ranks from one launch, or choose another port"
+        )
+
+
+def _prove(hello: Store, rank: str, token: str, limit: timedelta) -> bool:
+    """A member's side of the challenge: whether rank 0 holds the same token."""
     nonce = secrets.token_hex(16)
     hello.wait(["nonce"], limit)
     owners = hello.get("nonce").decode()
-    me = str(world.rank)
-    hello.set(f"member/{me}", nonce + " " + _proof(token, "member", me, owners, nonce))
-    hello.wait([f"owner/{me}"], limit)
-    expected = _proof(token, "owner", me, nonce, owners)
-    if not hmac.compare_digest(hello.get(f"owner/{me}").decode(), expected):
-        raise UsageError(
-            f"rank {me} and rank 0 hold different job tokens; another job may be using this "
-            "MASTER_PORT: start all ranks from one launch, or choose another port"
-        )
+    hello.set(f"member/{rank}", nonce + " " + _proof(token, "member", rank, owners, nonce))
+    hello.wait([f"owner/{rank}"], limit)
+    answer = hello.get(f"owner/{rank}")
+    hello.set(f"read/{rank}", "")
+    return hmac.compare_digest(answer, _proof(token, "owner", rank, nonce, owners).encode())
 
 
 def _admit(hello: Store, rank: int, nonce: str, token: str, limit: timedelta) -> None:
@@ -188,6 +202,8 @@ def _admit(hello: Store, rank: int, nonce: str, token: str, limit: timedelta) ->
     )
     hello.set(f"owner/{rank}", _proof(token, "owner", str(rank), theirs, nonce) if right else "no")
     if not right:
+        with suppress(DistError):  # the store goes with this rank: let the other read its answer
+            hello.wait([f"read/{rank}"], timedelta(seconds=_READ_WITHIN))
         raise UsageError(
             f"rank {rank} holds another job token than rank 0; another job may be using this "
             "MASTER_PORT: start all ranks from one launch, or choose another port"

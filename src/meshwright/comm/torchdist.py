@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
@@ -121,16 +120,15 @@ class TorchDist:
 
     def _drive(self, exchange: Exchange, answer: Any) -> Any:
         """Perform requests until another thing is yielded; StopIteration when it ends."""
-        resume: Callable[[Any], Any] = exchange.send
-        while True:
-            thing = resume(answer)
-            if not isinstance(thing, Start | Wait):
-                return thing
+        thing = exchange.send(answer)
+        while isinstance(thing, Start | Wait):
             try:
                 answer = self._start(thing) if isinstance(thing, Start) else self._wait(thing)
-                resume = exchange.send
             except Exception as error:  # noqa: BLE001  the generator decides what to do with it
-                answer, resume = error, exchange.throw
+                thing = exchange.throw(error)
+            else:
+                thing = exchange.send(answer)
+        return thing
 
     def _start(self, request: Start) -> Handle:
         ranks = request.group.ranks
