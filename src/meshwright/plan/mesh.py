@@ -39,8 +39,8 @@ class Axis:
         """Sizes are positive and the inner split divides."""
         if self.size < 1 or self.inner < 1 or self.size % self.inner:
             raise PlanError(
-                f"mesh axis {self.name}={self.size} (inner split {self.inner}): sizes are at least 1"
-                " and the inner split divides the axis"
+                f"mesh axis {self.name}={self.size} (inner split {self.inner}): sizes are at least"
+                " 1 and the inner split divides the axis"
             )
 
 
@@ -114,7 +114,7 @@ class Mesh:
         return before + self.stages[stage].index(coordinates)
 
     def group(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that differ from `rank` in `axis` only, in coordinate order, itself included."""
+        """`rank` and those that differ from it in `axis` only, in coordinate order."""
         stage, here = self.coordinates(rank)
         size = self.stages[stage].axis_size(axis)
         if size == 1:

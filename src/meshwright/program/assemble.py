@@ -76,13 +76,14 @@ def complete_unit(
     """Propagate the unit's annotations: batches split by sample, weights as they rest."""
     outputs = unit_outputs(unit, axes, states)
     batch = Layout.of(axes, {a.name: Shard(0) for a in axes if a.name == "data" and a.size > 1})
+    ranks = next((a.size for a in axes if a.name == "data"), 1)  # fewer samples are done by all
     pinned: dict[int, Layout] = {}
     stored: dict[int, Layout] = {}
     for name, value in unit.inputs:
         if name.startswith("model/"):
             stored[value] = states[name.removeprefix("model/")].weights
         elif name.startswith("batch/"):
-            pinned[value] = batch
+            pinned[value] = batch if unit.values[value].shape[0] >= ranks else REPLICATED
         else:
             pinned[value] = outputs.get(name, REPLICATED)
     return propagate(unit, axes, pinned, stored)

@@ -37,8 +37,8 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        segment: what a Run calls, or which collective a Start begins and a Wait ends; an index into the list's
-            `segments` or `calls`.
+        segment: what a Run calls, or which collective a Start begins and a Wait ends; an index
+            into the list's `segments` or `calls`.
         microbatch: which micro-batch it serves; None for what is done once a step.
         version: of the weights it reads (0 is the newest).
         inputs, outputs: names of values; a Free's inputs are what it frees.
@@ -58,7 +58,8 @@ class Instruction:
         where = "" if self.microbatch is None else f" @{self.microbatch}"
         number = "" if self.segment is None else f" {self.segment}"
         axis = f" over {self.axis}" if self.axis else ""
-        return f"{self.kind}{number}{where}{axis}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}"
+        reads, makes = ", ".join(self.inputs), ", ".join(self.outputs)
+        return f"{self.kind}{number}{where}{axis}: {reads} -> {makes}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from meshwright.plan.mesh import Axis
 
@@ -28,6 +28,7 @@ __all__ = [
     "Shard",
     "Slab",
     "chunk",
+    "disjoint",
     "local_shape",
     "region",
     "slab",
@@ -140,6 +141,23 @@ def _granules(
         if layout.on(axis.name) == shard:
             _, n = chunk(n, axis.size, coordinates[axis.name])
     return n
+
+
+class Split(Protocol):
+    """A factor of a dim: the dim seen as (outer, n, unit)."""
+
+    @property
+    def outer(self) -> int:
+        """What lies before the factor."""
+
+    @property
+    def unit(self) -> int:
+        """What lies behind it."""
+
+
+def disjoint(size: int, a: Split, b: Split) -> bool:
+    """Whether one split lies inside the other's unit, so that each can be cut on its own."""
+    return a.unit % (size // b.outer) == 0 or b.unit % (size // a.outer) == 0
 
 
 def local_shape(

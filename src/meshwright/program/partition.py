@@ -152,10 +152,9 @@ class _Writer:
                 tuple(args),
                 notes,
                 (result,),
-                False,
-                reader.phase,
-                reader.module,
-                reader.source,
+                phase=reader.phase,
+                module=reader.module,
+                source=reader.source,
             )
         )
         return result
@@ -188,7 +187,7 @@ class _Writer:
                 placements[axis] = shard if shard is not None else Partial(rule.reduction)
             placements |= dict.fromkeys(through, Partial())
             results.append(self.new(value, Layout.of(self.axes, placements)))
-        args = self._local_args(rule, op, args, results)
+        args = self._local_args(rule, op, args, brought, results)
         made = iter(results)
         outputs = tuple(None if value is None else next(made) for value in op.outputs)
         self.ops.append(replace(op, args=args, kwargs=kwargs, outputs=outputs))
@@ -233,12 +232,19 @@ class _Writer:
         return None
 
     def _local_args(
-        self, rule: Rule, op: Op, args: tuple[Arg, ...], results: Sequence[int]
+        self,
+        rule: Rule,
+        op: Op,
+        args: tuple[Arg, ...],
+        brought: Sequence[int],
+        results: Sequence[int],
     ) -> tuple[Arg, ...]:
         """Sizes inside arguments become local; a random draw learns where its samples start."""
         changed = list(args)
         for place, result in rule.shape_args:
             changed[place] = self.values[results[result]].shape
+        for place, operand, dim in rule.count_args:
+            changed[place] = self.values[brought[operand]].shape[dim]
         if op.base == "meshwright.draw":
             changed[6] = self._starts(op.results[0], self.origin[results[0]][1])
         return tuple(changed)

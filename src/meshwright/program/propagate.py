@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meshwright.plan.mesh import Axis
-from meshwright.program.layout import Layout, Placement, Shard
+from meshwright.program.layout import Layout, Placement, Shard, disjoint
 from meshwright.program.program import Program
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
@@ -165,9 +165,10 @@ class _Search:
         for values, dims in ((op.inputs, rule.operands), (op.results, rule.results)):
             for value, factors in zip(values, dims, strict=True):
                 shard = shard_of(rule, factors, best)
-                if shard is not None and value in self.open and value not in self.place:
-                    if self._free(value, shard):
-                        self.place[value] = shard
+                if shard is None or value not in self.open or value in self.place:
+                    continue
+                if self._free(value, shard):
+                    self.place[value] = shard
         return True
 
     def _fits(self, number: int, carry: Carry) -> bool:
@@ -177,9 +178,7 @@ class _Search:
         for name, other in self.carried[number].items():
             if other == carry:
                 granules //= self.sizes[name]
-            elif other.factor == carry.factor and not (
-                carry.unit >= size // other.outer or other.unit >= size // carry.outer
-            ):
+            elif other.factor == carry.factor and not disjoint(size, carry, other):
                 return False
         return granules >= self.axis.size
 
@@ -188,7 +187,8 @@ class _Search:
         size = self.program.values[value].shape[shard.dim]
         for found in self.earlier.values():
             other = found.get(value)
-            if isinstance(other, Shard) and other.dim == shard.dim and other != shard:
-                if not (shard.unit >= size // other.outer or other.unit >= size // shard.outer):
-                    return False
+            if not isinstance(other, Shard) or other.dim != shard.dim or other == shard:
+                continue
+            if not disjoint(size, shard, other):
+                return False
         return True

@@ -1,4 +1,4 @@
-"""From one layout to another: the cheapest sequence of single-axis steps.
+r"""From one layout to another: the cheapest sequence of single-axis steps.
 
     from \\ to      replicated      sharded            partial
     replicated     -               slice (free)       mask: keep at coordinate 0 (free)
@@ -21,7 +21,7 @@ from typing import Literal
 
 from meshwright.errors import InternalError
 from meshwright.plan.mesh import Axis
-from meshwright.program.layout import Layout, Partial, Placement, Shard
+from meshwright.program.layout import Layout, Partial, Placement, Shard, disjoint
 
 __all__ = ["Step", "reshard", "step_cost"]
 
@@ -131,13 +131,9 @@ def _legal(
         if target in later:
             return False
         others = [here.on(name) for name in names if name != axis]
-        return all(_disjoint(shape, target, other) for other in others if isinstance(other, Shard))
+        return all(
+            disjoint(shape[target.dim], target, other)
+            for other in others
+            if isinstance(other, Shard) and other.dim == target.dim and other != target
+        )
     return True
-
-
-def _disjoint(shape: tuple[int, ...], a: Shard, b: Shard) -> bool:
-    """Whether two shards split different factors of a dim, different dims, or the same factor."""
-    if a == b or a.dim != b.dim:
-        return True
-    size = shape[a.dim]
-    return a.unit >= size // b.outer or b.unit >= size // a.outer

@@ -36,7 +36,7 @@ class StateLayouts:
 
 
 def shard_dim(shape: tuple[int, ...], parts: int) -> int | None:
-    """The dim to split in `parts`: the least padding, then the first; None where none is long enough."""
+    """The dim to split in `parts`: least padding, then the first; None if none is long enough."""
 
     def padding(dim: int) -> int:
         """Elements that a split into equal parts would add."""

@@ -20,7 +20,7 @@ def _constant(place: int) -> RuleMaker:
 
 
 def _draw(view: OpView) -> Rule:
-    """`draw(kind, size, ..., sample dim, outer, unit, ...)`: only the sample factor may be local."""
+    """`draw(kind, size, n, sample dim, outer, unit, ..)`: only the sample factor may be local."""
     dim = view.number(3, -1)
     shape = view.results[0].shape
     if dim < 0:

@@ -36,6 +36,7 @@ class Rule:
             must be partial too, or they would count once per rank.
         linear: sets of operands in which the op is linear together; a partial sum passes through.
         shape_args: (argument place, result number): sizes inside arguments that become local.
+        count_args: (argument place, operand number, dim): an argument that is one operand's size.
         known: False for the fallback of an op that has no rule.
     """
 
@@ -47,6 +48,7 @@ class Rule:
     addends: frozenset[int] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     shape_args: tuple[tuple[int, int], ...] = ()
+    count_args: tuple[tuple[int, int, int], ...] = ()
     known: bool = True
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.program.program import Arg, Ref
 from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum, whole
 
 __all__ = ["RULES"]
+
+_MEAN = 1
+"""aten's number for `reduction="mean"`."""
 
 
 def _if(arg: Arg, pattern: str) -> str | None:
@@ -60,28 +65,42 @@ def _group_norm(view: OpView) -> Rule:
     rank = len(view.operands[0].shape)
     full = " ".join(["n", *["1"] * (rank - 1)])
     operands = [full, _if(view.arg(1), "1"), _if(view.arg(2), "1")]
-    return einsum(view, operands, _made(view, full, "n 1", "n 1"))
+    rule = einsum(view, operands, _made(view, full, "n 1", "n 1"))
+    return replace(rule, count_args=((3, 0, 0),))
 
 
 def _group_norm_backward(view: OpView) -> Rule:
     rank = len(view.operands[0].shape)
     full = " ".join(["n", *["1"] * (rank - 1)])
     operands = [full, full, "n 1", "n 1", _if(view.arg(4), "1")]
-    return einsum(view, operands, _made(view, full, "1", "1"))
+    rule = einsum(view, operands, _made(view, full, "1", "1"))
+    return replace(rule, count_args=((5, 0, 0),))
 
 
 def _flash(view: OpView) -> Rule:
     """q (b h t d), k and v (b h s d) -> out (b h t d), logsumexp (b h t)."""
-    mask = dict(view.op.kwargs).get("attn_mask")
-    operands = ["b h t d", "b h s d", "b h s d", _if(mask, "... t s")]
-    return einsum(view, operands, _made(view, "b h t d", "b h t"), keep="t s d .1 .2")
+    mask = _mask(view)
+    operands = ["b h t d", "b h s d", "b h s d", mask]
+    return einsum(view, operands, _made(view, "b h t d", "b h t"), keep=_kept_heads(view, 0))
 
 
 def _flash_backward(view: OpView) -> Rule:
-    mask = dict(view.op.kwargs).get("attn_mask")
     q, k = "b h t d", "b h s d"
-    operands = [q, q, k, k, q, "b h t", _if(mask, "... t s")]
-    return einsum(view, operands, _made(view, q, k, k), keep="t s d .1 .2")
+    operands = [q, q, k, k, q, "b h t", _mask(view)]
+    return einsum(view, operands, _made(view, q, k, k), keep=_kept_heads(view, 1))
+
+
+def _mask(view: OpView) -> str | None:
+    """The attention mask's dims: (t s), or (b h t s) where any may be 1."""
+    if not isinstance(dict(view.op.kwargs).get("attn_mask"), Ref):
+        return None
+    return " ".join(("b", "h", "t", "s")[4 - len(view.operands[-1].shape) :])
+
+
+def _kept_heads(view: OpView, query: int) -> str:
+    """Letters that stay whole; heads too where several queries share a key (grouped attention)."""
+    heads, shared = (view.operands[place].shape[1] for place in (query, query + 1))
+    return "t s d" if heads == shared else "h t s d"
 
 
 def _samples_only(view: OpView) -> Rule:
@@ -92,7 +111,8 @@ def _samples_only(view: OpView) -> Rule:
 
     if any(len(v.shape) != 4 for v in (*view.operands, *view.results)):
         return whole(view)
-    size = [(1, 0)] if view.op.base == "aten.upsample_bilinear2d_backward" else []
+    resized = view.op.base.startswith("aten.upsample_") and view.op.base.endswith("_backward")
+    size = [(2, 0)] if resized else []
     operands = [pattern(len(v.shape)) for v in view.operands]
     results = [pattern(len(v.shape)) for v in view.results]
     return einsum(view, operands, results, shape_args=size)
@@ -105,7 +125,7 @@ def _convolution(view: OpView) -> Rule:
     out = " ".join(["n", "o", *space])
     keep = "" if view.number(8) == 1 else "o"
     if view.arg(6) is True:  # transposed: the weight is (c o ...)
-        w, keep = " ".join(["1", "o", *space]), keep
+        w = " ".join(["1", "o", *space])
     return einsum(view, [x, w, _if(view.arg(2), "o")], [out], keep=keep)
 
 
@@ -126,13 +146,14 @@ def _embedding(view: OpView) -> Rule:
 def _embedding_backward(view: OpView) -> Rule:
     """grad (... d), indices (...) -> (v d): sums over the indices."""
     index = [f"i{k}" for k in range(len(view.operands[1].shape))]
-    linear = [[0]]
-    return einsum(view, [" ".join([*index, "d"]), " ".join(index)], ["1 d"], linear=linear)
+    keep = " ".join(index) if view.arg(4) is True else ""  # divides by how often each index occurs
+    operands = [" ".join([*index, "d"]), " ".join(index)]
+    return einsum(view, operands, ["1 d"], keep=keep, linear=[[0]])
 
 
 def _nll_forward(view: OpView) -> Rule:
-    """x (n c), target (n) -> sum of losses, sum of weights; the mean was decomposed before."""
-    if len(view.operands[0].shape) != 2:
+    """x (n c), target (n) -> sum of losses, sum of weights; a mean divides by all its weights."""
+    if len(view.operands[0].shape) != 2 or view.number(3) == _MEAN:
         return whole(view)
     out = "n" if view.number(3) == 0 else ""
     weight = _if(view.arg(2), "c")
@@ -141,7 +162,7 @@ def _nll_forward(view: OpView) -> Rule:
 
 def _nll_backward(view: OpView) -> Rule:
     """(grad, x, target, weight, reduction, ignore, total) -> gradient of x."""
-    if len(view.operands[1].shape) != 2:
+    if len(view.operands[1].shape) != 2 or view.number(4) == _MEAN:
         return whole(view)
     grad = "n" if view.number(4) == 0 else ""
     operands = [grad, "n c", "n", _if(view.arg(3), "c"), _if(view.arg(6), "")]
@@ -214,7 +235,9 @@ RULES: dict[str, RuleMaker] = {
             "aten._adaptive_avg_pool2d",
             "aten._adaptive_avg_pool2d_backward",
             "aten.upsample_nearest2d",
+            "aten.upsample_nearest2d_backward",
             "aten.upsample_bilinear2d",
+            "aten.upsample_bilinear2d_backward",
         ),
         _samples_only,
     ),

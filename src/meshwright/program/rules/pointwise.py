@@ -18,7 +18,7 @@ sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh softplus
 softplus_backward softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc
 xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like isposinf isneginf
 _prelu_kernel sinc where bitwise_left_shift bitwise_right_shift
-""".split()
+""".split()  # noqa: SIM905 - a table of words
 
 # In which operands (by place) an op is linear, together: a partial sum passes through those.
 _LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -55,14 +55,7 @@ def pointwise(view: OpView) -> Rule:
         linear = []
     if name == "where" and len(view.operands) == 3:
         linear = [(1, 2)]
-    sizes = [(1, 0)] if name in ("expand",) else []
-    return einsum(
-        view,
-        ["..."] * len(view.operands),
-        ["..."] * len(view.results),
-        linear=linear,
-        shape_args=sizes,
-    )
+    return einsum(view, ["..."] * len(view.operands), ["..."] * len(view.results), linear=linear)
 
 
 def _floating(view: OpView) -> bool:
@@ -70,6 +63,6 @@ def _floating(view: OpView) -> bool:
     return "int" not in view.results[0].dtype and view.results[0].dtype != "bool"
 
 
-RULES: dict[str, RuleMaker] = {
-    f"aten.{name}": pointwise for name in {*_ANY, *_LINEAR, "sub", "rsub"}
-}
+RULES: dict[str, RuleMaker] = dict.fromkeys(
+    (f"aten.{name}" for name in (*_ANY, *_LINEAR)), pointwise
+)

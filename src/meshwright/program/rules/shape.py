@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from meshwright.program.rules.factor import Dim, OpView, Rule, RuleMaker, einsum, whole
 
@@ -58,10 +59,10 @@ def _split_run(
         return found
 
     cuts = sorted({*borders(before, *run), *borders(after, *other)})
-    if any(high % low for low, high in zip(cuts, cuts[1:], strict=False)):
+    if any(high % low for low, high in pairwise(cuts)):
         return
     place = {low: len(sizes) + k for k, low in enumerate(cuts[:-1])}
-    sizes += [high // low for low, high in zip(cuts, cuts[1:], strict=False)]
+    sizes += [high // low for low, high in pairwise(cuts)]
     for shape, (start, stop), dims in ((before, run, left), (after, other, right)):
         product = 1
         for number in range(start, stop):
@@ -70,6 +71,8 @@ def _split_run(
 
 
 def _view(view: OpView) -> Rule:
+    if view.op.name == "aten.view.dtype":
+        return whole(view)
     found = split_factors(view.operands[0].shape, view.results[0].shape)
     if found is None:
         return whole(view)
@@ -149,8 +152,11 @@ def _nonlinear(rule: Rule) -> Rule:
 
 
 def _sort(view: OpView) -> Rule:
+    """sort(x, dim, descending); in sort.stable all but x are named."""
     rank = len(view.operands[0].shape)
-    return _nonlinear(_same_but(view, [view.number(1, -1) % rank])) if rank else whole(view)
+    dim = dict(view.op.kwargs).get("dim", view.number(1, -1))
+    assert isinstance(dim, int), view.op
+    return _nonlinear(_same_but(view, [dim % rank])) if rank else whole(view)
 
 
 def _topk(view: OpView) -> Rule:
@@ -207,12 +213,10 @@ def _slice_backward(view: OpView) -> Rule:
 
 
 def _pad(view: OpView) -> Rule:
-    shape, made = view.operands[0].shape, view.results[0].shape
+    rank = len(view.operands[0].shape)
     padding = view.numbers(1) or ()
-    rank = len(shape)
     dims = [rank - 1 - k // 2 for k, amount in enumerate(padding) if amount]
     rule = _same_but(view, dims)
-    del made
     return rule if view.arg(2, 0) in (0, 0.0) else _nonlinear(rule)
 
 
