@@ -7,7 +7,7 @@ independent readings of what a layout means.
 from __future__ import annotations
 
 import itertools
-from functools import reduce
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -38,6 +38,12 @@ def everywhere(axes):
 
 def held(shape, layout, axes, coordinates):
     """Flat global indices of what the rank at `coordinates` holds, in the local shape."""
+    return _held(tuple(shape), layout, tuple(axes), tuple(coordinates.items()))
+
+
+@lru_cache(maxsize=10_000)
+def _held(shape, layout, axes, place):
+    coordinates = dict(place)
     picks = [np.arange(size) for size in shape]
     for shard in {p for _, p in layout.placements if isinstance(p, Shard)}:
         n = shape[shard.dim] // (shard.outer * shard.unit)
@@ -48,7 +54,7 @@ def held(shape, layout, axes, coordinates):
         kept = picks[shard.dim]
         picks[shard.dim] = kept[np.isin(kept // shard.unit % n, mine)]
     whole = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
-    return whole[np.ix_(*picks)]
+    return np.asarray(whole[np.ix_(*picks)])
 
 
 def part(tensor, layout, axes, coordinates):
