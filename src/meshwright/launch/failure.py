@@ -138,22 +138,28 @@ def render(failures: Sequence[Failure], *, world: int, logs: Path | None = None)
     """
     first = deciding(failures)
     same = [f.rank for f in failures if (f.kind, f.message) == (first.kind, first.message)]
-    message = first.message.splitlines()[:_MESSAGE_LINES]
+    message = [line for line in first.message.splitlines() if line.strip()] or ["(no message)"]
     lines = [_headline(first, same, message[0])]
-    lines += [f"  {line}" for line in message[1:]]
+    lines += [f"  {line}" for line in message[1:_MESSAGE_LINES]]
     shown = [frame for frame in first.frames if frame.user][:_FRAMES_SHOWN]
     for frame in shown:
         lines += [f"  {_short(frame.file)}:{frame.line} in {frame.function}", f"    {frame.text}"]
     folded = len(first.frames) - len(shown)
     if folded:
-        lines.append(f"  ({folded} more frames, of libraries or further out, are in the log)")
+        frames = "1 more frame is" if folded == 1 else f"{folded} more frames are"
+        lines.append(f"  ({frames} in the log)")
     others = _others(failures, same, world)
     if others:
         lines.append(others)
     if logs is not None:
-        lines.append(f"logs: {logs}/rank{first.rank}.log")
+        lines.append(f"log: {_short(str(logs))}/rank{first.rank}.log")
     lines.append(f"exit status {first.status}")
-    return "\n".join(line[:_WIDTH] for line in lines)
+    return "\n".join(_printable(line[:_WIDTH]) for line in lines)
+
+
+def _printable(line: str) -> str:
+    """Without what could steer a terminal: messages may hold the user's data."""
+    return "".join(char if char.isprintable() else " " for char in line)
 
 
 def _headline(failure: Failure, same: Sequence[int], text: str) -> str:
