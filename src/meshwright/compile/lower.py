@@ -19,12 +19,16 @@ __all__ = ["Segment", "call", "function_of", "lower"]
 Segment = Callable[..., Sequence[Tensor]]
 
 
-def lower(program: Program, coordinates: Mapping[str, int]) -> Segment:
+def lower(
+    program: Program, coordinates: Mapping[str, int], dtype: torch.dtype | None = None
+) -> Segment:
     """A callable from the program's inputs to the tuple of its outputs, for one rank.
 
     Args:
         program: without collectives, local shapes.
         coordinates: the rank's, by axis: local moves and random draws read them.
+        dtype: what was torch's default dtype in the trace, where ops rely on it (a tensor made
+            without a dtype, integers divided); None for the one in force.
     """
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
@@ -41,7 +45,17 @@ def lower(program: Program, coordinates: Mapping[str, int]) -> Segment:
             if value is not None:
                 nodes[value] = graph.call_function(operator.getitem, (node, place))
     graph.output(tuple(nodes[value] for _, value in program.outputs))
-    return fx.GraphModule({}, graph).forward  # type: ignore[no-any-return]
+    segment: Segment = fx.GraphModule({}, graph).forward
+    return segment if dtype is None else partial(_with_default, segment, dtype)
+
+
+def _with_default(segment: Segment, dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return segment(*tensors)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

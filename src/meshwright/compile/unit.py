@@ -97,14 +97,25 @@ class Unit:
 def straight_checkpoint() -> Iterator[None]:
     """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business."""
 
-    def straight(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        for option in ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check",
-                       "debug", "early_stop"):  # fmt: skip
-            kwargs.pop(option, None)
-        return function(*args, **kwargs)
-
-    with mock.patch.object(torch.utils.checkpoint, "checkpoint", straight):
+    def around(*_: Any, **__: Any) -> Iterator[None]:
+        """What torch steps once before the function and once after it."""
         yield
+
+    # User code has imported `checkpoint` by name; what it calls inside is looked up at each call.
+    inside = torch.utils.checkpoint
+    with (
+        mock.patch.object(inside, "_checkpoint_without_reentrant_generator", around),
+        mock.patch.object(inside, "CheckpointFunction", _Straight),
+    ):
+        yield
+
+
+class _Straight:
+    """In place of torch's reentrant checkpoint function: calls and forgets nothing."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - torch's signature
+        return function(*args)
 
 
 def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[Any, Any]]]:
@@ -360,9 +371,20 @@ def _unit(
         for name, value in scalars.items():
             outputs[f"total/{name}"] = _scalar(value, inputs["scale"])
     if training:
-        outputs |= {f"next/{name}": tensor for name, tensor in buffers.items()}
+        # A buffer that the forward rebound was written back to `state` by functional_call.
+        outputs |= {f"next/{name}": _next(name, state[f"model.{name}"], old) for name, old in buffers.items()}
     outputs |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
     return outputs
+
+
+def _next(name: str, new: Tensor, old: Tensor) -> Tensor:
+    """A buffer after the forward; it keeps its form."""
+    if (new.shape, new.dtype) != (old.shape, old.dtype):
+        raise UserCodeError(
+            f"the forward changes buffer {name} from {old.dtype} {tuple(old.shape)} to {new.dtype} "
+            f"{tuple(new.shape)}; a buffer must keep its shape and dtype, or use --eager"
+        )
+    return new.detach()
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def zero_layouts(
         found[name] = StateLayouts(
             weights=split if zero == 3 else REPLICATED,
             gradients=partial if late else split,
-            optimizer=split if zero >= 1 and name not in frozen else REPLICATED,
+            # A frozen one has no state, and no update that would move it.
+            optimizer=split if zero >= (3 if name in frozen else 1) else REPLICATED,
         )
     return found

@@ -114,7 +114,10 @@ class Build:
             place = self.place(rank)
             units = [self.unit(m, loss, **how).program for m in micros]
             compiled = assemble(units, self.axes, place.coordinates, self.states)
-            functions = tuple(lower(s, place.coordinates) for s in compiled.instructions.segments)
+            functions = tuple(
+                lower(segment, place.coordinates, self.dtype)
+                for segment in compiled.instructions.segments
+            )
             self.lists[key] = Lowered(compiled, functions)
         return self.lists[key]
 

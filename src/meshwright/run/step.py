@@ -120,7 +120,7 @@ class StepWork:
         """This rank's share of the squared norm of all gradients, as accumulated."""
         total = torch.zeros((), dtype=torch.float64)
         for name in self.state.trained:
-            if name in self.state.counted:
+            if name in self.state.counted and f"reduced/{name}" in values:
                 total += values[f"reduced/{name}"].to(torch.float64).square().sum()
         return total
 
@@ -161,8 +161,10 @@ class StepWork:
         if self.norm is not None and self.policy.clip_norm is not None:
             factor *= min(1.0, self.policy.clip_norm / (self.norm + 1e-6))
         for name in self.state.trained:
-            gradient = values.pop(f"reduced/{name}")
+            gradient = values.pop(f"reduced/{name}", None)
             values.pop(f"gradient/{name}", None)
+            if gradient is None:  # the loss does not reach it; eager leaves its gradient None too
+                continue
             if not self.skipped and name in self.state.shards:
                 shard = self.state.shards[name]
                 shard.grad = (gradient * factor).to(shard.dtype)
