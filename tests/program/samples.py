@@ -113,7 +113,7 @@ abs asinh atan ceil cos cosh digamma erf erfc exp exp2 expm1 floor frac gelu har
 hardsigmoid hardswish hardtanh isfinite isinf isnan isneginf isposinf leaky_relu mish nan_to_num
 neg reciprocal relu relu6 round sgn sigmoid sign silu sin sinc sinh softplus softshrink square
 tan tanh trunc elu logical_not clone detach alias lift_fresh_copy ones_like zeros_like
-empty_like
+empty_like zero
 """.split()  # noqa: SIM905 - a table of words
 
 IN_UNIT = """
@@ -133,6 +133,8 @@ def _unary():
     yield Call("aten.acosh.default", (above(5, 4),))
     yield Call("aten.bitwise_not.default", (whole(5, 4),))
     yield Call("aten.full_like.default", (f(5, 4), 2.5))
+    yield Call("aten.fill.Scalar", (f(5, 4), 2.5))
+    yield Call("aten.fill.Tensor", (f(5, 4), f()))
     yield Call("aten.gelu.default", (f(5, 4),), {"approximate": "tanh"}, "tanh")
     yield Call("aten.clone.default", (f(5, 4),), {"memory_format": torch.contiguous_format}, "kept")
     for dtype in (torch.float32, torch.int64, torch.bool):
@@ -258,6 +260,11 @@ def _cuts():
     yield Call("aten.split.Tensor", (x, 2, 1))
     yield Call("aten.split.Tensor", (f(5, 6), 2), label="rows")
     yield Call("aten.split_with_sizes.default", (f(5, 12), (4, 4, 4), -1))
+    yield Call("aten.unsafe_split.Tensor", (f(5, 6), 2, 1))
+    yield Call("aten.slice_scatter.default", (f(5, 6), f(5, 3), 1, 1, 4))
+    yield Call("aten.slice_scatter.default", (f(5, 6), f(2, 6), 0, 1, 3), label="rows")
+    yield Call("aten.select_scatter.default", (f(5, 6), f(5), -1, 2))
+    yield Call("aten.select_scatter.default", (f(5, 6), f(6), 0, 2), label="row")
     yield Call("aten.cat.default", ([f(5, 4), f(5, 2)], 1))
     yield Call("aten.cat.default", ([f(5, 4), f(2, 4)],), label="rows")
     yield Call("aten.constant_pad_nd.default", (x, (1, 2)))
