@@ -16,13 +16,13 @@ from torch import Tensor
 from meshwright.comm.base import Group, Start
 from meshwright.program.program import Op
 
-__all__ = ["local_move", "start", "unpack"]
+__all__ = ["local_move", "narrow", "start", "unpack"]
 
 _Slab = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 """(dim, outer, unit, starts, lengths) as `program.layout.Slab`."""
 
 
-def _narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
+def narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
     """The part of `tensor`, whole along the slab's factor, that belongs to `member`."""
     dim, outer, unit, starts, lengths = slab
     if outer == 1:
@@ -34,7 +34,7 @@ def _narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
 
 
 def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
-    """The inverse of `_narrow` over all members."""
+    """The inverse of `narrow` over all members."""
     dim, outer, unit, _, lengths = slab
     if outer == 1:
         return torch.cat(list(parts), dim)
@@ -66,11 +66,11 @@ def start(op: Op, tensor: Tensor, group: Group, index: int) -> Start:
             shapes = tuple(_part_shape(tensor.shape, args[0], k) for k in members)
             return Start("all_gather", group, (tensor.contiguous(),), shapes=shapes, label=label)
         case "reduce_scatter":
-            parts = tuple(_narrow(tensor, args[0], k).contiguous() for k in members)
+            parts = tuple(narrow(tensor, args[0], k).contiguous() for k in members)
             return Start("reduce_scatter", group, parts, args[1], label=label)
     assert name == "all_to_all", name
     source, target = args
-    parts = tuple(_narrow(tensor, target, k).contiguous() for k in members)
+    parts = tuple(narrow(tensor, target, k).contiguous() for k in members)
     mine = parts[index].shape
     shapes = tuple(_part_shape(mine, source, k) for k in members)
     return Start("all_to_all", group, parts, shapes=shapes, label=label)
@@ -90,7 +90,7 @@ def local_move(op: Op, tensor: Tensor, coordinates: Mapping[str, int]) -> Tensor
     index = coordinates[args[0]]
     if op.name == "comm.slice":
         # What follows may be a view, which the whole tensor allowed and a cut one would not.
-        return _narrow(tensor, args[1], index).contiguous()
+        return narrow(tensor, args[1], index).contiguous()
     if index == 0:
         return tensor
     return torch.full_like(tensor, _neutral(args[1], tensor.dtype))

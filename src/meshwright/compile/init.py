@@ -71,7 +71,9 @@ class _Tape(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> frozenset[int]:
-    return frozenset(_storage(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return frozenset(
+        _storage(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)
+    )
 
 
 def _storage(tensor: Tensor) -> int:

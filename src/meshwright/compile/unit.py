@@ -1,8 +1,8 @@
 """The traced unit: what one micro-batch does, forward and backward, as one Program.
 
-    inputs    model/* buffer/* constant/* batch/*  position  scale
-    outputs   gradient/* of the loss sum times `scale`, next/* buffers,
-              total/loss total/weight total/metric/* (sums over the micro-batch), watch/*
+inputs    model/* buffer/* constant/* batch/*  position  scale
+outputs   gradient/* of the loss sum times `scale`, next/* buffers,
+          total/loss total/weight total/metric/* (sums over the micro-batch), watch/*
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Program
 from meshwright.program.propagate import propagate
 
-__all__ = ["Example", "Loss", "Unit", "example_of", "normalise", "straight_checkpoint", "trace_unit"]
+__all__ = [
+    "Example",
+    "Loss",
+    "Unit",
+    "example_of",
+    "normalise",
+    "straight_checkpoint",
+    "trace_unit",
+]
 
 Loss = Callable[[nn.Module, Any], Any]
 
@@ -83,6 +91,7 @@ class Unit:
         unused: parameters that the loss does not reach; eager leaves their gradient None.
         trained: parameters with a gradient, in order.
         metrics: names, in order.
+        outputs: of a prediction, the tree that its `output/*` are leaves of.
     """
 
     program: Program
@@ -91,6 +100,7 @@ class Unit:
     unused: tuple[str, ...]
     trained: tuple[str, ...]
     metrics: tuple[str, ...]
+    outputs: Any = None
 
 
 @contextlib.contextmanager
@@ -170,6 +180,17 @@ class _Run:
     unused: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     draws: int = 0
+    outputs: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How to trace: `trace_unit`'s arguments."""
+
+    samples: int
+    dtype: torch.dtype | None
+    training: bool
+    predict: bool
 
 
 def trace_unit(
@@ -180,6 +201,7 @@ def trace_unit(
     *,
     dtype: torch.dtype | None = None,
     training: bool = True,
+    predict: bool = False,
 ) -> Unit:
     """Trace one micro-batch of `samples` samples.
 
@@ -190,15 +212,17 @@ def trace_unit(
         samples: in the micro-batch, over all ranks.
         dtype: floating tensors' dtype instead of their own (float64 to verify).
         training: with gradients, in training mode; else forward only, in evaluation mode.
+        predict: `loss` returns tensors per sample, which the program gives as `output/*`.
 
     Raises:
         NotTraceable: naming the user's line and the way out.
         UserCodeError: the loss is of a wrong form, or the forward changes what the trace bakes in.
     """
+    how = _How(samples, dtype, training, predict)
     with _unchanged(model.module):
-        first, run = _trace(model, loss, example, samples, dtype, training, 0)
+        first, run = _trace(model, loss, example, how, 0)
     with _unchanged(model.module):
-        again, _ = _trace(model, loss, example, samples, dtype, training, 1)
+        again, _ = _trace(model, loss, example, how, 1)
     if first.digest != again.digest:
         raise UserCodeError(
             "two traces of the model differ: its forward depends on something outside its inputs "
@@ -206,26 +230,28 @@ def trace_unit(
         )
     draws = _sample_dims(first, samples, run.draws)
     if samples == 1 and run.draws:
-        probe, _ = _trace(model, loss, example, 2, dtype, training, 0)
+        probe, _ = _trace(model, loss, example, replace(how, samples=2), 0)
         draws = _sample_dims(probe, 2, run.draws)
-    trained = tuple(n.removeprefix("gradient/") for n, _ in first.outputs if n.startswith("gradient/"))
-    return Unit(_with_draws(first, draws), samples, draws, run.unused, trained, run.metrics)
+    trained = tuple(
+        n.removeprefix("gradient/") for n, _ in first.outputs if n.startswith("gradient/")
+    )
+    program = _with_draws(first, draws)
+    return Unit(program, samples, draws, run.unused, trained, run.metrics, run.outputs)
 
 
 def _trace(
     model: Blueprint,
     loss: Loss,
     example: Example,
-    samples: int,
-    dtype: torch.dtype | None,
-    training: bool,  # noqa: FBT001 - private
+    how: _How,
     turn: int,
 ) -> tuple[Program, _Run]:
     places, run = Places(), _Run()
-    fakes = _fakes(model, example, samples, dtype)
+    dtype = how.dtype
+    fakes = _fakes(model, example, how.samples, dtype)
 
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _unit(model, loss, example, samples, dtype, training, inputs, places, run)
+        return _unit(model, loss, example, how, inputs, places, run)
 
     states = random.getstate(), np.random.get_state()
     random.seed(turn)
@@ -324,13 +350,12 @@ def _unit(
     model: Blueprint,
     loss: Loss,
     example: Example,
-    samples: int,
-    dtype: torch.dtype | None,
-    training: bool,  # noqa: FBT001 - private
+    how: _How,
     inputs: Mapping[str, Tensor],
     places: Places,
     run: _Run,
 ) -> dict[str, Tensor]:
+    training, samples = how.training, how.samples
     wanted = {n for n, p in model.module.named_parameters() if p.requires_grad and training}
     parameters = {
         name: inputs[f"model/{name}"].detach().requires_grad_(name in wanted)
@@ -352,14 +377,16 @@ def _unit(
     with (
         tagger,
         tagger.modules(model.module),
-        RandomMode(emit, promote=dtype == torch.float64) as mode,
+        RandomMode(emit, promote=how.dtype == torch.float64) as mode,
         _constants_swapped(model, inputs),
         watching(watched),
         torch.set_grad_enabled(training),
     ):
         found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
-        total, weight, metrics = normalise(found, samples)
         outputs: dict[str, Tensor] = {}
+        if how.predict:
+            found, outputs = _predictions(found, how.samples, run), _named_outputs(found)
+        total, weight, metrics = normalise(found, samples)
         if training:
             tagger.phase = "backward"
             outputs = _gradients(total * inputs["scale"], parameters, wanted, run)
@@ -372,9 +399,29 @@ def _unit(
             outputs[f"total/{name}"] = _scalar(value, inputs["scale"])
     if training:
         # A buffer that the forward rebound was written back to `state` by functional_call.
-        outputs |= {f"next/{name}": _next(name, state[f"model.{name}"], old) for name, old in buffers.items()}
+        outputs |= {
+            f"next/{name}": _next(name, state[f"model.{name}"], old)
+            for name, old in buffers.items()
+        }
     outputs |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
     return outputs
+
+
+def _predictions(found: Any, samples: int, run: _Run) -> Tensor:
+    """Note the form of what a prediction returns, and stand in for its loss."""
+    leaves, run.outputs = pytree.tree_flatten(found)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples:
+            shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise UserCodeError(
+                f"predict's function returned {shape}, but every output must be a tensor with one row"
+                f" per sample on dim 0 ({samples} here)"
+            )
+    return torch.zeros(())
+
+
+def _named_outputs(found: Any) -> dict[str, Tensor]:
+    return {f"output/{k}": leaf.detach() for k, leaf in enumerate(pytree.tree_leaves(found))}
 
 
 def _next(name: str, new: Tensor, old: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 from meshwright.comm.base import World
 from meshwright.errors import UsageError
 
-__all__ = ["Contract", "read", "write"]
+__all__ = ["Contract", "here", "read", "write"]
 
 RUN_DIR = "MESHWRIGHT_RUN_DIR"
 PLAN = "MESHWRIGHT_PLAN"
@@ -90,6 +90,11 @@ _ENGINES = (
            "OMPI_COMM_WORLD_LOCAL_SIZE", "", "PMIX_NAMESPACE"),
     _Names("pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "", "PMI_ID"),
 )  # fmt: skip
+
+
+def here() -> Contract:
+    """The contract of this process, from its environment."""
+    return read(os.environ)
 
 
 def read(environ: Mapping[str, str]) -> Contract:

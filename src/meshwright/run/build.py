@@ -95,7 +95,9 @@ class Build:
         groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
         return Place(coordinates, groups)
 
-    def unit(self, micro: Micro, loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool) -> Unit:
+    def unit(
+        self, micro: Micro, loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool
+    ) -> Unit:
         """The traced program of a micro-batch form; traced once."""
         function = loss or self.job.loss
         key = (micro.key, repr((id(function), sorted(how.items()))))
@@ -106,7 +108,11 @@ class Build:
         return self.units[key]
 
     def lowered(
-        self, rank: int, micros: Sequence[Micro], loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool
+        self,
+        rank: int,
+        micros: Sequence[Micro],
+        loss: Callable[[nn.Module, Any], Any] | None = None,
+        **how: bool,
     ) -> Lowered:
         """The instruction list of `rank` for a step of these micro-batches."""
         key = (rank, tuple(m.key for m in micros), id(loss), tuple(sorted(how.items())))
@@ -126,6 +132,8 @@ class Build:
         _, coordinates = self.mesh.coordinates(rank)
         start, stop = range_
         data = self.mesh.stages[0].axis_size("data")
+        if stop - start < data:
+            return range_
         first, length = chunk(stop - start, data, coordinates.get("data", 0))
         return start + first, start + first + length
 
@@ -172,4 +180,3 @@ def prepare(job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None) 
     axis = next(a for a in mesh.stages[0].axes if a.name == "data")
     states = zero_layouts(plan.zero, values, axis, frozen)
     return Build(job, plan, mesh, model, made, states, dtype)
-

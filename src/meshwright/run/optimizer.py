@@ -34,6 +34,16 @@ class Recipe:
         """The parameters it updates."""
         return tuple(name for names, _ in self.groups for name in names)
 
+    def slots(self) -> int:
+        """State tensors per parameter, of the parameter's shape, after a step."""
+        parameter = nn.Parameter(torch.zeros(3, 5))
+        (_, settings), *_ = self.groups
+        optimizer = build(Recipe(self.kind, self.defaults, ((("p",), settings),)), {"p": parameter})
+        parameter.grad = torch.zeros(3, 5)
+        optimizer.step()
+        state = optimizer.state[parameter].values()
+        return sum(isinstance(slot, Tensor) and slot.shape == parameter.shape for slot in state)
+
 
 def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
     """Call the factory on the model and record what it made.

@@ -98,9 +98,7 @@ class Reference:
             parameter.grad *= size / weight
         if self.job.clip_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.job.clip_norm)
-        gradients = {
-            name: p.grad.clone() for name, p in self._named() if p.grad is not None
-        }
+        gradients = {name: p.grad.clone() for name, p in self._named() if p.grad is not None}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:

@@ -31,7 +31,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """A step's global numbers."""
+    """A step's global numbers; `flags` are those that any rank raised."""
 
     step: int
     loss: float
@@ -39,6 +39,7 @@ class Metrics:
     gradient_norm: float | None
     skipped: bool
     watched: Mapping[str, Tensor]
+    flags: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> float:
         """`loss`, or a metric by name."""
@@ -86,15 +87,25 @@ class StepWork:
         step: int,
         load: Callable[[int], tuple[Mapping[str, Tensor], Tensor]],
         group: Group,
-        next_digest: int = 0,
+        flags: Mapping[str, bool] | None = None,
     ) -> None:
-        """`load(k)` gives micro-batch k's leaves by name and its position operand."""
+        """A step of one rank.
+
+        Args:
+            state: of the rank; read and changed.
+            policy: what to do beside the plan.
+            step: its number.
+            load: gives micro-batch k's leaves by name and its position operand.
+            group: the ranks that agree.
+            flags: raised for all ranks where any of them raises it (stop, save).
+        """
         self.state = state
         self.policy = policy
         self.step = step
         self._load = load
         self.group = group
-        self.next_digest = next_digest
+        self.next_digest = 0
+        self.flags = flags or {}
         self.digests_differ = False
         self.totals = Totals(torch.zeros(0), ())
         self.skipped = False
@@ -113,6 +124,7 @@ class StepWork:
             found["norm2"] = self._squares(values)
         digest = float(self.next_digest)
         found |= {"digest": _scalar(digest), "digest2": _scalar(digest * digest)}
+        found |= {f"flag/{name}": _scalar(float(raised)) for name, raised in self.flags.items()}
         vector = torch.stack([value.to(torch.float64) for value in found.values()])
         self.totals = Totals(vector, tuple(found))
 
@@ -199,9 +211,9 @@ class StepWork:
         named = [n.removeprefix("metric/") for n in totals.names if n.startswith("metric/")]
         metrics = {n: totals[f"metric/{n}"] / totals[f"metric-weight/{n}"] for n in named}
         loss = totals["loss"] / totals["weight"]
-        return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched)
+        flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
+        return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched, flags)
 
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-

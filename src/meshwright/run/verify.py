@@ -10,19 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meshwright.comm.base import gather_json
+from meshwright.comm.base import Comm, gather_json
+from meshwright.comm.local import LocalWorld
 from meshwright.compile.random import SampleDim
 from meshwright.compile.unit import example_of
+from meshwright.job import Job
+from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout, region
-from meshwright.run.build import Build, Micro
-from meshwright.run.data import Source
+from meshwright.run.build import Build, Micro, prepare
+from meshwright.run.data import Source, open_source
+from meshwright.run.lockstep import first_difference
+from meshwright.run.persist import given_weights
 from meshwright.run.reference import Reference, Snapshot, slots
-from meshwright.run.worker import Worker, box
+from meshwright.run.step import Policy
+from meshwright.run.worker import Make, Worker, box
 
 __all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "reference_for", "verify_rank"]
 
@@ -51,6 +58,7 @@ class Report:
 
     worst: dict[str, Worst] = field(default_factory=lambda: dict.fromkeys(KINDS, Worst()))
     limits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, LAW))
+    first_gradients: Worst = Worst()
 
     @property
     def passed(self) -> bool:
@@ -153,8 +161,9 @@ def compare_step(
     def bounds(name: str, tensor: Tensor, *, optimizer: bool) -> tuple[tuple[int, int], ...]:
         layout = lies(name, optimizer=optimizer)
         shape = tuple(tensor.shape)
-        if layout is None or (name in build.model.parameters and
-                              shape != tuple(build.model.parameters[name].shape)):
+        if layout is None or (
+            name in build.model.parameters and shape != tuple(build.model.parameters[name].shape)
+        ):
             return tuple((0, size) for size in shape)
         return region(shape, layout, build.axes, place.coordinates)
 
@@ -168,11 +177,15 @@ def compare_step(
     )
     for name, error in found.items():
         report.add("gradients", error, name, step)
+    if step == 0:
+        report.first_gradients = report.worst["gradients"]
     state = {n: t for n, t in worker.state.values.items() if n.startswith(("model/", "buffer/"))}
     found = compare(
         state,
         snapshot.weights,
-        lambda name, t: bounds(name.partition("/")[2] if name.startswith("model/") else "", t, optimizer=False),
+        lambda name, t: bounds(
+            name.partition("/")[2] if name.startswith("model/") else "", t, optimizer=False
+        ),
         lambda name: name.partition("/")[0],
     )
     for name, error in found.items():
@@ -190,7 +203,10 @@ def compare_step(
 
 def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
     """The report over all ranks: each rank's own, gathered."""
-    mine = {k: [w.error if math.isfinite(w.error) else -1.0, w.tensor, w.step] for k, w in report.worst.items()}
+    mine = {
+        k: [w.error if math.isfinite(w.error) else -1.0, w.tensor, w.step]
+        for k, w in report.worst.items()
+    }
     everyone = yield from gather_json(mine, worker.group, "verify's report")
     whole = Report(limits=report.limits)
     for found in everyone:
@@ -211,3 +227,106 @@ def float32_limits(build: Build, first: Snapshot, flipped: Snapshot) -> dict[str
     own = compare(flipped.gradients, first.gradients, bounds, lambda _: "gradients")
     return {"loss": 1e-5, "gradients": max(1e-5, 4 * max(own.values(), default=0.0))}
 
+
+def _outcome(build: Build, report: Report, steps: int, dtype: str) -> dict[str, Any]:
+    """The report as plain data."""
+    worst = report.worst_tensor
+    return {
+        "passed": report.passed,
+        "plan": build.plan.text(),
+        "ranks": build.mesh.size,
+        "steps": steps,
+        "dtype": dtype,
+        "worst_relative_error": {kind: report.worst[kind].error for kind in KINDS},
+        "worst_tensor": worst.tensor,
+        "worst_step": worst.step,
+        "law": {kind: report.limits[kind] for kind in report.limits},
+    }
+
+
+def _source(job: Job, data: Any) -> Source:
+    return open_source(data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
+
+
+def _started(
+    job: Job,
+) -> tuple[Callable[[Build], Make | None], Callable[[Build], dict[str, Tensor]]]:
+    """How ranks and the reference begin from the job's `weights`, where it names some."""
+
+    def make(build: Build) -> Make | None:
+        return None if job.weights is None else given_weights(build, Path(job.weights))[0]
+
+    def whole(build: Build) -> dict[str, Tensor]:
+        read = make(build)
+        found: dict[str, Tensor] = {}
+        if read is not None:
+            named = [("model", n, t) for n, t in build.model.parameters.items()]
+            named += [("buffer", n, t) for n, t in build.model.buffers.items()]
+            for kind, name, fake in named:
+                part = read(f"{kind}/{name}", fake, tuple((0, size) for size in fake.shape))
+                if part is not None:
+                    found[f"{kind}/{name}"] = part
+        return found
+
+    return make, whole
+
+
+def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> dict[str, Any]:
+    """Verify with all ranks in this thread, in lockstep; where it fails, name the first op."""
+    wide = torch.float64 if dtype == "float64" else None
+    build = prepare(job, plan, ranks, wide)
+    data = job.data()
+    make, whole = _started(job)
+    policy = Policy(job.clip_norm)
+    start = whole(build)
+
+    def crew() -> list[Worker]:
+        read = make(build)
+        return [Worker(build, r, _source(job, data), policy, read) for r in range(ranks)]
+
+    workers = crew()
+    reference = reference_for(build, _source(job, data), start=start)
+    reports = [Report() for _ in workers]
+    world = LocalWorld(ranks)
+    world.perform(
+        [verify_rank(w, reference, steps, r) for w, r in zip(workers, reports, strict=True)]
+    )
+    report = LocalWorld(ranks).perform(
+        [merge(r, w) for w, r in zip(workers, reports, strict=True)]
+    )[0]
+    if dtype == "float32":
+        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
+        first = reference_for(build, _source(job, data), start=start)
+        report = _first_step_only(report, reports)
+        report.limits = float32_limits(build, first.after(0), flipped.after(0))
+    outcome = _outcome(build, report, steps, dtype)
+    if not report.passed:
+        outcome["first_difference"] = first_difference(build, crew())
+    return outcome
+
+
+def _first_step_only(report: Report, reports: Sequence[Report]) -> Report:
+    """In float32 only the first step's gradients have a law: later ones follow other weights."""
+    found = Report(worst=dict(report.worst))
+    firsts = [r.first_gradients for r in reports]
+    found.worst["gradients"] = max(firsts, key=lambda w: _order(w.error))
+    return found
+
+
+def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> dict[str, Any]:
+    """Verify with real processes: each compares its own parts with a reference of its own."""
+    wide = torch.float64 if dtype == "float64" else None
+    build = prepare(job, plan, comm.world.size, wide)
+    data = job.data()
+    make, whole = _started(job)
+    start = whole(build)
+    worker = Worker(build, comm.world.rank, _source(job, data), Policy(job.clip_norm), make(build))
+    reference = reference_for(build, _source(job, data), start=start)
+    report = Report()
+    comm.perform(verify_rank(worker, reference, steps, report))
+    if dtype == "float32":
+        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
+        first = reference_for(build, _source(job, data), start=start)
+        report = _first_step_only(report, [report])
+        report.limits = float32_limits(build, first.after(0), flipped.after(0))
+    return _outcome(build, comm.perform(merge(report, worker)), steps, dtype)

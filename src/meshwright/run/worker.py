@@ -16,17 +16,21 @@ from meshwright.errors import UserCodeError
 from meshwright.program.layout import region
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
-from meshwright.run.executor import Committed, execute
+from meshwright.run.batch import checked, cut, digest
+from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.optimizer import build as build_optimizer
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
-__all__ = ["Fetched", "Worker", "box", "initial_state"]
+__all__ = ["Bounds", "Fetched", "Make", "Worker", "advance", "box", "initial_state"]
 
-Make = Callable[[str, Tensor], Tensor]
-"""(name, blueprint tensor) -> the whole real tensor, or a read of it."""
+Bounds = tuple[tuple[int, int], ...]
+"""(start, length) per dim."""
+
+Make = Callable[[str, Tensor, Bounds], Tensor | None]
+"""(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
 
 
-def box(tensor: Tensor, bounds: tuple[tuple[int, int], ...]) -> Tensor:
+def box(tensor: Tensor, bounds: Bounds) -> Tensor:
     """The part of `tensor` within (start, length) bounds, a view."""
     for dim, (start, length) in enumerate(bounds):
         tensor = tensor.narrow(dim, start, length)
@@ -39,23 +43,26 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
     Args:
         build: of the job and plan.
         rank: whose state.
-        make: gives a tensor's whole value; by default the blueprint's own initialisation.
+        make: reads what is given (weights on disk); the rest is initialised.
     """
     model, dtype = build.model, build.dtype
     axes, coordinates = build.axes, build.place(rank).coordinates
-    make = make or (lambda _name, tensor: model.make(tensor))
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    def part(name: str, fake: Tensor, bounds: Bounds) -> Tensor:
+        found = make(name, fake, bounds) if make is not None else None
+        if found is None:
+            found = box(model.make(fake), bounds)
+        kind = dtype if dtype is not None and fake.is_floating_point() else fake.dtype
+        return found.to(kind).clone(memory_format=torch.contiguous_format)
 
     values: dict[str, Tensor] = {}
     for name, fake in model.parameters.items():
         bounds = region(tuple(fake.shape), build.states[name].weights, axes, coordinates)
-        part = box(make(f"model/{name}", fake), bounds)
-        values[f"model/{name}"] = cast(part).clone(memory_format=torch.contiguous_format)
+        values[f"model/{name}"] = part(f"model/{name}", fake, bounds)
     for kind, tensors in (("buffer", model.buffers), ("constant", model.constants)):
         for name, fake in tensors.items():
-            values[f"{kind}/{name}"] = cast(make(f"{kind}/{name}", fake)).clone()
+            whole = tuple((0, size) for size in fake.shape)
+            values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake, whole)
     values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
     return _with_optimizer(build, rank, values)
 
@@ -94,16 +101,24 @@ class Fetched:
 class Worker:
     """A rank: holds its state between steps and runs steps as exchanges."""
 
-    def __init__(self, build: Build, rank: int, source: Source | None, policy: Policy) -> None:
-        """`source` is None where batches are pushed only."""
+    def __init__(
+        self,
+        build: Build,
+        rank: int,
+        source: Source | None,
+        policy: Policy,
+        make: Make | None = None,
+    ) -> None:
+        """`source` is None where batches are pushed only; `make` reads given weights."""
         self.build = build
         self.rank = rank
         self.source = source
         self.policy = policy
         self.place = build.place(rank)
         self.group = self.place.groups["data"]
-        self.state = initial_state(build, rank)
+        self.state = initial_state(build, rank, make)
         self.running: dict[int, Generator[Any, Any, None]] = {}
+        self.flags: dict[str, bool] = {}
         self.ahead: Fetched | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
 
@@ -155,17 +170,19 @@ class Worker:
         """The compiled list for batches of this form."""
         return self.build.lowered(self.rank, fetched.micros)
 
-    def step(self, fetched: Fetched, upcoming: int | None) -> Generator[Any, Any, tuple[Metrics, Any]]:
+    def step(
+        self, fetched: Fetched, upcoming: int | None
+    ) -> Generator[Any, Any, tuple[Metrics, Any]]:
         """Run one step; an exchange. `upcoming` is the step whose batch to look at ahead."""
         lowered = self.lowered(fetched)
         work = _AheadWork(self, fetched, upcoming)
-        committed: Committed = yield from self._advance(lowered, work)
+        committed: Committed = yield from self.run(lowered, work)
         if self.ahead is not None and work.digests_differ:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
 
-    def _advance(self, lowered: Lowered, work: StepWork) -> Generator[Any, Any, Committed]:
-        """Send the executor its work and pass its requests on, until it commits."""
+    def run(self, lowered: Lowered, work: Step) -> Generator[Any, Any, Committed]:
+        """Send the list's executor its work and pass its requests on, until it commits."""
         key = id(lowered)
         if key not in self.running:
             started = execute(
@@ -173,17 +190,46 @@ class Worker:
             )
             next(started)
             self.running[key] = started
-        executor = self.running[key]
-        request = executor.send(work)
-        while not isinstance(request, Committed):
-            try:
-                answer = yield request
-            except BaseException as error:
-                del self.running[key]
-                executor.throw(error)
-                raise
-            request = executor.send(answer)
-        return request
+        try:
+            committed: Committed = yield from advance(self.running[key], work)
+        except BaseException:
+            self.running.pop(key, None)
+            raise
+        return committed
+
+    def pushed(self, tree: Any, step: int, *, local: bool) -> Fetched:
+        """A batch of the user's own: the global one, or this rank's rows of it."""
+        size = self.build.job.batch_size
+        ranges = micro_ranges(size, self.build.plan.microbatches)
+        mine = [self.build.samples_of(self.rank, r) for r in ranges]
+        rows = sum(stop - start for start, stop in mine) if local else size
+        tree = checked(tree, rows)
+        micros, leaves, taken = [], [], 0
+        for (start, stop), (low, high) in zip(ranges, mine, strict=True):
+            first = taken if local else low
+            part = cut(tree, first, first + high - low, rows)
+            taken += high - low
+            example, tensors = example_of(part)
+            micros.append(Micro(example, stop - start))
+            leaves.append(self._cast(tensors))
+        firsts = tuple(step * size + start for start, _ in ranges)
+        found = 0
+        for part_leaves in leaves:
+            found = (found * 1_000_003 + digest(part_leaves, part_leaves[0].shape[0])) % 2**20
+        return Fetched(step, tuple(micros), tuple(leaves), firsts, found)
+
+
+def advance(executor: Generator[Any, Any, Any], answer: Any) -> Generator[Any, Any, Committed]:
+    """Send `answer` to an executor and pass its requests on, until it yields what is done."""
+    request = executor.send(answer)
+    while not isinstance(request, Committed):
+        try:
+            answer = yield request
+        except BaseException as error:
+            executor.throw(error)
+            raise
+        request = executor.send(answer)
+    return request
 
 
 class _AheadWork(StepWork):
@@ -193,7 +239,14 @@ class _AheadWork(StepWork):
         self.worker = worker
         self.upcoming = upcoming
         self.fetched = fetched
-        super().__init__(worker.state, worker.policy, fetched.step, self._operands, worker.group)
+        super().__init__(
+            worker.state,
+            worker.policy,
+            fetched.step,
+            self._operands,
+            worker.group,
+            dict(worker.flags),
+        )
         self.keep_gradients = worker.keep_gradients
 
     def _operands(self, microbatch: int) -> tuple[Mapping[str, Tensor], Tensor]:
@@ -219,4 +272,3 @@ def same_everywhere(digest: int, group: Group) -> Generator[Any, Any, bool]:
     vector = torch.tensor([digest, digest * digest], dtype=torch.float64)
     total = yield from all_reduce(vector, group, label="shapes of the next batch")
     return float(total[0]) ** 2 == len(group.ranks) * float(total[1])
-

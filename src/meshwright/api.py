@@ -1,0 +1,477 @@
+"""What users call: `Run`, `train`, `verify`, `watch`.
+
+with mw.Run(job, plan="zero3") as run:
+    for step in run.steps(until=1000):
+        metrics = run.step()
+    run.evaluate()
+    run.export("out/")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import nn
+
+from meshwright.compile.watch import watch
+from meshwright.errors import StorageError, UsageError
+from meshwright.job import Job
+from meshwright.launch.connect import connect
+from meshwright.launch.contract import Contract, here
+from meshwright.launch.signals import Stop, listen
+from meshwright.launch.worker import guard
+from meshwright.plan.toml import parse_plan
+from meshwright.plan.plan import Plan
+from meshwright.run.auto import choose_plan
+from meshwright.run.describe import describe_run, facts_of
+from meshwright.run.folder import choose
+from meshwright.run.loggers import JsonLines, TensorBoard
+from meshwright.run.session import Record, Session, open_session, steps_to_run
+from meshwright.run.step import Metrics
+from meshwright.run.verify import verify_local, verify_session
+from meshwright.view.console import Console
+
+__all__ = ["Run", "plan_of", "train", "verify", "watch"]
+
+Logger = Callable[[dict[str, Any]], None]
+CHECKPOINT_SECONDS = 600.0
+
+
+class Run:
+    """A job on this process's world; a context manager. Every rank makes one and calls it alike."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: str | Plan = "auto",
+        *,
+        run_dir: str | Path | None = None,
+        resume: bool | None = None,
+        fresh: bool = False,
+        overwrite: bool = False,
+        loggers: Sequence[Logger] = (),
+        nonfinite: Literal["raise", "skip", "ignore"] = "raise",
+        eager: bool = False,
+        keep: int = 3,
+        quiet: bool = False,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Nothing happens before `with`.
+
+        Args:
+            job: what to train.
+            plan: a Plan, its text, a TOML file or `auto`; MESHWRIGHT_PLAN overrides it.
+            run_dir: where logs and checkpoints go; by default `runs/<file>-<NNN>`.
+            resume: go on from the newest checkpoint; the default where `run_dir` has one.
+            fresh: start anew, and refuse a `run_dir` that is not empty.
+            overwrite: with `fresh`, start anew all the same.
+            loggers: called on rank 0 with every record, beside metrics.jsonl and TensorBoard.
+            nonfinite: what to do when the loss is not finite.
+            eager: run the code as ordinary PyTorch, untraced; one process or data-parallel.
+            keep: checkpoints that stay.
+            quiet: no progress display.
+            info: added to run.json (which file, which command).
+        """
+        self.job = job
+        self._plan = plan
+        self._folder = {
+            "run_dir": run_dir,
+            "resume": resume,
+            "fresh": fresh,
+            "overwrite": overwrite,
+        }
+        self._loggers: list[Logger] = list(loggers)
+        self._nonfinite = nonfinite
+        self._eager = eager
+        self._keep = keep
+        self._quiet = quiet
+        self._info = dict(info or {})
+        self._stack = ExitStack()
+        self._logged: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._until: int | None = None
+        self._session: Session | None = None
+        self._contract: Contract | None = None
+        self._console: Console | None = None
+        self._stop = Stop()
+        self._described = False
+        self.dir = Path()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._contract = contract = here()
+            if _on_main_thread():
+                self._stop = stack.enter_context(listen())
+            comm = connect(contract)
+            stack.callback(comm.close)
+            if contract.supervised:
+                guard(contract, comm)
+            plan = plan_of(contract.plan or self._plan, self.job, contract.world.size)
+            self._session = open_session(self.job, plan, comm, nonfinite=self._nonfinite)
+            stack.callback(self._session.close)
+            self._open_folder()
+            self._open_views(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.rank == 0 and self._described:
+            ended = "ok" if error is None else "stopped" if kind is SystemExit else "failed"
+            with contextlib.suppress(OSError):
+                self._write_info(status=ended)
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def session(self) -> Session:
+        """This rank's session; only inside `with`."""
+        if self._session is None:
+            raise UsageError("a Run works inside `with mw.Run(job) as run:`")
+        return self._session
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return 0 if self._session is None else self._session.worker.rank
+
+    @property
+    def step_number(self) -> int:
+        """How many steps are done."""
+        return self.session.step
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return self.session.lr
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """JSON-able values of your own, kept in checkpoints."""
+        return self.session.extra
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, `data` filled."""
+        return self.session.build.plan
+
+    def _open_folder(self) -> None:
+        assert self._contract is not None
+        session, wanted = self.session, self._folder
+        given = wanted["run_dir"] or self._contract.run_dir
+        path, go_on = "", False
+        if self.rank == 0:
+            stem = Path(str(self._info.get("file") or sys.argv[0] or "run")).stem or "run"
+            choice = choose(
+                stem,
+                run_dir=Path(given) if given else None,
+                resume=bool(wanted["resume"]) and not given,
+                fresh=bool(wanted["fresh"]),
+                overwrite=bool(wanted["overwrite"]),
+            )
+            path, go_on = str(choice.path), choice.resume
+        from meshwright.comm.base import gather_json
+
+        (path, go_on), *_ = session.comm.perform(
+            gather_json([path, go_on], session.everyone, "run folder")
+        )
+        self.dir = Path(path)
+        if go_on and session.resume(self.dir / "checkpoints") is None and wanted["resume"]:
+            session.notes.append(f"nothing to resume in {self.dir}; starting at step 0")
+        self._saved_step = session.step
+
+    def _open_views(self, stack: ExitStack) -> None:
+        if self.rank != 0:
+            return
+        resumed = self.session.step
+        lines = JsonLines(self.dir / "metrics.jsonl", resumed_at=resumed)
+        stack.callback(lines.close)
+        self._loggers.insert(0, lines)
+        try:
+            board = TensorBoard(self.dir / "tensorboard", resumed_at=resumed)
+        except UsageError:
+            pass  # the tensorboard extra is not installed
+        else:
+            stack.callback(board.close)
+            self._loggers.insert(1, board)
+        if not self._quiet:
+            self._console = stack.enter_context(Console())
+
+    def steps(self, until: int | None = None) -> Iterator[int]:
+        """Step numbers from the next one up to `until`; ends early when asked to stop."""
+        self._until = total = steps_to_run(self.session, until)
+        if self._console is not None:
+            self._console.start(total, self.session.step)
+        while self.session.step < total:
+            yield self.session.step
+
+    def step(self, batch: Any = None, part: Literal["global", "local"] = "global") -> Metrics:
+        """Run one step; its global metrics.
+
+        Args:
+            batch: one of your own instead of the job's next: the global one, or with
+                `part="local"` this rank's rows.
+            part: what `batch` is.
+        """
+        session = self.session
+        if part not in ("global", "local"):
+            raise UsageError(f"part={part!r}; use 'global' or 'local'")
+        if not self._described:
+            self._describe()
+        due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
+        stops = {f"stop{n}": self._stop.number == n for n in (15, 2, 10)}
+        session.worker.flags = {"save": due and self.rank == 0, **stops}
+        record = session.run_step(batch, local=part == "local", until=self._until)
+        self._report(record)
+        stopped = [f for f in record.metrics.flags if f.startswith("stop")]
+        if stopped:
+            self.save(last=True)
+            number = self._stop.number or int(stopped[0].removeprefix("stop"))
+            self._note(f"stopped by signal {number} after step {session.step}; saved")
+            raise SystemExit(128 + number)
+        if "save" in record.metrics.flags:
+            self.save()
+        return record.metrics
+
+    def _report(self, record: Record) -> None:
+        for note in self.session.notes:
+            self._note(note)
+        self.session.notes.clear()
+        if self.rank != 0:
+            return
+        metrics, timing = record.metrics, record.timing
+        line: dict[str, Any] = {
+            "step": metrics.step + 1,
+            "loss": metrics.loss,
+            "lr": record.lr,
+            "samples": record.samples,
+            "seconds": record.seconds,
+            "time": {
+                "data": timing.data,
+                "compute": timing.compute,
+                "communication": timing.communication,
+                "update": timing.update,
+            },
+            **metrics.metrics,
+        }
+        if metrics.gradient_norm is not None:
+            line["gradient_norm"] = metrics.gradient_norm
+        if metrics.skipped:
+            self._note(f"step {metrics.step + 1} was skipped: its loss is {metrics.loss}")
+        line |= self._logged
+        self._logged = {}
+        self._log(line)
+        if self._console is not None:
+            self._console.step(line)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger(line)
+
+    def _note(self, text: str) -> None:
+        if self._console is not None:
+            self._console.note(text)
+        if self.rank == 0:
+            self._log({"step": self.session.step, "note": text})
+
+    def log(self, **values: float) -> None:
+        """Add values to the next step's record."""
+        self._logged |= values
+
+    def evaluate(
+        self, data: Any = None, metrics: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """Loss and metrics over the held-out set.
+
+        Args:
+            data: like `Job.data()` returns; by default the job's evaluation set.
+            metrics: `metrics(model, batch)` returns more of them, as a loss does.
+        """
+        forward = None if metrics is None else _with_metrics(self.job.loss, metrics)
+        found = self.session.evaluate(data, forward)
+        if self.rank == 0:
+            line = {"step": self.session.step, "evaluation": found}
+            self._log(line)
+            if self._console is not None:
+                self._console.evaluation(line)
+        return found
+
+    def predict(self, data: Any, fn: Callable[[nn.Module, Any], Any]) -> Any:
+        """`fn(model, batch)` for every sample of `data`, in order; whole on every rank."""
+        return self.session.predict(data, fn)
+
+    def save(self, *, last: bool = False) -> Path | None:
+        """Save a checkpoint; a failure is told and training goes on, unless it is the last one."""
+        session = self.session
+        if self._saved_step == session.step and last:
+            return None
+        try:
+            path = session.save(self.dir / "checkpoints", self._keep)
+        except StorageError as error:
+            if last:
+                raise
+            self._note(
+                f"checkpoint of step {session.step} was not saved, training goes on: {error}"
+            )
+            path = None
+        else:
+            self._saved_step = session.step
+        self._saved_at = time.monotonic()
+        return path
+
+    def export(self, folder: str | Path) -> None:
+        """Write the weights as safetensors under the model's own names."""
+        self.session.export(Path(folder))
+
+    def module(self) -> nn.Module | None:
+        """The whole eager model with current weights, on rank 0; None on the others."""
+        return self.session.module()
+
+    def _describe(self) -> None:
+        """Before the first step: agree with all ranks on what will run, and write it down."""
+        session = self.session
+        fetched = session.first_batch()
+        session.handshake(facts_of(session, fetched))
+        self._description = describe_run(session, fetched)
+        self._described = True
+        if self.rank == 0:
+            self._started = time.time()
+            self._write_info(status="running")
+        if session.step:
+            self._note(f"resumed at step {session.step} from {self.dir}")
+
+    def _write_info(self, status: str) -> None:
+        info = {**self._description, **self._info, "started": self._started, "status": status}
+        aside = self.dir / ".run.json"
+        aside.write_text(json.dumps(info, indent=1))
+        aside.replace(self.dir / "run.json")
+
+
+def _on_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _with_metrics(
+    loss: Callable[[nn.Module, Any], Any], metrics: Callable[[nn.Module, Any], Mapping[str, Any]]
+) -> Callable[[nn.Module, Any], Any]:
+    """A loss with more metrics."""
+
+    def both(model: nn.Module, batch: Any) -> Any:
+        found, more = loss(model, batch), dict(metrics(model, batch))
+        if not isinstance(found, tuple):
+            return found, more
+        if isinstance(found[-1], Mapping):
+            return (*found[:-1], {**found[-1], **more})
+        return (*found, more)
+
+    return both
+
+
+def plan_of(plan: str | Plan, job: Job, world: int) -> Plan:
+    """The plan that a text, a file or `auto` means for this job and world."""
+    if isinstance(plan, Plan):
+        return plan.filled(world)
+    found = parse_plan(plan, lambda path: Path(path).read_text())
+    if isinstance(found, Plan):
+        return found.filled(world)
+    return choose_plan(job, world)
+
+
+def train(
+    job: Job,
+    steps: int | None = None,
+    plan: str | Plan = "auto",
+    *,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    on_step: Sequence[Callable[[Run, Metrics], None]] = (),
+    **how: Any,
+) -> dict[str, Any]:
+    """Train a job from its start (or its newest checkpoint) to its end.
+
+    Args:
+        job: what to train.
+        steps: in all; by default the job's `steps` or `epochs`.
+        plan: as for `Run`.
+        evaluate_every: steps between evaluations; the job's held-out set is also evaluated last.
+        checkpoint_every: steps between checkpoints, beside one every ten minutes and the last.
+        on_step: called as `fn(run, metrics)` after every step, on every rank.
+        **how: as for `Run`.
+
+    Returns:
+        A summary: `run_dir`, `steps`, `loss`, `evaluation`, `plan`, `ranks`.
+    """
+    with Run(job, plan, **how) as run:
+        loss: float | None = None
+        evaluation: dict[str, float] | None = None
+        for _ in run.steps(until=steps):
+            metrics = run.step()
+            loss = metrics.loss
+            for function in on_step:
+                function(run, metrics)
+            if checkpoint_every and run.step_number % checkpoint_every == 0:
+                run.save()
+            if evaluate_every and run.step_number % evaluate_every == 0:
+                evaluation = run.evaluate()
+        if job.evaluation is not None and not (
+            evaluate_every and evaluation and run.step_number % evaluate_every == 0
+        ):
+            evaluation = run.evaluate()
+        run.save(last=True)
+        return {
+            "run_dir": str(run.dir),
+            "steps": run.step_number,
+            "loss": loss,
+            "evaluation": evaluation,
+            "plan": run.plan.text(),
+            "ranks": run.plan.ranks,
+        }
+
+
+def verify(
+    job: Job,
+    plan: str | Plan = "auto",
+    *,
+    steps: int = 5,
+    ranks: int | None = None,
+    dtype: Literal["float64", "float32"] = "float64",
+) -> dict[str, Any]:
+    """Run `steps` steps under a plan and compare every tensor with eager code on one device.
+
+    In a world of one, the plan's ranks run in this thread; under a launcher, each process is one.
+
+    Returns:
+        `passed`, `plan`, `ranks`, `steps`, `dtype`, `worst_relative_error`, `worst_tensor`, `law`,
+        and, where it failed in one thread, `first_difference`.
+    """
+    if steps < 1:
+        raise UsageError(f"steps={steps}; verify at least 1 step")
+    if dtype not in ("float64", "float32"):
+        raise UsageError(f"dtype={dtype!r}; verify in 'float64' or 'float32'")
+    contract = here()
+    if contract.world.size == 1:
+        found = plan if isinstance(plan, Plan) else parse_plan(plan, lambda p: Path(p).read_text())
+        asked = found if isinstance(found, Plan) else Plan()
+        size = ranks or (asked.ranks if asked.data is not None else 2 * asked.ranks)
+        return verify_local(job, asked.filled(size), size, steps, dtype)
+    comm = connect(contract)
+    try:
+        guard(contract, comm)
+        laid = plan_of(contract.plan or plan, job, contract.world.size)
+        return verify_session(job, laid, comm, steps, dtype)
+    finally:
+        comm.close()

@@ -1,0 +1,1 @@
+"""Prediction: what a plan costs, from its programs alone."""

@@ -1,0 +1,84 @@
+"""The memory bill: what a rank's compiled programs hold, in named parts, in bytes.
+
+Storages are counted, not tensors: a view carries its base. Within a program a value lives from the
+op that makes it to the last one that reads it, as the lowered code frees it.
+"""
+
+from __future__ import annotations
+
+from meshwright.program.assemble import Compiled
+from meshwright.program.program import Program
+
+__all__ = ["VIEWS", "bases", "live_bytes", "memory_bill"]
+
+VIEWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze",
+        "squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach",
+    )
+)  # fmt: skip
+"""Ops whose results share their first operand's storage."""
+
+
+def bases(program: Program) -> dict[int, int]:
+    """Value -> the value whose storage it shares, itself if it has its own."""
+    base = {value: value for _, value in program.inputs}
+    for op in program.ops:
+        for value in op.results:
+            shared = op.base in VIEWS or op.name == "comm.slice"
+            base[value] = base[op.inputs[0]] if shared else value
+    return base
+
+
+def live_bytes(program: Program) -> tuple[int, int]:
+    """(saved, peak): bytes made in the forward that the backward reads, and the most alive at once.
+
+    Inputs (state, the batch) are not counted.
+    """
+    base = bases(program)
+    inputs = {base[value] for _, value in program.inputs}
+    end: dict[int, int] = {base[value]: len(program.ops) for _, value in program.outputs}
+    for place, op in enumerate(program.ops):
+        for value in op.inputs:
+            end[base[value]] = max(end.get(base[value], 0), place)
+    border = max((k for k, op in enumerate(program.ops) if op.phase == "forward"), default=-1)
+    alive, peak, saved = 0, 0, 0
+    dying: dict[int, list[int]] = {}
+    for place, op in enumerate(program.ops):
+        for value in op.results:
+            if base[value] == value and value not in inputs:
+                alive += program.values[value].bytes
+                dying.setdefault(max(end.get(value, place), place), []).append(value)
+        peak = max(peak, alive)
+        alive -= sum(program.values[value].bytes for value in dying.pop(place, []))
+        if place == border:
+            saved = alive
+    return saved, peak
+
+
+def memory_bill(compiled: Compiled, optimizer_bytes: int) -> dict[str, int]:
+    """Bytes by part on one rank.
+
+    `weights`, `gradients`, `optimizer` and `buffers` stay from step to step (gradients from their
+    micro-batch to the update); `saved activations` live from forward to backward; `working memory`
+    is what the largest micro-batch needs beside that (gathered weights, temporaries).
+    """
+    _, unit = compiled.units[0]
+    program = unit.program
+
+    def held(prefix: str) -> int:
+        return sum(program.values[v].bytes for n, v in program.inputs if n.startswith(prefix))
+
+    gradients = sum(
+        program.values[v].bytes for n, v in program.outputs if n.startswith("gradient/")
+    )
+    saved, peak = max((live_bytes(u.program) for _, u in compiled.units), key=lambda x: x[1])
+    return {
+        "weights": held("model/"),
+        "gradients": gradients,
+        "optimizer": optimizer_bytes,
+        "buffers": held("buffer/") + held("constant/"),
+        "saved activations": saved,
+        "working memory": max(0, peak - saved - gradients),
+    }

@@ -1,0 +1,70 @@
+"""`plan="auto"` until there is a planner: the first plan whose state fits the memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import psutil
+
+from meshwright.compile.init import blueprint
+from meshwright.errors import OutOfMemory
+from meshwright.job import Job
+from meshwright.plan.mesh import Axis
+from meshwright.plan.plan import Plan
+from meshwright.program.program import Value
+from meshwright.program.zero import zero_layouts
+from meshwright.run.build import has_batch_norm, values_of
+
+__all__ = ["candidates", "choose_plan", "state_bytes"]
+
+_log = logging.getLogger(__name__)
+
+SHARE = 0.7
+"""Of the free memory that state may take; activations take the rest."""
+
+
+def candidates(world: int) -> Iterator[Plan]:
+    """In the order in which they are tried: the fewer collectives, the sooner."""
+    yield Plan(data=world)
+    for zero in (1, 2, 3) if world > 1 else ():
+        yield Plan(data=world, zero=zero)
+
+
+def state_bytes(parameters: dict[str, Value], plan: Plan) -> int:
+    """Bytes a rank keeps: weights, gradients, two optimizer slots."""
+    data = plan.data or 1
+    layouts = zero_layouts(plan.zero, parameters, Axis("data", data))
+
+    def held(value: Value, *, split: bool) -> int:
+        return value.bytes // data if split else value.bytes
+
+    return sum(
+        held(value, split=bool(layouts[name].weights.placements))
+        + held(value, split=plan.zero >= 2 and bool(layouts[name].optimizer.placements))
+        + 2 * held(value, split=bool(layouts[name].optimizer.placements))
+        for name, value in parameters.items()
+    )
+
+
+def choose_plan(job: Job, world: int) -> Plan:
+    """The first of data=N, zero1, zero2, zero3 whose state fits this host's free memory.
+
+    Time is not compared.
+
+    Raises:
+        OutOfMemory: none does.
+    """
+    model = blueprint(job.model, job.seed)
+    values = values_of(model.parameters, None)
+    free = int(psutil.virtual_memory().available * SHARE) // world
+    for plan in candidates(world):
+        if state_bytes(values, plan) <= free:
+            norms = " (batch norm shares the whole batch)" if has_batch_norm(model.module) else ""
+            _log.info("plan %s chosen: its state fits; time was not compared%s", plan.text(), norms)
+            return plan
+    needed = state_bytes(values, Plan(data=world, zero=3 if world > 1 else 0))
+    raise OutOfMemory(
+        f"the model's state needs {needed / 2**30:.1f} GiB a rank even under zero3 on {world} ranks, but "
+        f"{free / 2**30:.1f} GiB a rank are free; start more ranks, or use a smaller model"
+    )

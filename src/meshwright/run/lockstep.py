@@ -1,0 +1,165 @@
+"""Lockstep: all ranks' first micro-batch op by op beside one device's, to name the first that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.comm.local import run_local
+from meshwright.compile.collective import narrow
+from meshwright.compile.interpret import interpret
+from meshwright.compile.random import position_operand
+from meshwright.program.layout import Layout, Partial, Shard, slab
+from meshwright.program.partition import Local
+from meshwright.program.program import Op
+from meshwright.run.build import Build
+from meshwright.run.worker import Worker
+
+__all__ = ["first_difference"]
+
+Values = dict[int, Tensor]
+LIMIT = 1e-9
+
+
+def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] | None:
+    """The first op of the first step whose value over the ranks is not one device's; None if none is.
+
+    Args:
+        build: what the ranks run.
+        workers: all ranks, at their initial state.
+    """
+    fetched = [worker.fetch(0) for worker in workers]
+    whole = workers[0]
+    assert whole.source is not None
+    unit = build.unit(fetched[0].micros[0])
+    place = position_operand(build.job.seed, 0, 0, 0)
+    names = [name for name, _, _ in fetched[0].micros[0].example.leaves]
+    batch = {
+        f"batch/{name}": torch.cat([f.leaves[0][k] for f in fetched])
+        for k, name in enumerate(names)
+    }
+    device: Values = {}
+    state = {n: _assembled(build, workers, n) for n in whole.state.values}
+    inputs = {**state, **batch, "position": place}
+    _single(interpret(unit.program, inputs, watch=lambda _n, _op, values: device.update(values)))
+
+    locals_ = [
+        build.lowered(w.rank, f.micros).compiled.units[0][1]
+        for w, f in zip(workers, fetched, strict=True)
+    ]
+    seen: list[Values] = [{} for _ in workers]
+    exchanges = []
+    for worker, found, local, values in zip(workers, fetched, locals_, seen, strict=True):
+        mine = {f"batch/{n}": t for n, t in zip(names, found.leaves[0], strict=True)}
+        given = {**worker.state.values, **mine, "position": place}
+
+        def watch(_n: int, _op: Op, now: Mapping[int, Tensor], into: Values = values) -> None:
+            into.update(now)
+
+        exchanges.append(
+            interpret(local.program, given, worker.place.coordinates, worker.place.groups, watch)
+        )
+    run_local(exchanges)
+    return _compare(build, workers, locals_, seen, device)
+
+
+def _single(exchange: Any) -> None:
+    """Run an exchange that communicates with nobody."""
+    for request in exchange:
+        raise AssertionError(request)
+
+
+def _assembled(build: Build, workers: Sequence[Worker], name: str) -> Tensor:
+    """A state value whole, from the ranks' parts."""
+    from meshwright.program.layout import region
+
+    kind, _, bare = name.partition("/")
+    if kind != "model":
+        return workers[0].state.values[name]
+    shape = tuple(build.model.parameters[bare].shape)
+    target = torch.empty(shape, dtype=workers[0].state.values[name].dtype)
+    for worker in workers:
+        part = target
+        bounds = region(shape, build.states[bare].weights, build.axes, worker.place.coordinates)
+        for dim, (start, length) in enumerate(bounds):
+            part = part.narrow(dim, start, length)
+        part.copy_(worker.state.values[name])
+    return target
+
+
+def _compare(
+    build: Build,
+    workers: Sequence[Worker],
+    locals_: Sequence[Local],
+    seen: Sequence[Values],
+    device: Values,
+) -> dict[str, Any] | None:
+    for op in locals_[0].program.ops:
+        for value in op.results:
+            origin, layout = locals_[0].origin[value]
+            if origin not in device:
+                continue
+            parts = [values[value] for values in seen]
+            error = _error(build, workers, layout, parts, device[origin])
+            if not error <= LIMIT:
+                return {
+                    "op": op.name,
+                    "module": op.module,
+                    "source": op.source,
+                    "phase": op.phase,
+                    "error": error,
+                    "layout": str(layout),
+                    "value": dict(op.kwargs).get("value", ""),
+                }
+    return None
+
+
+def _error(
+    build: Build, workers: Sequence[Worker], layout: Layout, parts: Sequence[Tensor], whole: Tensor
+) -> float:
+    """Largest difference between what the ranks hold under a layout and the whole, relative."""
+    wide = whole.to(torch.float64)
+    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    owed = layout.partial_axes
+    worst = 0.0
+    for worker, part in zip(workers, parts, strict=True):
+        want = wide
+        for name, place in layout.placements:
+            if isinstance(place, Shard):
+                lies = slab(
+                    tuple(whole.shape), layout, build.axes, worker.place.coordinates, name, place
+                )
+                bounds = (lies.dim, lies.outer, lies.unit, lies.starts, lies.lengths)
+                want = narrow(want, bounds, worker.place.coordinates[name])
+        have = part.to(torch.float64)
+        if owed:
+            have = _reduced(layout, workers, worker, parts)
+        if want.shape != have.shape:
+            return float("inf")
+        if want.numel():
+            both = torch.nan_to_num(
+                have - want, nan=0.0 if bool(want.isnan().any()) else float("inf")
+            )
+            worst = max(worst, float(both.abs().max()))
+    return worst / scale if scale else worst
+
+
+def _reduced(
+    layout: Layout, workers: Sequence[Worker], worker: Worker, parts: Sequence[Tensor]
+) -> Tensor:
+    """The terms of the ranks that differ from `worker` only in axes that owe a reduction."""
+    owed = set(layout.partial_axes)
+    kind = next(p for _, p in layout.placements if isinstance(p, Partial)).op
+    here = worker.place.coordinates
+    terms = [
+        part.to(torch.float64)
+        for other, part in zip(workers, parts, strict=True)
+        if all(other.place.coordinates[a] == here[a] for a in here if a not in owed)
+    ]
+    stacked = torch.stack(terms)
+    return (
+        stacked.sum(0) if kind == "sum" else stacked.amax(0) if kind == "max" else stacked.amin(0)
+    )

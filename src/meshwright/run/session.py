@@ -1,0 +1,264 @@
+"""A session: one process's rank of a job, driven over a real Comm. The loop is its caller's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.comm.base import Comm, Group
+from meshwright.comm.handshake import agree
+from meshwright.compile.init import seeded
+from meshwright.errors import StorageError, UsageError
+from meshwright.job import Job
+from meshwright.plan.plan import Plan
+from meshwright.run import persist
+from meshwright.run.build import Build, prepare
+from meshwright.run.checkpoint import open_checkpoint, resume
+from meshwright.run.data import Source, open_source
+from meshwright.run.evaluate import evaluate, predict
+from meshwright.run.executor import Timing
+from meshwright.run.step import Metrics, Policy
+from meshwright.run.weights import export
+from meshwright.run.worker import Fetched, Worker
+
+__all__ = ["Record", "Session", "open_session", "steps_to_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One step, as loggers get it."""
+
+    metrics: Metrics
+    timing: Timing
+    seconds: float
+    lr: float
+    samples: int
+
+
+@dataclass(slots=True)
+class Session:
+    """This rank, its sources and its place in the job.
+
+    Attributes:
+        step: how many steps are done.
+        extra: JSON-able values that checkpoints keep for the user.
+    """
+
+    build: Build
+    worker: Worker
+    comm: Comm
+    step: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fetched: Fetched | None = None
+    evaluation: Source | None = None
+
+    @property
+    def job(self) -> Job:
+        """What is trained."""
+        return self.build.job
+
+    @property
+    def everyone(self) -> Group:
+        """All ranks."""
+        return Group.world(self.build.mesh.size)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group."""
+        return float(self.worker.state.optimizer.param_groups[0]["lr"])
+
+    def handshake(self, facts: Mapping[str, str]) -> None:
+        """Compare versions, plan and program with all ranks before the first step."""
+        self.comm.perform(agree(facts, self.everyone))
+
+    def first_batch(self) -> Fetched:
+        """The batch of the next step, its shapes agreed on."""
+        if self.fetched is None:
+            exchange = self.worker.agree_on_shapes(self.worker.fetch(self.step))
+            self.fetched = self.comm.perform(exchange)
+        return self.fetched
+
+    def run_step(
+        self, batch: Any = None, *, local: bool = False, until: int | None = None
+    ) -> Record:
+        """One step on the job's next batch, or on one of the user's own.
+
+        Args:
+            batch: the global batch, or this rank's rows of it.
+            local: `batch` is this rank's rows.
+            until: the last step, after which no batch is looked at ahead.
+        """
+        began = time.perf_counter()
+        lr = self.lr
+        if batch is None:
+            fetched, last = self.first_batch(), until is not None and self.step + 1 >= until
+            upcoming = None if last else self.step + 1
+        else:
+            fetched, upcoming = self.worker.pushed(batch, self.step, local=local), None
+            self.worker.ahead = None
+        metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
+        self.fetched = self.worker.ahead
+        self.step += 1
+        self._take_notes(self.worker.source)
+        seconds = time.perf_counter() - began
+        return Record(metrics, timing, seconds, lr, self.job.batch_size)
+
+    def evaluate(
+        self, data: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None
+    ) -> dict[str, float]:
+        """Loss and metrics over the held-out set (or `data`), weighted as in training."""
+        source = self._held_out(data)
+        found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
+        self._take_notes(source)
+        return found
+
+    def predict(self, data: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
+        """What `forward(model, batch)` gives for every sample, in order, on every rank."""
+        return self.comm.perform(predict(self.worker, self._opened(data), forward))
+
+    def _held_out(self, data: Any) -> Source:
+        if data is not None:
+            return self._opened(data)
+        if self.job.evaluation is None:
+            raise UsageError(
+                "evaluate() needs data: give Job(evaluation=lambda: ...), or evaluate(data)"
+            )
+        if self.evaluation is None:
+            self.evaluation = self._opened(self.job.evaluation())
+        return self.evaluation
+
+    def _opened(self, data: Any) -> Source:
+        job = self.job
+        return open_source(
+            data, batch_size=job.batch_size, seed=job.seed, collate=job.collate, training=False
+        )
+
+    def _take_notes(self, source: Source | None) -> None:
+        if source is not None:
+            self.notes += source.notes
+            source.notes.clear()
+
+    def save(self, root: Path, keep: int = 3) -> Path:
+        """Save a checkpoint of the steps done so far; every rank takes part."""
+        exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep)
+        path: Path = self.comm.perform(exchange)
+        return path
+
+    def resume(self, root: Path) -> Path | None:
+        """Go on from the newest whole checkpoint in `root`; None where there is none."""
+        if not root.exists():
+            return None
+        found = self.comm.perform(resume(root, self.everyone, self.worker.rank))
+        self.notes += found.damaged
+        if found.path is None:
+            return None
+        with open_checkpoint(found.path) as checkpoint:
+            self.extra = persist.restore(self.worker, checkpoint)
+            self.step = checkpoint.step
+        self.fetched = None
+        return Path(found.path)
+
+    def whole(self) -> Generator[Any, Any, dict[str, Tensor]]:
+        """Every tensor whole, by the model's own names; an exchange."""
+        found = yield from persist.whole_weights(self.worker)
+        return found
+
+    def export(self, folder: Path) -> None:
+        """Write safetensors under the model's own names, as `from_pretrained` reads them."""
+        tensors = self.comm.perform(self.whole())
+        if self.worker.rank == 0:
+            given = Path(self.job.weights) if self.job.weights is not None else None
+            config = given if given is not None and given.is_dir() else _config(self.build)
+            export(folder, persist.in_order(self.worker, tensors), config)
+
+    def module(self) -> nn.Module | None:
+        """The whole eager model with the current weights, on rank 0; None on the others."""
+        tensors = self.comm.perform(self.whole())
+        if self.worker.rank != 0:
+            return None
+        with seeded(self.job.seed):
+            model: nn.Module = self.job.model()
+        with torch.no_grad():
+            for name, target in (*model.named_parameters(), *model.named_buffers()):
+                if name in tensors:
+                    target.copy_(tensors[name])
+        return model
+
+    def close(self) -> None:
+        """End data workers."""
+        for source in (self.worker.source, self.evaluation):
+            if source is not None:
+                source.close()
+
+
+def _config(build: Build) -> Mapping[str, Any] | None:
+    """A Hugging Face model's own configuration, where it has one."""
+    config = vars(build.model.module).get("config")
+    has_form = any("to_dict" in vars(kind) for kind in type(config).__mro__)
+    return dict(config.to_dict()) if has_form else None
+
+
+def open_session(
+    job: Job,
+    plan: Plan,
+    comm: Comm,
+    *,
+    nonfinite: str = "raise",
+    data: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Session:
+    """Prepare this rank: model, state, data; nothing has run yet.
+
+    Args:
+        job: what to train.
+        plan: with or without `data`.
+        comm: to the other ranks.
+        nonfinite: `raise`, `skip` or `ignore` a step whose loss is not finite.
+        data: what `job.data()` returned, where it was called already.
+        dtype: floating tensors' dtype instead of their own.
+    """
+    if nonfinite not in ("raise", "skip", "ignore"):
+        raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
+    build = prepare(job, plan, comm.world.size, dtype)
+    notes = list(build.model.notes)
+    source = open_source(
+        job.data() if data is None else data,
+        batch_size=job.batch_size,
+        seed=job.seed,
+        collate=job.collate,
+    )
+    make = None
+    if job.weights is not None:
+        if not Path(job.weights).exists():
+            raise StorageError(
+                f"weights {job.weights} are not there; give a safetensors file or folder"
+            )
+        make, told = persist.given_weights(build, Path(job.weights))
+        notes += told
+    worker = Worker(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
+    return Session(build, worker, comm, notes=notes)
+
+
+def steps_to_run(session: Session, steps: int | None) -> int:
+    """How many steps the job takes in all.
+
+    Raises:
+        UsageError: nobody said.
+    """
+    job, source = session.job, session.worker.source
+    if steps is not None:
+        return steps
+    if job.steps is not None:
+        return job.steps
+    if job.epochs is not None and source is not None:
+        return source.steps(job.epochs)
+    raise UsageError(
+        "nobody said how long to train; give steps=1000, or Job(steps=) or Job(epochs=)"
+    )
