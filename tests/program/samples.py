@@ -135,6 +135,8 @@ def _unary():
     yield Call("aten.full_like.default", (f(5, 4), 2.5))
     yield Call("aten.fill.Scalar", (f(5, 4), 2.5))
     yield Call("aten.fill.Tensor", (f(5, 4), f()))
+    yield Call("aten.fill.Scalar", (f(5, 4), 2.5))
+    yield Call("aten.fill.Tensor", (f(5, 4), f()))
     yield Call("aten.gelu.default", (f(5, 4),), {"approximate": "tanh"}, "tanh")
     yield Call("aten.clone.default", (f(5, 4),), {"memory_format": torch.contiguous_format}, "kept")
     for dtype in (torch.float32, torch.int64, torch.bool):
@@ -181,6 +183,7 @@ def _binary():
     yield Call("aten.clamp_min.default", (a, -1.0))
     yield Call("aten.clamp_min.Tensor", (a, row))
     yield Call("aten._prelu_kernel.default", (f(5, 4), f(1, 4)))
+    yield Call("aten._prelu_kernel_backward.default", (f(5, 4), f(5, 4), f(1, 4)))
     yield Call("aten.copy.default", (a, b))
     yield Call("aten.copy.default", (a, row), label="row")
     yield Call("aten.threshold.default", (a, 0.1, 7.0))
@@ -265,6 +268,11 @@ def _cuts():
     yield Call("aten.slice_scatter.default", (f(5, 6), f(2, 6), 0, 1, 3), label="rows")
     yield Call("aten.select_scatter.default", (f(5, 6), f(5), -1, 2))
     yield Call("aten.select_scatter.default", (f(5, 6), f(6), 0, 2), label="row")
+    yield Call("aten.unsafe_split.Tensor", (f(5, 6), 2, 1))
+    yield Call("aten.slice_scatter.default", (f(5, 6), f(5, 3), 1, 1, 4))
+    yield Call("aten.slice_scatter.default", (f(5, 6), f(2, 6), 0, 1, 3), label="rows")
+    yield Call("aten.select_scatter.default", (f(5, 6), f(5), -1, 2))
+    yield Call("aten.select_scatter.default", (f(5, 6), f(6), 0, 2), label="row")
     yield Call("aten.cat.default", ([f(5, 4), f(5, 2)], 1))
     yield Call("aten.cat.default", ([f(5, 4), f(2, 4)],), label="rows")
     yield Call("aten.constant_pad_nd.default", (x, (1, 2)))
@@ -300,6 +308,7 @@ def _matmul():
     yield Call("aten.bmm.default", (f(5, 3, 4), f(5, 4, 6)))
     yield Call("aten.mv.default", (f(5, 4), f(4)))
     yield Call("aten.dot.default", (f(5), f(5)))
+    yield Call("aten.vdot.default", (f(5), f(5)))
     for label, bias in (("row", f(6)), ("full", f(5, 6)), ("column", f(5, 1))):
         yield Call("aten.addmm.default", (bias, f(5, 4), f(4, 6)), label=label)
     yield Call("aten.addmm.default", (f(6), f(5, 4), f(4, 6)), {"beta": 0.5, "alpha": 2}, "scaled")
@@ -348,6 +357,14 @@ def _reduce():
 
 
 # ── layers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _weight_norms():
+    direction, length = f(5, 4), f(5, 1)
+    yield Call("aten._weight_norm_interface.default", (direction, length, 0))
+    _, norms = aten._weight_norm_interface.default(direction, length, 0)
+    args = (f(5, 4), direction, length, norms, 0)
+    yield Call("aten._weight_norm_interface_backward.default", args)
 
 
 def _softmax():
@@ -419,6 +436,8 @@ def _pooling():
     yield Call("aten.max_pool2d_with_indices_backward.default", args)
     yield Call("aten.avg_pool2d.default", (x, *window))
     yield Call("aten.avg_pool2d_backward.default", (f(*out.shape), x, *window, False, True, None))
+    yield Call("aten.pixel_shuffle.default", (f(5, 4, 3, 2), 2))
+    yield Call("aten.pixel_unshuffle.default", (x, 2))
     yield Call("aten._adaptive_avg_pool2d.default", (x, (2, 3)))
     yield Call("aten._adaptive_avg_pool2d_backward.default", (f(5, 2, 2, 3), x))
     yield Call("aten.upsample_nearest2d.default", (x, (8, 12)))
@@ -468,6 +487,10 @@ def _lookups():
     yield Call("aten.scatter.value", (f(5, 6), 1, whole(5, 1, high=6), 1.0))
     yield Call("aten.scatter_add.default", (f(5, 6), 1, whole(5, 3, high=6), f(5, 3)))
     yield Call("aten.scatter_add.default", (f(5, 6), 0, whole(4, 6, high=5), f(4, 6)), label="rows")
+    yield Call("aten.index_select.default", (x, 1, whole(3, high=6)))
+    yield Call("aten.index_select.default", (x, 0, whole(3, high=5)), label="rows")
+    yield Call("aten.index_add.default", (x, -1, whole(3, high=4), f(5, 6, 3)))
+    yield Call("aten.index_add.default", (x, 0, whole(3, high=5), f(3, 6, 4)), label="rows")
     yield Call("aten.index.Tensor", (x, [whole(3, high=5)]))
     yield Call("aten.index.Tensor", (x, [None, whole(3, high=6)]), label="second")
     crossed = [whole(5, 1, high=5), whole(1, 3, high=6)]
@@ -486,7 +509,7 @@ def _losses():
             out, total = aten.nll_loss_forward.default(*args)
             args = (f(*out.shape), x, target, weight, how, 2, total)
             yield Call("aten.nll_loss_backward.default", args, label=text)
-    yield Call("aten.nll_loss_forward.default", (f(4), whole(), None, 2, -100), label="one sample")
+    yield Call("aten.nll_loss_forward.default", (f(4), whole(high=4), None, 2, -100), label="one sample")
 
 
 def _made():
@@ -500,6 +523,8 @@ def _made():
     yield Call("aten.new_full.default", (f(3, 2), (5, 4), 2.5))
     yield Call("aten.arange.default", (5,))
     yield Call("aten.arange.start_step", (1, 9, 2), label="step")
+    yield Call("aten.linspace.default", (0.0, 1.0, 5), options)
+    yield Call("aten.eye.default", (5,), options)
     yield Call("aten.scalar_tensor.default", (1.5,), options)
     where = position_operand(3, 8, 1, 0)
     for kind in ("uniform", "normal", "integers"):
@@ -511,7 +536,7 @@ def _made():
 
 _MAKERS = (
     _unary, _binary, _ternary, _pointwise_backward, _views, _cuts, _along, _matmul, _reduce,
-    _softmax, _norms, _attention, _pooling, _convolution, _lookups, _losses, _made,
+    _softmax, _norms, _weight_norms, _attention, _pooling, _convolution, _lookups, _losses, _made,
 )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ RULES: dict[str, RuleMaker] = {
         ("aten.new_zeros", "aten.new_ones", "aten.new_empty", "aten.new_full"), _constant(1)
     ),
     "aten.arange": whole,
+    "aten.linspace": whole,
+    "aten.eye": whole,
     "aten.scalar_tensor": whole,
     "meshwright.draw": _draw,
 }

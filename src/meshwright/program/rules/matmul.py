@@ -41,6 +41,7 @@ RULES: dict[str, RuleMaker] = {
     "aten.bmm": _bmm,
     "aten.mv": _mv,
     "aten.dot": _dot,
+    "aten.vdot": _dot,
     "aten.addmm": _addmm,
     "aten.baddbmm": _baddbmm,
 }

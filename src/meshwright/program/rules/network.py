@@ -209,6 +209,22 @@ def _index(view: OpView) -> Rule:
     return einsum(view, [" ".join(letters), *patterns], [" ".join(out)], linear=[[0]])
 
 
+def _index_select(view: OpView) -> Rule:
+    """x.index_select(dim, index): the other dims pass."""
+    rank = len(view.operands[0].shape)
+    letters = ["1" if k == view.number(1) % rank else f"d{k}" for k in range(rank)]
+    pattern = " ".join(letters)
+    return einsum(view, [pattern, "1"], [pattern], linear=[[0]])
+
+
+def _index_add(view: OpView) -> Rule:
+    """x.index_add(dim, index, source): the other dims pass."""
+    rank = len(view.operands[0].shape)
+    letters = ["1" if k == view.number(1) % rank else f"d{k}" for k in range(rank)]
+    pattern = " ".join(letters)
+    return einsum(view, [pattern, "1", pattern], [pattern], linear=[[0, 2]])
+
+
 RULES: dict[str, RuleMaker] = {
     **dict.fromkeys(
         (
@@ -234,6 +250,8 @@ RULES: dict[str, RuleMaker] = {
             "aten.avg_pool2d_backward",
             "aten._adaptive_avg_pool2d",
             "aten._adaptive_avg_pool2d_backward",
+            "aten.pixel_shuffle",
+            "aten.pixel_unshuffle",
             "aten.upsample_nearest2d",
             "aten.upsample_nearest2d_backward",
             "aten.upsample_bilinear2d",
@@ -251,4 +269,9 @@ RULES: dict[str, RuleMaker] = {
     "aten.scatter": _scatter,
     "aten.scatter_add": _scatter,
     "aten.index": _index,
+    "aten.index_select": _index_select,
+    "aten.index_add": _index_add,
+    # Of a weight alone, which is whole wherever it is read.
+    "aten._weight_norm_interface": whole,
+    "aten._weight_norm_interface_backward": whole,
 }

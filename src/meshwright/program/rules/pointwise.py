@@ -16,8 +16,9 @@ logaddexp logical_and logical_not logical_or logical_xor logit lt masked_fill ma
 mish_backward nan_to_num ne pow reciprocal relu relu6 remainder round rsqrt
 sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh softplus
 softplus_backward softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc
-xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like isposinf isneginf
-_prelu_kernel sinc where bitwise_left_shift bitwise_right_shift
+xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like fill zero
+isposinf isneginf
+_prelu_kernel _prelu_kernel_backward sinc where bitwise_left_shift bitwise_right_shift
 """.split()  # noqa: SIM905 - a table of words
 
 # In which operands (by place) an op is linear, together: a partial sum passes through those.

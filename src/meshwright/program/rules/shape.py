@@ -220,6 +220,21 @@ def _pad(view: OpView) -> Rule:
     return rule if view.arg(2, 0) in (0, 0.0) else _nonlinear(rule)
 
 
+def _slice_scatter(view: OpView) -> Rule:
+    """x with part of one dim replaced by another tensor's values: linear in both together."""
+    return _same_but(view, [view.number(2, 0) % len(view.operands[0].shape)])
+
+
+def _select_scatter(view: OpView) -> Rule:
+    """x with one place of a dim replaced by a tensor that lacks the dim."""
+    rank = len(view.operands[0].shape)
+    dim = view.number(2) % rank
+    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
+    rest = letters[:dim] + letters[dim + 1 :]
+    full = " ".join(letters)
+    return einsum(view, [full, " ".join(rest)], [full], linear=[[0, 1]])
+
+
 def _repeat(view: OpView) -> Rule:
     shape, made = view.operands[0].shape, view.results[0].shape
     extra = len(made) - len(shape)
@@ -242,8 +257,9 @@ RULES: dict[str, RuleMaker] = {
     "aten.select_backward": _select_backward,
     "aten.unbind": _unbind,
     "aten.stack": _stack,
-    "aten.split": _split,
-    "aten.split_with_sizes": _split,
+    "aten.slice_scatter": _slice_scatter,
+    "aten.select_scatter": _select_scatter,
+    **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.unsafe_split"), _split),
     "aten.cat": _cat,
     "aten.constant_pad_nd": _pad,
     "aten.repeat": _repeat,
