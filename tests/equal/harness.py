@@ -52,9 +52,7 @@ class Case:
     def source(self) -> Any:
         """A source of batches over the one data value."""
         job = self.job
-        return open_source(
-            self.data, batch_size=job.batch_size, seed=job.seed, collate=job.collate
-        )
+        return open_source(self.data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
 
     def build(self, plan_text: str, dtype: torch.dtype | None = torch.float64) -> Build:
         """The build under a plan; units traced for one plan serve the others of that dtype."""
@@ -117,7 +115,9 @@ def unruled(case: Case, plan_text: str) -> set[str]:
 
 def told(report: Report) -> str:
     """The worst errors, for a failing assertion."""
-    return ", ".join(f"{k} {w.error:.1e} ({w.tensor}, step {w.step})" for k, w in report.worst.items())
+    return ", ".join(
+        f"{k} {w.error:.1e} ({w.tensor}, step {w.step})" for k, w in report.worst.items()
+    )
 
 
 def step_losses(case: Case, plan_text: str, steps: int) -> list[float]:
