@@ -135,8 +135,6 @@ def _unary():
     yield Call("aten.full_like.default", (f(5, 4), 2.5))
     yield Call("aten.fill.Scalar", (f(5, 4), 2.5))
     yield Call("aten.fill.Tensor", (f(5, 4), f()))
-    yield Call("aten.fill.Scalar", (f(5, 4), 2.5))
-    yield Call("aten.fill.Tensor", (f(5, 4), f()))
     yield Call("aten.gelu.default", (f(5, 4),), {"approximate": "tanh"}, "tanh")
     yield Call("aten.clone.default", (f(5, 4),), {"memory_format": torch.contiguous_format}, "kept")
     for dtype in (torch.float32, torch.int64, torch.bool):
@@ -263,11 +261,6 @@ def _cuts():
     yield Call("aten.split.Tensor", (x, 2, 1))
     yield Call("aten.split.Tensor", (f(5, 6), 2), label="rows")
     yield Call("aten.split_with_sizes.default", (f(5, 12), (4, 4, 4), -1))
-    yield Call("aten.unsafe_split.Tensor", (f(5, 6), 2, 1))
-    yield Call("aten.slice_scatter.default", (f(5, 6), f(5, 3), 1, 1, 4))
-    yield Call("aten.slice_scatter.default", (f(5, 6), f(2, 6), 0, 1, 3), label="rows")
-    yield Call("aten.select_scatter.default", (f(5, 6), f(5), -1, 2))
-    yield Call("aten.select_scatter.default", (f(5, 6), f(6), 0, 2), label="row")
     yield Call("aten.unsafe_split.Tensor", (f(5, 6), 2, 1))
     yield Call("aten.slice_scatter.default", (f(5, 6), f(5, 3), 1, 1, 4))
     yield Call("aten.slice_scatter.default", (f(5, 6), f(2, 6), 0, 1, 3), label="rows")
@@ -509,7 +502,9 @@ def _losses():
             out, total = aten.nll_loss_forward.default(*args)
             args = (f(*out.shape), x, target, weight, how, 2, total)
             yield Call("aten.nll_loss_backward.default", args, label=text)
-    yield Call("aten.nll_loss_forward.default", (f(4), whole(high=4), None, 2, -100), label="one sample")
+    yield Call(
+        "aten.nll_loss_forward.default", (f(4), whole(high=4), None, 2, -100), label="one sample"
+    )
 
 
 def _made():

@@ -162,102 +162,6 @@ def _nll_2d_backward(
     return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def _averaged(each: Tensor, reduction: int) -> Tensor:
-    """A loss per element, reduced as aten's number says."""
-    if reduction == 0:
-        return each
-    return each.sum() / each.numel() if reduction == MEAN else each.sum()
-
-
-def _share(grad: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """The gradient that each element of a reduced loss gets."""
-    return grad / x.numel() if reduction == MEAN else grad
-
-
-def _smooth_l1(x: Tensor, y: Tensor, reduction: int = MEAN, beta: float = 1.0) -> Tensor:
-    far = (x - y).abs()
-    if beta == 0:
-        return _averaged(far, reduction)
-    return _averaged(torch.where(far < beta, far * far / (2 * beta), far - beta / 2), reduction)
-
-
-def _smooth_l1_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Tensor:
-    apart = x - y
-    slope = torch.where(apart.abs() < beta, apart / beta, apart.sign()) if beta else apart.sign()
-    return slope * _share(grad, x, reduction)
-
-
-def _huber(x: Tensor, y: Tensor, reduction: int = MEAN, delta: float = 1.0) -> Tensor:
-    far = (x - y).abs()
-    each = torch.where(far <= delta, far * far / 2, delta * (far - delta / 2))
-    return _averaged(each, reduction)
-
-
-def _huber_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
-    return (x - y).clamp(-delta, delta) * _share(grad, x, reduction)
-
-
-def _soft_margin(x: Tensor, target: Tensor, reduction: int = MEAN) -> Tensor:
-    return _averaged(torch.log1p(torch.exp(-target * x)), reduction)
-
-
-def _soft_margin_backward(grad: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return -target * torch.sigmoid(-target * x) * _share(grad, x, reduction)
-
-
-def _bce_plain(
-    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN
-) -> Tensor:
-    """torch holds both logarithms at -100."""
-    yes, no = torch.log(x).clamp(min=-100), torch.log1p(-x).clamp(min=-100)
-    each = (target - 1) * no - target * yes
-    return _averaged(each if weight is None else each * weight, reduction)
-
-
-def _bce_plain_backward(
-    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN
-) -> Tensor:
-    slope = (x - target) / ((1 - x) * x).clamp(min=1e-12)
-    slope = slope if weight is None else slope * weight
-    return slope * _share(grad, x, reduction)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(n, c, h, w) -> (n h w, c)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _nll_2d_forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
-) -> tuple[Tensor, Tensor]:
-    """Of images: that of their pixels."""
-    how = SUM if reduction == MEAN else reduction
-    found, count = aten.nll_loss_forward.default(
-        _rows(x), target.reshape(-1), weight, how, ignore
-    )
-    if reduction == 0:
-        return found.reshape(target.shape), count
-    return (found / count if reduction == MEAN else found), count
-
-
-def _nll_2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore: int,
-    total: Tensor,
-) -> Tensor:
-    how = SUM if reduction == MEAN else reduction
-    share = grad / total if reduction == MEAN else grad.reshape(-1) if reduction == 0 else grad
-    flat = aten.nll_loss_backward.default(
-        share, _rows(x), target.reshape(-1), weight, how, ignore, total
-    )
-    n, c, h, w = x.shape
-    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
-
-
 def _bce(
     x: Tensor,
     target: Tensor,
@@ -405,16 +309,6 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.nll_loss_backward.default: _nll_backward,
     aten.mean.default: _mean,
     aten.mean.dim: _mean_dim,
-    aten.nll_loss2d_forward.default: _nll_2d_forward,
-    aten.nll_loss2d_backward.default: _nll_2d_backward,
-    aten.smooth_l1_loss.default: _smooth_l1,
-    aten.smooth_l1_loss_backward.default: _smooth_l1_backward,
-    aten.huber_loss.default: _huber,
-    aten.huber_loss_backward.default: _huber_backward,
-    aten.soft_margin_loss.default: _soft_margin,
-    aten.soft_margin_loss_backward.default: _soft_margin_backward,
-    aten.binary_cross_entropy.default: _bce_plain,
-    aten.binary_cross_entropy_backward.default: _bce_plain_backward,
     aten.nll_loss2d_forward.default: _nll_2d_forward,
     aten.nll_loss2d_backward.default: _nll_2d_backward,
     aten.smooth_l1_loss.default: _smooth_l1,
