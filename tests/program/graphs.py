@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard, disjoint
-from meshwright.program.program import Op, Program, Ref, Value
+from meshwright.program.program import Op, Program, Ref, Symbol, Value
 from tests.program.worlds import axes_of
 
 
@@ -43,7 +43,12 @@ class Graph:
         stored = tuple(tuple(a) if isinstance(a, list) else a for a in args)
         module = f"m{len(self.ops) // 3}"
         phase = "forward" if len(self.ops) < 6 else "backward"
-        named = tuple(kwargs.items())
+        named = tuple(
+            (k, Symbol("memory_format", str(v).removeprefix("torch.")))
+            if isinstance(v, torch.memory_format)
+            else (k, v)
+            for k, v in kwargs.items()
+        )
         self.ops.append(Op(f"aten.{name}", stored, named, tuple(results), packed, phase, module))
         return results
 
