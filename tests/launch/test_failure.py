@@ -164,6 +164,16 @@ def test_the_same_failure_on_all_ranks_is_told_once():
     ]
 
 
+def test_a_long_message_is_wrapped_so_that_its_remedy_is_read():
+    message = "the plan asks for too much " * 8 + "so use data=2"
+    lines = render([failure(0, "PlanError", message, 2)], world=1).splitlines()
+    assert " ".join(line.strip() for line in lines[:-1]).endswith("so use data=2")
+    assert len(lines) == 4
+    cut = render([failure(0, "PlanError", message * 3, 2)], world=1).splitlines()
+    assert len(cut) == 5
+    assert cut[3].endswith(" ...")
+
+
 def test_a_killed_rank_is_told_with_its_process():
     killed = failure(1, SIGNALLED, "was killed by SIGKILL", 75)
     text = render([failure(0, **LOST), killed], world=2)

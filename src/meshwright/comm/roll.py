@@ -11,16 +11,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import final
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from meshwright.comm.base import World
+from meshwright.comm.store import await_keys
 from meshwright.errors import PeerLost, Stalled
 
 __all__ = ["Card", "Roll", "named", "own_card"]
@@ -87,8 +87,10 @@ class Roll:
                     f"{what}: no sign of {named(missing)} after {seconds:g} s; "
                     "see the logs of those ranks, or give more time with --timeout"
                 )
-            self._wait([f"{place}/{rank}" for rank in missing], min(left, _SLICE), what)
-            missing = [rank for rank in missing if not self._has(f"{place}/{rank}", what)]
+            keys = [f"{place}/{rank}" for rank in missing]
+            with self._reaching(what):
+                await_keys(self._store, keys, min(left, _SLICE))
+                missing = [rank for rank in missing if not self._store.check([f"{place}/{rank}"])]
             if missing:
                 self.check_news(what)
 
@@ -98,17 +100,19 @@ class Roll:
 
     def check_news(self, what: str) -> None:
         """Raise PeerLost if some rank has said that it is gone or that somebody is."""
-        if self._has("lost", what):
-            raise PeerLost(f"{what} cannot finish: " + self._store.get("lost").decode())
+        with self._reaching(what):
+            reason = self._store.get("lost").decode() if self._store.check(["lost"]) else None
+        if reason is not None:
+            raise PeerLost(f"{what} cannot finish: {reason}")
 
     def tell(self, reason: str) -> None:
         """Say for all to read why the world cannot go on; the first word stands."""
-        with suppress(DistError, RuntimeError):  # no store, and so nobody who could read this
+        with suppress(DistError):  # no store, and so nobody who could read this
             self._store.compare_set("lost", "", reason)
 
     def gone(self) -> str:
         """After a broken connection: which rank is missing, in words, as far as can be known."""
-        with suppress(DistError, RuntimeError):  # below it is found out who kept the store
+        with suppress(DistError):  # below it is found out who kept the store
             self.sign("answer")
         end = time.monotonic() + _ANSWER_WITHIN
         while True:
@@ -120,63 +124,58 @@ class Roll:
 
     def waits(self, place: str) -> None:
         """Let others know in which collective this rank has been waiting for a while."""
-        try:
+        with self._reaching(place):
             self._store.set(f"at/{self._world.rank}", place)
-        except (DistError, RuntimeError):
-            raise PeerLost(f"{place} cannot finish: {self.gone()}") from None
 
     def goes_on(self) -> None:
         """Take back `waits`."""
-        with suppress(DistError, RuntimeError):  # a lost store shows at the next collective
+        with suppress(DistError):  # a lost store shows at the next collective
             self._store.delete_key(f"at/{self._world.rank}")
 
     def whereabouts(self, ranks: Sequence[int]) -> dict[int, str]:
         """In which collective each of `ranks` waits; those that wait in none are left out."""
-        with suppress(DistError, RuntimeError):
-            self._store.wait([f"at/{rank}" for rank in ranks], timedelta(seconds=_ANSWER_WITHIN))
+        with suppress(DistError):
+            await_keys(self._store, [f"at/{rank}" for rank in ranks], _ANSWER_WITHIN)
         found = {}
         for rank in ranks:
-            with suppress(DistError, RuntimeError):
+            with suppress(DistError):
                 if self._store.check([f"at/{rank}"]):
                     found[rank] = self._store.get(f"at/{rank}").decode()
         return found
 
     def leave(self, seconds: float, *, keeper: bool) -> None:
         """Say goodbye; the store's keeper waits up to `seconds` for the others to do so."""
-        with suppress(DistError, RuntimeError):  # then there is nobody left to say it to
+        with suppress(DistError):  # then there is nobody left to say it to
             self.sign("left")
             if keeper:
                 keys = [f"left/{card.rank}" for card in self._cards]
-                self._store.wait(keys, timedelta(seconds=seconds))
+                await_keys(self._store, keys, seconds)
 
     def _listen(self, end: float) -> bool:
         """Wait a moment for answers; False when time is up or all have answered."""
         keys = [f"answer/{card.rank}" for card in self._cards]
         try:
-            self._store.wait(keys, timedelta(seconds=_ANSWER_WITHIN / 10))
-        except (DistError, RuntimeError):
-            return time.monotonic() < end
-        return False
+            answered = await_keys(self._store, keys, _ANSWER_WITHIN / 10)
+        except DistError:
+            time.sleep(_ANSWER_WITHIN / 10)  # whose process it was shows when the kernel is done
+            answered = False
+        return not answered and time.monotonic() < end
 
     def _silent(self) -> str:
         try:
             quiet = [c.rank for c in self._cards if not self._store.check([f"answer/{c.rank}"])]
-        except (DistError, RuntimeError):
+        except DistError:
             return "rank 0, which keeps the store, does not answer"
         if not quiet:
             return "a connection broke although every rank still answers"
         return f"{named(quiet)} did not answer within {_ANSWER_WITHIN:g} s"
 
-    def _wait(self, keys: list[str], seconds: float, what: str) -> None:
+    @contextmanager
+    def _reaching(self, what: str) -> Iterator[None]:
+        """Turn the loss of the store into PeerLost."""
         try:
-            self._store.wait(keys, timedelta(seconds=seconds))
+            yield
         except DistError:
-            self._has(keys[0], what)  # late, or the store is gone: this tells
-
-    def _has(self, key: str, what: str) -> bool:
-        try:
-            return bool(self._store.check([key]))
-        except (DistError, RuntimeError):
             raise PeerLost(f"{what} cannot finish: {self.gone()}") from None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import secrets
 import socket
 import time
@@ -23,10 +24,11 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 from meshwright.comm.base import World
 from meshwright.errors import PeerLost, Stalled, UsageError
 
-__all__ = ["Rendezvous", "is_loopback", "open_store", "own_address"]
+__all__ = ["Rendezvous", "await_keys", "is_loopback", "open_store", "own_address"]
 
 _CLIENT_WAIT = 0.5
 _READ_WITHIN = 2.0
+_FIRST_PAUSE, _LAST_PAUSE = 0.002, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,25 @@ def open_store(world: World, where: Rendezvous) -> tuple[Store, TCPStore]:
         _challenge(PrefixStore(f"{prefix}/hello", root), world, where.token, where.seconds)
         prefix = _proof(where.token, "store", prefix)
     return PrefixStore(prefix, root), root
+
+
+def await_keys(store: Store, keys: list[str], seconds: float) -> bool:
+    """Whether all `keys` are set within `seconds`.
+
+    By asking again and again: `Store.wait` hears no signals, and warns whenever it is late.
+
+    Raises:
+        DistError: the store is gone.
+    """
+    end = time.monotonic() + seconds
+    pause = _FIRST_PAUSE
+    while not store.check(keys):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LAST_PAUSE)
+    return True
 
 
 def is_loopback(address: str) -> bool:
@@ -114,7 +135,7 @@ def _bind(address: str, port: int) -> int:
     except OSError as error:
         raise UsageError(
             f"rank 0 cannot listen on {address}:{port} (MASTER_ADDR:MASTER_PORT): "
-            f"{error.strerror}; choose a free port and an address of rank 0's own host"
+            f"{os.strerror(error.errno or 0)}; choose a free port, and an address of rank 0's host"
         ) from None
 
 
@@ -154,15 +175,14 @@ def _answers(address: str, port: int) -> bool:
 
 def _challenge(hello: Store, world: World, token: str, seconds: float) -> None:
     """Rank 0 and every other rank prove the token to each other by fresh nonces."""
-    limit = timedelta(seconds=seconds)
     if world.rank == 0:
         nonce = secrets.token_hex(16)
         hello.set("nonce", nonce)
         for rank in range(1, world.size):
-            _admit(hello, rank, nonce, token, limit)
+            _admit(hello, rank, nonce, token, seconds)
         return
     try:
-        known = _prove(hello, str(world.rank), token, limit)
+        known = _prove(hello, str(world.rank), token, seconds)
     except DistError as error:
         raise PeerLost(
             f"rank {world.rank} joined rank 0's store, which then went away or did not answer "
@@ -175,27 +195,27 @@ def _challenge(hello: Store, world: World, token: str, seconds: float) -> None:
         )
 
 
-def _prove(hello: Store, rank: str, token: str, limit: timedelta) -> bool:
+def _prove(hello: Store, rank: str, token: str, seconds: float) -> bool:
     """A member's side of the challenge: whether rank 0 holds the same token."""
     nonce = secrets.token_hex(16)
-    hello.wait(["nonce"], limit)
+    if not await_keys(hello, ["nonce"], seconds):
+        raise DistError("no challenge came")
     owners = hello.get("nonce").decode()
     hello.set(f"member/{rank}", nonce + " " + _proof(token, "member", rank, owners, nonce))
-    hello.wait([f"owner/{rank}"], limit)
+    if not await_keys(hello, [f"owner/{rank}"], seconds):
+        raise DistError("no answer came")
     answer = hello.get(f"owner/{rank}")
     hello.set(f"read/{rank}", "")
     return hmac.compare_digest(answer, _proof(token, "owner", rank, nonce, owners).encode())
 
 
-def _admit(hello: Store, rank: int, nonce: str, token: str, limit: timedelta) -> None:
+def _admit(hello: Store, rank: int, nonce: str, token: str, seconds: float) -> None:
     """Check one member's proof and answer with rank 0's own."""
-    try:
-        hello.wait([f"member/{rank}"], limit)
-    except DistError:
+    if not await_keys(hello, [f"member/{rank}"], seconds):
         raise Stalled(
-            f"rank 0 waited {limit.total_seconds():g} s for rank {rank} to join; "
-            f"see whether it started, and its log"
-        ) from None
+            f"rank 0 waited {seconds:g} s for rank {rank} to join; "
+            "see whether it started, and its log"
+        )
     theirs, _, proof = hello.get(f"member/{rank}").decode(errors="replace").partition(" ")
     right = hmac.compare_digest(
         proof.encode(), _proof(token, "member", str(rank), nonce, theirs).encode()
@@ -203,7 +223,7 @@ def _admit(hello: Store, rank: int, nonce: str, token: str, limit: timedelta) ->
     hello.set(f"owner/{rank}", _proof(token, "owner", str(rank), theirs, nonce) if right else "no")
     if not right:
         with suppress(DistError):  # the store goes with this rank: let the other read its answer
-            hello.wait([f"read/{rank}"], timedelta(seconds=_READ_WITHIN))
+            await_keys(hello, [f"read/{rank}"], _READ_WITHIN)
         raise UsageError(
             f"rank {rank} holds another job token than rank 0; another job may be using this "
             "MASTER_PORT: start all ranks from one launch, or choose another port"

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sysconfig
+import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -23,9 +24,8 @@ from meshwright.errors import MeshwrightError, OutOfMemory, PeerLost, Stalled, U
 
 __all__ = ["Failure", "Frame", "clear", "deciding", "describe", "read", "record", "render"]
 
-MAX_LINES = 12
 SIGNALLED, EXITED = "killed", "exited"  # kinds of failures that left no record
-_MESSAGE_LINES, _FRAMES_SHOWN, _WIDTH = 4, 2, 160
+_MESSAGE_LINES, _FRAMES_SHOWN, _WRAP, _WIDTH = 4, 2, 116, 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +133,18 @@ def render(failures: Sequence[Failure], *, world: int, logs: Path | None = None)
 
     Args:
         failures: one per rank that failed.
-        world: how many ranks there were.
+        world: how many ranks there were; 0 where nothing is known of the others.
         logs: the folder of the ranks' logs.
     """
     first = deciding(failures)
     same = [f.rank for f in failures if (f.kind, f.message) == (first.kind, first.message)]
     message = [line for line in first.message.splitlines() if line.strip()] or ["(no message)"]
-    lines = [_headline(first, same, message[0])]
-    lines += [f"  {line}" for line in message[1:_MESSAGE_LINES]]
+    lines = _wrapped([_headline(first, same, message[0]), *message[1:]])
     shown = [frame for frame in first.frames if frame.user][:_FRAMES_SHOWN]
     for frame in shown:
         lines += [f"  {_short(frame.file)}:{frame.line} in {frame.function}", f"    {frame.text}"]
     folded = len(first.frames) - len(shown)
-    if folded:
+    if folded and logs is not None:
         frames = "1 more frame is" if folded == 1 else f"{folded} more frames are"
         lines.append(f"  ({frames} in the log)")
     others = _others(failures, same, world)
@@ -155,6 +154,20 @@ def render(failures: Sequence[Failure], *, world: int, logs: Path | None = None)
         lines.append(f"log: {_short(str(logs))}/rank{first.rank}.log")
     lines.append(f"exit status {first.status}")
     return "\n".join(_printable(line[:_WIDTH]) for line in lines)
+
+
+def _wrapped(message: Sequence[str]) -> list[str]:
+    """At most `_MESSAGE_LINES` lines, all but the first indented; the rest is in the log."""
+    lines = [
+        part
+        for line in message
+        for part in textwrap.wrap(line, _WRAP, subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    lines = [lines[0]] + ["  " + line.strip() for line in lines[1:]]
+    if len(lines) > _MESSAGE_LINES:
+        lines = lines[:_MESSAGE_LINES]
+        lines[-1] += " ..."
+    return lines
 
 
 def _printable(line: str) -> str:

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import NoReturn
 
 from meshwright.comm.torchdist import TorchDist
+from meshwright.errors import InternalError, UserCodeError
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
-from meshwright.launch.failure import describe, record, render
+from meshwright.launch.failure import describe, record, render, status_of
 
 __all__ = ["end", "guard", "serve"]
 
@@ -68,7 +69,7 @@ def end(contract: Contract, comm: TorchDist | None, error: BaseException) -> NoR
             record(run_dir, rank, error)
             if comm is not None:
                 comm.ledger.dump(run_dir)
-    _say(contract, error, render([failure], world=contract.world.size))
+    _say(contract, error, render([failure], world=0))
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -76,7 +77,10 @@ def end(contract: Contract, comm: TorchDist | None, error: BaseException) -> NoR
 
 
 def _say(contract: Contract, error: BaseException, text: str) -> None:
-    """The whole traceback to this rank's log; the short text where nobody else prints it."""
+    """The whole traceback to this rank's log; to stderr where no supervisor prints the failure.
+
+    A user's mistake in a name or a plan needs no traceback; a bug, theirs or ours, does.
+    """
     whole = "".join(traceback.format_exception(error))
     if contract.supervised and contract.run_dir is not None:
         log = contract.run_dir / "logs" / f"rank{contract.world.rank}.log"
@@ -84,4 +88,5 @@ def _say(contract: Contract, error: BaseException, text: str) -> None:
             file.write(whole)
         return
     with suppress(OSError, ValueError):
-        print(text if contract.world.size > 1 else whole, file=sys.stderr)  # noqa: T201
+        bug = status_of(error) in {UserCodeError.exit_status, InternalError.exit_status}
+        print((whole if bug else "") + text, file=sys.stderr)  # noqa: T201
