@@ -142,6 +142,7 @@ def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
                 f"{start.op} {start.reduce} ({start.label})"
             )
     members = range(len(starts))
+    _compare_shapes(starts)
     match first.op:
         case "barrier":
             return [() for _ in members]
@@ -157,6 +158,25 @@ def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
             return [(starts[first.root].tensors[0].clone(),) for _ in members]
         case "permute":
             return [(starts[(k - first.root) % len(starts)].tensors[0].clone(),) for k in members]
+
+
+def _compare_shapes(starts: Sequence[Start]) -> None:
+    """What members bring must fit together, as a real transport would find out much later."""
+    first = starts[0]
+    for index, start in enumerate(starts):
+        brought = [(tuple(t.shape), t.dtype) for t in start.tensors]
+        if first.op in ("all_reduce", "reduce_scatter"):
+            wanted = [(tuple(t.shape), t.dtype) for t in first.tensors]
+        elif first.op == "all_gather" and first.shapes:
+            wanted = [(tuple(first.shapes[index]), first.tensors[0].dtype)]
+        else:
+            continue
+        if brought != wanted:
+            raise InternalError(
+                f"{first.op} over {first.group.axis} ({first.label}): rank"
+                f" {first.group.ranks[index]} brings {brought}, but rank {first.group.ranks[0]}"
+                f" expects {wanted}"
+            )
 
 
 def _reduce(tensors: Sequence[Tensor], how: str) -> Tensor:
