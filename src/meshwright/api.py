@@ -116,7 +116,9 @@ class Run:
             if contract.supervised:
                 guard(contract, comm)
             plan = plan_of(contract.plan or self._plan, self.job, contract.world.size)
-            self._session = open_session(self.job, plan, comm, nonfinite=self._nonfinite)
+            self._session = open_session(
+                self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
+            )
             stack.callback(self._session.close)
             self._open_folder()
             self._open_views(stack)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from meshwright.errors import UserCodeError
-
 __all__ = ["Watched", "watch", "watching"]
 
 
@@ -28,15 +26,12 @@ def watch(name: str, tensor: Tensor) -> Tensor:
     """Show `tensor` to the loop around the model; returns it unchanged.
 
     Inside a run its global value arrives as `metrics.watched[name]`, once per step (of the last
-    micro-batch). Outside a run it does nothing.
+    micro-batch); where a forward shows a name again, as `name#2`. Outside a run it does nothing.
     """
     watched = _CURRENT.get()
     if watched is not None:
-        if name in watched.found:
-            raise UserCodeError(
-                f"watch name {name!r} is used twice in one forward; give each tensor its own name"
-            )
-        watched.found[name] = tensor
+        times = sum(known.partition("#")[0] == name for known in watched.found)
+        watched.found[f"{name}#{times + 1}" if times else name] = tensor
     return tensor
 
 

@@ -1,7 +1,7 @@
 """Assemble: traced micro-batches and state layouts -> one rank's instruction list.
 
-    body   for each micro-batch: Load, its pieces, Stash what outlives it
-           reduce gradients, Finish, Agree, Update, gather weights, Commit
+body   for each micro-batch: Load, its pieces, Stash what outlives it
+       reduce gradients, Finish, Agree, Update, gather weights, Commit
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
 from meshwright.program.zero import StateLayouts
 
-__all__ = ["Compiled", "accumulated", "assemble", "complete_unit", "move_program", "unit_outputs"]
+__all__ = [
+    "Compiled",
+    "accumulated",
+    "assemble",
+    "complete_unit",
+    "move_instructions",
+    "move_program",
+    "unit_outputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,9 @@ def assemble(
             made[key] = partition(program, completed, axes, coordinates, outputs)
         runs[key] = runs.get(key, 0) + 1
         body += _microbatch(k, made[key].program, table)
-    trained = [n.removeprefix("gradient/") for n, _ in units[0].outputs if n.startswith("gradient/")]
+    trained = [
+        n.removeprefix("gradient/") for n, _ in units[0].outputs if n.startswith("gradient/")
+    ]
     weights = {name: units[0].values[value] for name, value in units[0].inputs}
     reduce = move_program(
         {
@@ -149,9 +159,9 @@ def assemble(
         axes,
         coordinates,
     )
-    body += _move(reduce.program, table, "reduce", "gradient/", "reduced/")
+    body += move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
-    body += _move(gather.program, table, "gather", "shard/", "gathered/")
+    body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
@@ -175,7 +185,9 @@ def _microbatch(k: int, program: Program, table: Table) -> list[Instruction]:
     return [load, *run, stash, Instruction("Free", None, k, 0, dead)]
 
 
-def _move(program: Program, table: Table, prefix: str, read: str, give: str) -> list[Instruction]:
+def move_instructions(
+    program: Program, table: Table, prefix: str, read: str, give: str
+) -> list[Instruction]:
     """Run a program of moves: reads `read`name, gives `give`name."""
 
     def bare(name: str) -> str:
@@ -190,4 +202,3 @@ def _move(program: Program, table: Table, prefix: str, read: str, give: str) -> 
     found.append(Instruction("Stash", None, None, 0, tuple(kept.values()), tuple(kept)))
     dead = tuple(v for v in kept.values() if v.startswith(f"{prefix}:"))
     return [*found, Instruction("Free", None, None, 0, dead)] if dead else found
-

@@ -89,6 +89,10 @@ class Build:
         """Axes of the (only) stage mesh."""
         return self.mesh.stages[0].axes
 
+    def values(self) -> dict[str, Value]:
+        """Dtype and global shape of every parameter."""
+        return values_of(self.model.parameters, self.dtype)
+
     def place(self, rank: int) -> Place:
         """Coordinates and groups of a rank."""
         _, coordinates = self.mesh.coordinates(rank)

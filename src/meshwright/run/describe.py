@@ -16,6 +16,7 @@ from meshwright.program.explain import collectives
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
 from meshwright.run.build import Build, values_of
+from meshwright.run.eager import EagerWorker
 from meshwright.run.session import Session
 from meshwright.run.worker import Fetched
 
@@ -25,7 +26,10 @@ __all__ = ["describe_build", "describe_run", "facts_of"]
 def facts_of(session: Session, fetched: Fetched) -> dict[str, str]:
     """What all ranks must have alike before the first step."""
     build = session.build
-    units = [build.unit(micro).program.digest for micro in fetched.micros]
+    if isinstance(session.worker, EagerWorker):
+        units = ["eager"]
+    else:
+        units = [build.unit(micro).program.digest for micro in fetched.micros]
     return {
         "meshwright version": __version__,
         "torch version": str(torch.__version__),
@@ -39,15 +43,35 @@ def facts_of(session: Session, fetched: Fetched) -> dict[str, str]:
 
 def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
     """run.json without what the command line adds."""
+    if isinstance(session.worker, EagerWorker):
+        return {**_setting(session.build), "eager": True}
     return describe_build(session.build, fetched)
 
 
 def describe_build(build: Build, fetched: Fetched) -> dict[str, Any]:
     """The plan laid out: mesh, parameters, collectives with bytes and lines, memory per rank."""
-    ranks = range(build.mesh.size)
-    values = values_of(build.model.parameters, build.dtype)
     lowered = build.lowered(0, fetched.micros)
     rows = collectives(lowered.compiled, build.axes)
+    return {
+        **_setting(build),
+        "collectives": [row.as_json() for row in rows],
+        "memory": [
+            {
+                "rank": rank,
+                "parts": memory_bill(
+                    build.lowered(rank, fetched.micros).compiled, _slots(build, rank)
+                ),
+            }
+            for rank in range(build.mesh.size)
+        ],
+        "fallbacks": fallbacks(build, fetched),
+    }
+
+
+def _setting(build: Build) -> dict[str, Any]:
+    """Versions, host, mesh, batch and parameters."""
+    ranks = range(build.mesh.size)
+    values = values_of(build.model.parameters, build.dtype)
     return {
         "versions": {
             "meshwright": __version__,
@@ -70,15 +94,6 @@ def describe_build(build: Build, fetched: Fetched) -> dict[str, Any]:
         },
         "batch": {"batch_size": build.job.batch_size, "microbatches": build.plan.microbatches},
         "parameters": [_parameter(build, name, value) for name, value in values.items()],
-        "collectives": [row.as_json() for row in rows],
-        "memory": [
-            {
-                "rank": r,
-                "parts": memory_bill(build.lowered(r, fetched.micros).compiled, _slots(build, r)),
-            }
-            for r in ranks
-        ],
-        "fallbacks": fallbacks(build, fetched),
     }
 
 

@@ -15,8 +15,9 @@ from meshwright.compile.unit import example_of
 from meshwright.errors import UserCodeError
 from meshwright.run.build import Micro
 from meshwright.run.data import Source
+from meshwright.run.eager import EagerWorker, Result
 from meshwright.run.executor import Committed
-from meshwright.run.worker import Worker
+from meshwright.run.worker import Worker, same_everywhere
 
 __all__ = ["evaluate", "predict"]
 
@@ -74,7 +75,7 @@ def evaluate(
     sums: dict[str, float] = {}
     step = 0
     while source.size(step):
-        found, _ = yield from _batch(worker, source, step, forward, predict=False)
+        found, _, _ = yield from _batch(worker, source, step, forward, predict=False)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
         step += 1
@@ -96,7 +97,7 @@ def predict(worker: Worker, source: Source, forward: Forward) -> Generator[Any, 
     spec: Any = None
     step = 0
     while source.size(step):
-        (_, outputs), spec = yield from _predicted(worker, source, step, forward)
+        _, outputs, spec = yield from _batch(worker, source, step, forward, predict=True)
         rows.append(outputs)
         step += 1
     if not rows:
@@ -104,36 +105,38 @@ def predict(worker: Worker, source: Source, forward: Forward) -> Generator[Any, 
     return pytree.tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], spec)
 
 
-def _predicted(
-    worker: Worker, source: Source, step: int, forward: Forward
-) -> Generator[Any, Any, Any]:
-    result = yield from _batch(worker, source, step, forward, predict=True)
-    batch = source.fetch(step, *_mine(worker, source.size(step)), (0, source.size(step)))
-    micro = Micro(example_of(batch.tree)[0], source.size(step))
-    unit = worker.build.unit(micro, forward, training=False, predict=True)
-    return result, unit.outputs
-
-
-def _mine(worker: Worker, size: int) -> tuple[int, int]:
-    return worker.build.samples_of(worker.rank, (0, size))
-
-
 def _batch(
     worker: Worker, source: Source, step: int, forward: Forward | None, *, predict: bool
-) -> Generator[Any, Any, tuple[dict[str, float], list[Tensor]]]:
+) -> Generator[Any, Any, Result]:
     size = source.size(step)
-    low, high = _mine(worker, size)
+    low, high = worker.build.samples_of(worker.rank, (0, size))
     batch = source.fetch(step, low, high, (0, size))
-    example, tensors = example_of(batch.tree)
+    same = yield from same_everywhere(batch.digest, worker.group)
+    if not same:
+        source.whole = True
+        batch = source.fetch(step, low, high, (0, size))
+    if isinstance(worker, EagerWorker):
+        result: Result = yield from worker.forward(
+            batch.tree, low, high, size, forward, predict=predict
+        )
+        return result
+    found = yield from _traced(worker, batch.tree, size, step, forward, predict=predict)
+    return found
+
+
+def _traced(
+    worker: Worker, tree: Any, size: int, step: int, forward: Forward | None, *, predict: bool
+) -> Generator[Any, Any, Result]:
+    example, tensors = example_of(tree)
     dtype = worker.build.dtype
     leaves = {
         f"batch/{name}": t.to(dtype) if dtype and t.is_floating_point() else t
         for (name, _, _), t in zip(example.leaves, tensors, strict=True)
     }
-    lowered = worker.build.lowered(
-        worker.rank, [Micro(example, size)], forward, training=False, predict=predict
-    )
+    micro = Micro(example, size)
+    how = {"training": False, "predict": predict}
+    lowered = worker.build.lowered(worker.rank, [micro], forward, **how)
     place = position_operand(worker.build.job.seed, step * worker.build.job.batch_size, step, 0)
     committed: Committed = yield from worker.run(lowered, _Forward(worker, leaves, place))
-    result: tuple[dict[str, float], list[Tensor]] = committed.result
-    return result
+    sums, outputs = committed.result
+    return sums, outputs, worker.build.unit(micro, forward, **how).outputs

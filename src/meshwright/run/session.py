@@ -21,6 +21,7 @@ from meshwright.run import persist
 from meshwright.run.build import Build, prepare
 from meshwright.run.checkpoint import open_checkpoint, resume
 from meshwright.run.data import Source, open_source
+from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.step import Metrics, Policy
@@ -102,6 +103,7 @@ class Session:
             upcoming = None if last else self.step + 1
         else:
             fetched, upcoming = self.worker.pushed(batch, self.step, local=local), None
+            self.comm.perform(self.worker.require_same_shapes(fetched))
             self.worker.ahead = None
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
         self.fetched = self.worker.ahead
@@ -211,6 +213,7 @@ def open_session(
     comm: Comm,
     *,
     nonfinite: str = "raise",
+    eager: bool = False,
     data: Any = None,
     dtype: torch.dtype | None = None,
 ) -> Session:
@@ -221,6 +224,7 @@ def open_session(
         plan: with or without `data`.
         comm: to the other ranks.
         nonfinite: `raise`, `skip` or `ignore` a step whose loss is not finite.
+        eager: run the user's code as it is, untraced.
         data: what `job.data()` returned, where it was called already.
         dtype: floating tensors' dtype instead of their own.
     """
@@ -242,7 +246,8 @@ def open_session(
             )
         make, told = persist.given_weights(build, Path(job.weights))
         notes += told
-    worker = Worker(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
+    kind = EagerWorker if eager else Worker
+    worker = kind(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
     return Session(build, worker, comm, notes=notes)
 
 

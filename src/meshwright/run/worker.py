@@ -120,11 +120,14 @@ class Worker:
         self.running: dict[int, Generator[Any, Any, None]] = {}
         self.flags: dict[str, bool] = {}
         self.ahead: Fetched | None = None
+        self.ahead_error: Exception | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
 
     def fetch(self, step: int) -> Fetched:
         """Load this rank's samples of `step`."""
         assert self.source is not None
+        if self.ahead_error is not None:
+            raise self.ahead_error
         ranges = micro_ranges(self.build.job.batch_size, self.build.plan.microbatches)
         micros, leaves, digest = [], [], 0
         for start, stop in ranges:
@@ -149,6 +152,16 @@ class Worker:
             return fetched
         again = yield from self._whole(fetched.step)
         return again
+
+    def require_same_shapes(self, fetched: Fetched) -> Generator[Any, Any, None]:
+        """Refuse pushed batches whose shapes differ between ranks."""
+        same = yield from same_everywhere(fetched.digest, self.group)
+        if not same:
+            shapes = [tuple(t.shape) for t in fetched.leaves[0]]
+            raise UserCodeError(
+                f"the batch given to run.step() at step {fetched.step} has other shapes or dtypes on other"
+                f" ranks (here {shapes}); give every rank batches that differ in dim 0 only"
+            )
 
     def _whole(self, step: int) -> Generator[Any, Any, Fetched]:
         assert self.source is not None
@@ -175,11 +188,15 @@ class Worker:
     ) -> Generator[Any, Any, tuple[Metrics, Any]]:
         """Run one step; an exchange. `upcoming` is the step whose batch to look at ahead."""
         lowered = self.lowered(fetched)
-        work = _AheadWork(self, fetched, upcoming)
+        work = self.work(fetched, upcoming)
         committed: Committed = yield from self.run(lowered, work)
         if self.ahead is not None and work.digests_differ:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
+
+    def work(self, fetched: Fetched, upcoming: int | None) -> AheadWork:
+        """What the executor is sent for one step."""
+        return AheadWork(self, fetched, upcoming)
 
     def run(self, lowered: Lowered, work: Step) -> Generator[Any, Any, Committed]:
         """Send the list's executor its work and pass its requests on, until it commits."""
@@ -232,7 +249,7 @@ def advance(executor: Generator[Any, Any, Any], answer: Any) -> Generator[Any, A
     return request
 
 
-class _AheadWork(StepWork):
+class AheadWork(StepWork):
     """A step that loads the next step's batch before Agree, so that its shapes travel along."""
 
     def __init__(self, worker: Worker, fetched: Fetched, upcoming: int | None) -> None:
@@ -262,8 +279,11 @@ class _AheadWork(StepWork):
         worker = self.worker
         worker.ahead = None
         if self.upcoming is not None and worker.source is not None:
-            worker.ahead = worker.fetch(self.upcoming)
-            self.next_digest = worker.ahead.digest
+            try:
+                worker.ahead = worker.fetch(self.upcoming)
+                self.next_digest = worker.ahead.digest
+            except Exception as error:  # noqa: BLE001 - this step is whole; the next one raises it
+                worker.ahead_error = error
         super().finish(values)
 
 
