@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from meshwright.comm.local import LocalWorld
 from meshwright.job import Job
@@ -17,7 +15,7 @@ from meshwright.run.build import Build, prepare
 from meshwright.run.data import open_source
 from meshwright.run.reference import Reference, Snapshot
 from meshwright.run.step import Policy
-from meshwright.run.verify import Report, merge, reference_for, verify_rank
+from meshwright.run.verify import KINDS, LAW, Report, merge, reference_for, verify_rank
 from meshwright.run.worker import Worker
 
 STEPS = 5
@@ -113,26 +111,14 @@ def unruled(case: Case, plan_text: str) -> set[str]:
     }
 
 
+def assert_equal(report: Report) -> None:
+    """Within the law, and not for want of having compared anything."""
+    assert report.passed, told(report)
+    assert all(report.limits[kind] == LAW for kind in KINDS)
+
+
 def told(report: Report) -> str:
     """The worst errors, for a failing assertion."""
     return ", ".join(
         f"{k} {w.error:.1e} ({w.tensor}, step {w.step})" for k, w in report.worst.items()
     )
-
-
-def step_losses(case: Case, plan_text: str, steps: int) -> list[float]:
-    """Losses of `steps` steps under a plan, without a reference."""
-    build = case.build(plan_text)
-    workers = case.workers(build)
-    world = LocalWorld(len(workers))
-    fetched = world.perform([w.agree_on_shapes(w.fetch(0)) for w in workers])
-    losses = []
-    for step in range(steps):
-        done = world.perform([w.step(f, step + 1) for w, f in zip(workers, fetched, strict=True)])
-        losses.append(done[0][0].loss)
-        fetched = [w.ahead for w in workers]
-    return losses
-
-
-Make = Callable[[], Job]
-Tensors = Sequence[Tensor]
