@@ -28,8 +28,8 @@ from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract, here
 from meshwright.launch.signals import Stop, listen
 from meshwright.launch.worker import guard
-from meshwright.plan.toml import parse_plan
 from meshwright.plan.plan import Plan
+from meshwright.plan.toml import parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.folder import choose
@@ -82,7 +82,7 @@ class Run:
         """
         self.job = job
         self._plan = plan
-        self._folder = {
+        self._folder: dict[str, Any] = {
             "run_dir": run_dir,
             "resume": resume,
             "fresh": fresh,

@@ -50,7 +50,7 @@ def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 def _mean_dim(
     x: Tensor,
     dim: Sequence[int] | None,
-    keepdim: bool = False,  # noqa: FBT001, FBT002 - aten's signature
+    keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -159,7 +159,8 @@ def _nll_2d_backward(
         share, _rows(x), target.reshape(-1), weight, how, ignore, total
     )
     n, c, h, w = x.shape
-    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    image: Tensor = flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return image
 
 
 def _bce(
@@ -215,7 +216,7 @@ def _batch_norm_functional(
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
-    training: bool,  # noqa: FBT001 - aten's signature
+    training: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
@@ -246,7 +247,7 @@ def _batch_norm_no_stats(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,  # noqa: FBT001 - aten's signature
+    training: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
@@ -262,15 +263,15 @@ def _batch_norm_backward(
     running_var: Tensor | None,
     mean: Tensor | None,
     invstd: Tensor | None,
-    train: bool,  # noqa: FBT001 - aten's signature
+    train: bool,
     eps: float,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     dims, count = _reduce_dims(x), x.numel() // x.shape[1]
     if not train:
-        assert running_mean is not None and running_var is not None  # noqa: PT018
+        assert running_mean is not None and running_var is not None
         mean, invstd = running_mean, torch.rsqrt(running_var + eps)
-    assert mean is not None and invstd is not None  # noqa: PT018
+    assert mean is not None and invstd is not None
     normal = (x - _per_channel(mean, x)) * _per_channel(invstd, x)
     db = grad.sum(dims)
     dw = (grad * normal).sum(dims)
@@ -290,7 +291,7 @@ def _batch_norm_cpu(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,  # noqa: FBT001 - aten's signature
+    training: bool,
     momentum: float,
     eps: float,
 ) -> Any:
@@ -298,7 +299,7 @@ def _batch_norm_cpu(
     if training and running_mean is None:
         return _train_norm(x, weight, bias, eps)[:3]
     if not training:
-        assert running_mean is not None and running_var is not None  # noqa: PT018
+        assert running_mean is not None and running_var is not None
         y = _batch_norm(x, weight, bias, running_mean, torch.rsqrt(running_var + eps))
         return y, x.new_zeros(0), x.new_zeros(0)
     return NotImplemented

@@ -9,12 +9,10 @@ the same under every plan, and the same as the factory's own run under `seeded`.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from meshwright.compile.random import RandomMode, draw, draw_op, position_operand
+from meshwright.compile.stale import python_seeded
 from meshwright.errors import UserCodeError
 
 __all__ = ["Blueprint", "blueprint", "seeded"]
@@ -53,7 +52,7 @@ class _Tape(TorchDispatchMode):
     """Writes down every op that runs under it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entries: list[_Entry] = []
 
     @override
@@ -77,7 +76,7 @@ def _storages(tree: Any) -> frozenset[int]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _mutated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
@@ -161,21 +160,8 @@ def seeded(seed: int) -> Iterator[None]:
     def emit(kind: str, size: Any, n: int) -> Tensor:
         return draw(kind, size, _STREAM + n, None, 0, place)
 
-    with _python_seeded(seed), RandomMode(emit):
+    with python_seeded(seed), RandomMode(emit):
         yield
-
-
-@contextlib.contextmanager
-def _python_seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's generators seeded alike on every rank, and restored."""
-    before, before_numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(before_numpy)
 
 
 def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
@@ -187,11 +173,12 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
     mode, tape = FakeTensorMode(allow_non_fake_inputs=True), _Tape()
 
     def emit(kind: str, size: Any, n: int) -> Tensor:
-        return draw_op(kind, size, _STREAM + n, -1, 1, 1, 0, place)
+        drawn: Tensor = draw_op(kind, size, _STREAM + n, -1, 1, 1, 0, place)
+        return drawn
 
     notes: list[str] = []
     try:
-        with _python_seeded(seed), mode, tape, RandomMode(emit):
+        with python_seeded(seed), mode, tape, RandomMode(emit):
             module = factory()
     except (
         DataDependentOutputException,

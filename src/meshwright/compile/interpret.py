@@ -48,9 +48,7 @@ def interpret(
             values[op.results[0]] = unpack(op, (yield Wait(handle)))
         else:
             made = call(op, values, coordinates)
-            for value, tensor in zip(op.outputs, made, strict=True):
-                if value is not None:
-                    values[value] = tensor
+            values |= {v: t for v, t in zip(op.outputs, made, strict=True) if v is not None}
         if watch is not None:
             watch(number, op, values)
     return {name: values[value] for name, value in program.outputs}

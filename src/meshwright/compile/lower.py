@@ -1,4 +1,4 @@
-"""Program -> callable: a segment becomes one generated function that frees values after last use."""
+"""Program -> callable: a segment becomes one generated function, which frees as it goes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def lower(
         if not op.packed:
             nodes[op.results[0]] = node
             continue
-        for place, value in enumerate(op.outputs):
-            if value is not None:
-                nodes[value] = graph.call_function(operator.getitem, (node, place))
+        for place, result in enumerate(op.outputs):
+            if result is not None:
+                nodes[result] = graph.call_function(operator.getitem, (node, place))
     graph.output(tuple(nodes[value] for _, value in program.outputs))
     segment: Segment = fx.GraphModule({}, graph).forward
     return segment if dtype is None else partial(_with_default, segment, dtype)
@@ -88,7 +88,7 @@ def function_of(op: Op, coordinates: Mapping[str, int]) -> Callable[..., Any]:
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Generated code calls functions by a name, which a partial has not."""
-    function.__name__ = name  # type: ignore[attr-defined]
+    function.__name__ = name
     function.__module__ = __name__
     return function
 
@@ -98,14 +98,14 @@ def _move(op: Op, coordinates: Mapping[str, int], tensor: Tensor) -> Tensor:
 
 
 def _draw(op: Op, coordinates: Mapping[str, int], position: Tensor) -> Tensor:
-    kind, size, n, dim, outer, unit, starts, _ = op.args
-    start = sum(places[coordinates[axis]] for axis, places in starts) if starts else 0  # type: ignore[union-attr,misc,index]
-    sample = (dim, outer, unit) if dim >= 0 else None  # type: ignore[operator]
-    return draw(kind, size, n, sample, start, position)  # type: ignore[arg-type]
+    args: tuple[Any, ...] = op.args
+    kind, size, n, dim, outer, unit, starts, _ = args
+    start = sum(places[coordinates[axis]] for axis, places in starts) if starts else 0
+    return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
 
 
 def call(op: Op, values: Mapping[int, Tensor], coordinates: Mapping[str, int]) -> Sequence[Tensor]:
     """Run one op on the rank at `coordinates`; one tensor per entry of its `outputs`."""
     args, kwargs = _arguments(op, values)
     made = function_of(op, coordinates)(*args, **kwargs)
-    return made if op.packed else (made,)  # type: ignore[no-any-return]
+    return made if op.packed else (made,)

@@ -123,7 +123,7 @@ class RandomMode(TorchDispatchMode):
 
     def __init__(self, emit: Callable[[str, Sequence[int], int], Tensor], *, promote: bool = False):
         """`emit(kind, size, n)` makes the numbers of the n-th draw."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.emit = emit
         self.count = 0
         self.promote = promote
@@ -146,7 +146,8 @@ class RandomMode(TorchDispatchMode):
             func, args, kwargs
         ):
             raise NotTraceable(
-                f"the model draws random numbers by {func}, for which Meshwright has no counter-based"
+                f"the model draws random numbers by {func}, for which Meshwright has no "
+                "counter-based"
                 " draw; use torch.rand, randn, bernoulli, dropout or one built on them"
             )
         return func(*args, **kwargs)
@@ -221,7 +222,8 @@ def _normal_in_place(draw: Draw, x: Tensor, mean: float = 0, std: float = 1, **_
 def _normal_tensors(draw: Draw, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
     like = mean if isinstance(mean, Tensor) else std
     shape = torch.broadcast_shapes(*(x.shape for x in (mean, std) if isinstance(x, Tensor)))
-    return draw("normal", shape).to(like.dtype) * std + mean
+    drawn: Tensor = draw("normal", shape).to(like.dtype) * std + mean
+    return drawn
 
 
 def _normal_size(draw: Draw, mean: float, std: float, size: Sequence[int], **k: Any) -> Tensor:
@@ -285,7 +287,7 @@ def _randperm(draw: Draw, n: int, *, dtype: Any = None, **_: Any) -> Tensor:
     return torch.argsort(draw("uniform", (n,)), stable=True).to(dtype or torch.int64)
 
 
-def _multinomial(draw: Draw, x: Tensor, count: int, replacement: bool = False, **_: Any) -> Tensor:  # noqa: FBT001, FBT002 - aten's signature
+def _multinomial(draw: Draw, x: Tensor, count: int, replacement: bool = False, **_: Any) -> Tensor:
     """Exponential race: the smallest of E/p; with replacement, the inverse of the cumulated sum."""
     if replacement:
         total = x.cumsum(-1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Tagger(TorchDispatchMode):
 
     def __init__(self, places: Places) -> None:
         """Notes go to `places`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.places = places
         self.stack: list[str] = []
         self.phase: Phase = "forward"
@@ -72,11 +73,10 @@ class Tagger(TorchDispatchMode):
 
     def _where(self) -> tuple[str, str]:
         if self.phase == "backward":
-            current = torch._C._current_autograd_node()
-            sequence = current._sequence_nr() if current is not None else -1
-            return self.by_sequence.get(sequence, ("", ""))
+            return self.by_sequence.get(_backward_sequence(), ("", ""))
         found = (self.stack[-1] if self.stack else "", user_line())
-        self.by_sequence[torch.autograd._get_sequence_nr() - 1] = found
+        made = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        self.by_sequence[made] = found
         return found
 
     @contextmanager
@@ -103,6 +103,12 @@ class Tagger(TorchDispatchMode):
         self.stack.pop()
 
 
+def _backward_sequence() -> int:
+    """The sequence number of the autograd node that runs now, which its forward op was given."""
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
 def is_user_file(file: str) -> bool:
     """Whether code of this file is neither torch's, nor ours, nor generated."""
     return not file.startswith((_TORCH, _OURS, "<"))
@@ -110,12 +116,12 @@ def is_user_file(file: str) -> bool:
 
 def user_line() -> str:
     """`file:line` of the nearest frame that is neither torch's nor ours; the full path."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if is_user_file(file):
             return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -157,7 +163,7 @@ def _no_functional_keys() -> Iterator[None]:
 def _unwrap(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, FunctionalTensor):
         return tensor
-    torch._sync(tensor)
+    torch._functionalize_sync(tensor)
     return torch._from_functional_tensor(tensor.elem)
 
 
@@ -223,8 +229,8 @@ class _Reader:
                 if value is not None:
                     self.parts[node, k] = value
         else:
-            outputs = (self.new(made),)
-            self.number[node] = outputs[0]  # type: ignore[assignment]
+            self.number[node] = self.new(made)
+            outputs = (self.number[node],)
         args = tuple(self.arg(a) for a in node.args)
         kwargs = tuple(
             (k, self.arg(v))

@@ -8,13 +8,11 @@ outputs   gradient/* of the loss sum times `scale`, next/* buffers,
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 import torch.utils.checkpoint
@@ -26,9 +24,12 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
+from meshwright.compile.outcome import normalise
 from meshwright.compile.random import RandomMode, SampleDim, draw_op
-from meshwright.compile.trace import Places, Tagger, trace_function, user_line
+from meshwright.compile.stale import no_outside_draws, unchanged
+from meshwright.compile.trace import Places, Tagger, is_user_file, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import NotTraceable, UserCodeError
 from meshwright.plan.mesh import Axis
@@ -36,48 +37,9 @@ from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Program
 from meshwright.program.propagate import propagate
 
-__all__ = [
-    "Example",
-    "Loss",
-    "Unit",
-    "example_of",
-    "normalise",
-    "straight_checkpoint",
-    "trace_unit",
-]
+__all__ = ["Loss", "Unit", "default_dtype", "straight_checkpoint", "trace_unit"]
 
 Loss = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """The form of a micro-batch: `leaves` (dtype, shape without dim 0) and what holds them."""
-
-    leaves: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-    spec: Any
-    plain: tuple[tuple[int, Any], ...]
-
-    def build(self, tensors: Sequence[Tensor]) -> Any:
-        """The batch with these tensors as leaves."""
-        flat: list[Any] = list(tensors)
-        for place, value in self.plain:
-            flat.insert(place, value)
-        return pytree.tree_unflatten(flat, self.spec)
-
-
-def example_of(tree: Any) -> tuple[Example, list[Tensor]]:
-    """The form of a batch, and its tensor leaves."""
-    paths, spec = pytree.tree_flatten_with_path(tree)
-    leaves = [(pytree.keystr(path), leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
-    plain = tuple((k, leaf) for k, (_, leaf) in enumerate(paths) if not isinstance(leaf, Tensor))
-    named = tuple((_leaf_name(path), t.dtype, tuple(t.shape[1:])) for path, t in leaves)
-    return Example(named, spec, plain), [t for _, t in leaves]
-
-
-def _leaf_name(path: str) -> str:
-    """`['x'][0]` as `x.0`; a bare tensor is `batch`."""
-    words = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
-    return words.strip(".") or "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +66,17 @@ class Unit:
 
 
 @contextlib.contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch's default floating dtype, where one is given, and restored."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def straight_checkpoint() -> Iterator[None]:
     """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business."""
 
@@ -126,51 +99,6 @@ class _Straight:
     @staticmethod
     def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - torch's signature
         return function(*args)
-
-
-def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[Any, Any]]]:
-    """What a loss returned, as (sum, weight, metrics as (sum, weight)).
-
-    Raises:
-        UserCodeError: the loss is no scalar, or of another form.
-    """
-    metrics: Mapping[str, Any] = {}
-    if isinstance(found, tuple) and len(found) >= 2 and isinstance(found[-1], Mapping):
-        metrics, found = found[-1], found[:-1]
-        found = found[0] if len(found) == 1 else found
-    if isinstance(found, tuple) and len(found) == 2:
-        total, weight = found
-        _require_scalar("the loss's sum", total)
-    else:
-        _require_scalar("the loss", found)
-        total, weight = found * samples, samples
-    return total, weight, {name: _metric(name, m, samples) for name, m in metrics.items()}
-
-
-def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
-    if isinstance(metric, tuple) and len(metric) == 2:
-        return metric
-    if isinstance(metric, Tensor) and metric.numel() != 1:
-        raise UserCodeError(
-            f"metric {name!r} has shape {tuple(metric.shape)}, but must be a scalar or (sum, weight);"
-            " take its mean or sum"
-        )
-    return metric * samples, samples
-
-
-def _require_scalar(what: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise UserCodeError(
-            f"{what} is {type(value).__name__}, but must be a scalar tensor, or (sum, weight); "
-            "return the loss from loss(model, batch)"
-        )
-    if value.numel() != 1:
-        raise UserCodeError(
-            f"{what} has shape {tuple(value.shape)}, but must be a scalar; take its mean, or return"
-            " (sum, weight)"
-        )
-    if not value.is_floating_point():
-        raise UserCodeError(f"{what} is {value.dtype}, but must be floating point")
 
 
 @dataclass(slots=True)
@@ -219,9 +147,9 @@ def trace_unit(
         UserCodeError: the loss is of a wrong form, or the forward changes what the trace bakes in.
     """
     how = _How(samples, dtype, training, predict)
-    with _unchanged(model.module):
+    with unchanged(model.module):
         first, run = _trace(model, loss, example, how, 0)
-    with _unchanged(model.module):
+    with unchanged(model.module):
         again, _ = _trace(model, loss, example, how, 1)
     if first.digest != again.digest:
         raise UserCodeError(
@@ -253,36 +181,17 @@ def _trace(
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _unit(model, loss, example, how, inputs, places, run)
 
-    states = random.getstate(), np.random.get_state()
-    random.seed(turn)
-    np.random.seed(turn)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or default)
-    marks = random.getstate(), np.random.get_state()[1:3]
+    # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
+    compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
     try:
-        # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
-        compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
-        with straight_checkpoint(), compiling:
+        with no_outside_draws(turn), default_dtype(dtype), straight_checkpoint(), compiling:
             program = trace_function(function, fakes, places)
-        if random.getstate() != marks[0]:
-            raise UserCodeError(
-                "the forward draws from Python's random module, which a program would freeze to one"
-                " value; draw by torch (torch.rand, torch.bernoulli), or use --eager"
-            )
-        now = np.random.get_state()[1:3]
-        if now[1] != marks[1][1] or not np.array_equal(now[0], marks[1][0]):
-            raise UserCodeError(
-                "the forward draws from numpy.random, which a program would freeze to one value; "
-                "draw by torch (torch.rand, torch.bernoulli), or use --eager"
-            )
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    ) as error:
         raise NotTraceable(_untraceable(error, str(error.func))) from error
-    except UnsupportedOperatorException as error:
-        raise NotTraceable(_untraceable(error, str(error.func))) from error
-    finally:
-        torch.set_default_dtype(default)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
     return program, run
 
 
@@ -293,15 +202,14 @@ def _untraceable(error: BaseException, what: str) -> str:
         "aten.nonzero.default": "makes a shape that depends on values (nonzero, boolean indexing)",
     }
     return (
-        f"{line}: the model {known.get(what, f'uses {what}')}, which cannot be traced into a program;"
+        f"{line}: the model {known.get(what, f'uses {what}')}, which cannot be traced into a "
+        "program;"
         " write it with torch.where or fixed shapes, or run it with --eager"
     )
 
 
 def _line_of(error: BaseException) -> str:
     """The innermost user line of a traceback."""
-    from meshwright.compile.trace import is_user_file
-
     found, trace = "the model", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -368,7 +276,8 @@ def _unit(
     position = inputs["position"]
 
     def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
-        return draw_op(kind, size, n, -1, 1, 1, 0, position)
+        drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, position)
+        return drawn
 
     tagger = Tagger(places)
     whole = _LossOf(model.module, loss)
@@ -414,7 +323,8 @@ def _predictions(found: Any, samples: int, run: _Run) -> Tensor:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples:
             shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise UserCodeError(
-                f"predict's function returned {shape}, but every output must be a tensor with one row"
+                f"predict's function returned {shape}, but every output must be a tensor with one "
+                "row"
                 f" per sample on dim 0 ({samples} here)"
             )
     return torch.zeros(())
@@ -450,7 +360,9 @@ def _gradients(
             "the loss does not depend on any parameter that requires a gradient; check that loss() "
             "uses the model it is given, and that not all parameters are frozen"
         )
-    found = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        scaled, list(named.values()), allow_unused=True
+    )
     run.unused = tuple(name for name, g in zip(named, found, strict=True) if g is None)
     return {f"gradient/{n}": g for n, g in zip(named, found, strict=True) if g is not None}
 
@@ -466,34 +378,6 @@ def _constants_swapped(model: Blueprint, inputs: Mapping[str, Tensor]) -> Iterat
     finally:
         for (path, _, attribute), name in homes:
             setattr(model.module.get_submodule(path), attribute, model.constants[name])
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Plain attributes of all modules, by path: a program bakes these in."""
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, _PLAIN) and name != "training"
-    }
-
-
-@contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Refuse a forward that changes plain attributes: a program would do so once, then never."""
-    before = _attributes(module)
-    yield
-    after = _attributes(module)
-    for name, value in after.items():
-        if name not in before or before[name] != value:
-            old = before.get(name, "nothing")
-            raise UserCodeError(
-                f"the forward changes {name} from {old!r} to {value!r}, which a program would freeze;"
-                " keep it in a buffer (register_buffer), or use --eager"
-            )
 
 
 def sample_layouts(program: Program) -> dict[int, Layout]:

@@ -65,6 +65,7 @@ def choose_plan(job: Job, world: int) -> Plan:
             return plan
     needed = state_bytes(values, Plan(data=world, zero=3 if world > 1 else 0))
     raise OutOfMemory(
-        f"the model's state needs {needed / 2**30:.1f} GiB a rank even under zero3 on {world} ranks, but "
+        f"the model's state needs {needed / 2**30:.1f} GiB a rank even under zero3 on {world} "
+        "ranks, but "
         f"{free / 2**30:.1f} GiB a rank are free; start more ranks, or use a smaller model"
     )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.comm.base import Group
+from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint, blueprint
 from meshwright.compile.lower import Segment, lower
-from meshwright.compile.unit import Example, Unit, trace_unit
+from meshwright.compile.unit import Unit, trace_unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
@@ -174,7 +175,8 @@ def prepare(job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None) 
     made = recipe(model, job.optimizer)
     if plan.zero and plan.data and plan.data > 1 and not is_elementwise(made):
         raise PlanError(
-            f"plan asks for zero={plan.zero}, but {made.kind.__name__} is not elementwise: its update of"
+            f"plan asks for zero={plan.zero}, but {made.kind.__name__} is not elementwise: its "
+            "update of"
             " an element depends on others, which lie on other ranks; use zero=0 or an elementwise "
             "optimizer such as AdamW"
         )

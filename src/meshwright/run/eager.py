@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from meshwright.comm.base import all_gather, all_reduce
 from meshwright.compile.init import seeded
-from meshwright.compile.unit import normalise
+from meshwright.compile.outcome import normalise
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Table
@@ -125,12 +125,14 @@ def _require_possible(build: Build) -> None:
     plan, data = build.plan, build.plan.data or 1
     if plan.zero:
         raise PlanError(
-            f"--eager runs the model as it is, but the plan asks for zero={plan.zero}; use zero=0, or "
+            f"--eager runs the model as it is, but the plan asks for zero={plan.zero}; use zero=0, "
+            "or "
             "leave out --eager"
         )
     if data > 1 and has_batch_norm(build.model.module):
         raise PlanError(
-            f"--eager with data={data} would take batch norm's statistics over each rank's samples only;"
+            f"--eager with data={data} would take batch norm's statistics over each rank's samples "
+            "only;"
             " use 1 rank, or leave out --eager"
         )
 
@@ -183,7 +185,8 @@ class _EagerWork(AheadWork):
         total, weight, metrics = normalise(found, leaves[0].shape[0])
         if not total.requires_grad:
             raise UserCodeError(
-                "the loss does not depend on any parameter that requires a gradient; check that loss()"
+                "the loss does not depend on any parameter that requires a gradient; check that "
+                "loss()"
                 " uses the model it is given, and that not all parameters are frozen"
             )
         named = {n: p for n, p in worker.module.named_parameters() if p.requires_grad}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from meshwright.comm.base import Group, Handle, Wait
 from meshwright.compile.collective import start, unpack
-from meshwright.program.instruction import Instruction, InstructionList
+from meshwright.program.instruction import Instruction, InstructionList, Kind
+from meshwright.program.program import Op
 
 __all__ = ["Committed", "Place", "Step", "Timing", "execute"]
 
@@ -39,6 +40,18 @@ class Timing:
     compute: float = 0.0
     communication: float = 0.0
     update: float = 0.0
+
+    def add(self, kind: Kind, seconds: float) -> None:
+        """Count the time of one instruction."""
+        match kind:
+            case "Load":
+                self.data += seconds
+            case "Run":
+                self.compute += seconds
+            case "Start" | "Wait" | "Agree":
+                self.communication += seconds
+            case _:
+                self.update += seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,67 +95,97 @@ def execute(
         values: the rank's state by name; steps read and change it.
         place: the rank's.
     """
-    pending: dict[str, Handle] = {}
+    machine = _Machine(program, functions, values, place)
     step: Step | None = yield Committed()
     while step is not None:
         timing, result = Timing(), None
         for instruction in program.body:
             before = time.perf_counter()
-            match instruction.kind:
-                case "Load":
-                    _load(instruction, step, values)
-                    timing.data += time.perf_counter() - before
-                case "Run":
-                    _run(instruction, functions, values)
-                    timing.compute += time.perf_counter() - before
-                case "Start":
-                    call = program.calls[instruction.segment or 0]
-                    axis = instruction.axis or ""
-                    tensor = values[instruction.inputs[0]]
-                    group, index = place.groups[axis], place.coordinates[axis]
-                    pending[instruction.outputs[0]] = yield start(call, tensor, group, index)
-                    timing.communication += time.perf_counter() - before
-                case "Wait":
-                    handle = pending.pop(instruction.inputs[0])
-                    tensors = yield Wait(handle)
-                    call = program.calls[instruction.segment or 0]
-                    values[instruction.outputs[0]] = unpack(call, tensors)
-                    timing.communication += time.perf_counter() - before
-                case "Free":
-                    for name in instruction.inputs:
-                        values.pop(name, None)
-                case "Stash":
-                    kept = [values[name] for name in instruction.inputs]
-                    values.update(zip(instruction.outputs, kept, strict=True))
-                case "Finish":
-                    step.finish(values)
-                    timing.update += time.perf_counter() - before
-                case "Agree":
-                    yield from step.agree()
-                    timing.communication += time.perf_counter() - before
-                case "Update":
-                    step.update(values)
-                    timing.update += time.perf_counter() - before
-                case "Commit":
-                    result = step.commit(values)
-                    timing.update += time.perf_counter() - before
-                case _:
-                    raise AssertionError(instruction)
+            if instruction.kind in _ASKING:
+                yield from _ASKING[instruction.kind](machine, instruction, step)
+            elif instruction.kind == "Commit":
+                result = step.commit(values)
+            else:
+                _ACTING[instruction.kind](machine, instruction, step)
+            timing.add(instruction.kind, time.perf_counter() - before)
         step = yield Committed(result, timing)
 
 
-def _load(instruction: Instruction, step: Step, values: Environment) -> None:
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What instructions act on."""
+
+    program: InstructionList
+    functions: Sequence[Callable[..., Sequence[Tensor]]]
+    values: Environment
+    place: Place
+    pending: dict[str, Handle] = field(default_factory=dict)
+
+    def call(self, instruction: Instruction) -> Op:
+        """The collective that a Start or Wait is about."""
+        assert instruction.segment is not None
+        return self.program.calls[instruction.segment]
+
+
+def _load(machine: _Machine, instruction: Instruction, step: Step) -> None:
     assert instruction.microbatch is not None
     operands = step.load(instruction.microbatch)
     for name in instruction.outputs:
-        values[name] = operands[name.partition(":")[2]]
+        machine.values[name] = operands[name.partition(":")[2]]
 
 
-def _run(
-    instruction: Instruction,
-    functions: Sequence[Callable[..., Sequence[Tensor]]],
-    values: Environment,
-) -> None:
+def _run(machine: _Machine, instruction: Instruction, _: Step) -> None:
     assert instruction.segment is not None
-    results = functions[instruction.segment](*[values[name] for name in instruction.inputs])
-    values.update(zip(instruction.outputs, results, strict=True))
+    operands = [machine.values[name] for name in instruction.inputs]
+    results = machine.functions[instruction.segment](*operands)
+    machine.values.update(zip(instruction.outputs, results, strict=True))
+
+
+def _free(machine: _Machine, instruction: Instruction, _: Step) -> None:
+    for name in instruction.inputs:
+        machine.values.pop(name, None)
+
+
+def _stash(machine: _Machine, instruction: Instruction, _: Step) -> None:
+    kept = [machine.values[name] for name in instruction.inputs]
+    machine.values.update(zip(instruction.outputs, kept, strict=True))
+
+
+def _finish(machine: _Machine, _: Instruction, step: Step) -> None:
+    step.finish(machine.values)
+
+
+def _update(machine: _Machine, _: Instruction, step: Step) -> None:
+    step.update(machine.values)
+
+
+def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+    axis = instruction.axis or ""
+    tensor = machine.values[instruction.inputs[0]]
+    group, index = machine.place.groups[axis], machine.place.coordinates[axis]
+    request = start(machine.call(instruction), tensor, group, index)
+    machine.pending[instruction.outputs[0]] = yield request
+
+
+def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+    tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
+    machine.values[instruction.outputs[0]] = unpack(machine.call(instruction), tensors)
+
+
+def _agree(_: _Machine, __: Instruction, step: Step) -> Generator[Any, Any, None]:
+    yield from step.agree()
+
+
+_ACTING: Mapping[Kind, Callable[[_Machine, Instruction, Step], None]] = {
+    "Load": _load,
+    "Run": _run,
+    "Free": _free,
+    "Stash": _stash,
+    "Finish": _finish,
+    "Update": _update,
+}
+_ASKING: Mapping[Kind, Callable[[_Machine, Instruction, Step], Generator[Any, Any, None]]] = {
+    "Start": _start,
+    "Wait": _wait,
+    "Agree": _agree,
+}

@@ -49,7 +49,8 @@ def choose(
     if run_dir is not None:
         if fresh and not overwrite and run_dir.is_dir() and any(run_dir.iterdir()):
             raise UsageError(
-                f"--fresh, but {run_dir} is not empty; use another --run-dir, or --overwrite to lose it"
+                f"--fresh, but {run_dir} is not empty; use another --run-dir, or --overwrite to "
+                "lose it"
             )
         return Choice(_made(run_dir), not fresh)
     numbered = sorted(_numbered(stem, root))

@@ -1,4 +1,4 @@
-"""Lockstep: all ranks' first micro-batch op by op beside one device's, to name the first that differs."""
+"""Lockstep: all ranks op by op beside one device, to name the first op that differs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meshwright.comm.local import run_local
 from meshwright.compile.collective import narrow
 from meshwright.compile.interpret import interpret
 from meshwright.compile.random import position_operand
-from meshwright.program.layout import Layout, Partial, Shard, slab
+from meshwright.program.layout import Layout, Partial, Shard, region, slab
 from meshwright.program.partition import Local
 from meshwright.program.program import Op
 from meshwright.run.build import Build
@@ -25,7 +25,7 @@ LIMIT = 1e-9
 
 
 def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] | None:
-    """The first op of the first step whose value over the ranks is not one device's; None if none is.
+    """The first op of step 0 whose value over the ranks is not one device's; None if none is.
 
     Args:
         build: what the ranks run.
@@ -74,8 +74,6 @@ def _single(exchange: Any) -> None:
 
 def _assembled(build: Build, workers: Sequence[Worker], name: str) -> Tensor:
     """A state value whole, from the ranks' parts."""
-    from meshwright.program.layout import region
-
     kind, _, bare = name.partition("/")
     if kind != "model":
         return workers[0].state.values[name]

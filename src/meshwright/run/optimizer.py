@@ -54,7 +54,8 @@ def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
     made = factory(model.module)
     if not isinstance(made, torch.optim.Optimizer):
         raise UserCodeError(
-            f"optimizer(model) returned {type(made).__name__}, but must return a torch.optim.Optimizer"
+            f"optimizer(model) returned {type(made).__name__}, but must return a "
+            "torch.optim.Optimizer"
         )
     name_of = {id(tensor): name for name, tensor in model.parameters.items()}
     groups = []
@@ -62,7 +63,8 @@ def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
         for tensor in group["params"]:
             if id(tensor) not in name_of:
                 raise UserCodeError(
-                    f"optimizer group {number} holds a tensor of shape {tuple(tensor.shape)} that is no"
+                    f"optimizer group {number} holds a tensor of shape {tuple(tensor.shape)} that "
+                    "is no"
                     " parameter of the model it was given; build it from that model's parameters"
                 )
         names = tuple(name_of[id(t)] for t in group["params"])
@@ -79,10 +81,11 @@ def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optim
         {"params": [shards[name] for name in names]} for names, _ in plan.groups
     ]
     try:
-        made = plan.kind(groups, **defaults)  # type: ignore[arg-type]
+        made = plan.kind(groups, **defaults)
     except TypeError as error:
         raise UserCodeError(
-            f"optimizer {plan.kind.__name__} cannot be built over shards: {error}; give its __init__ "
+            f"optimizer {plan.kind.__name__} cannot be built over shards: {error}; give its "
+            "__init__ "
             "the usual (params, **settings), or use --eager"
         ) from error
     for group, (_, settings) in zip(made.param_groups, plan.groups, strict=True):

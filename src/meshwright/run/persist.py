@@ -15,7 +15,6 @@ from meshwright.errors import StorageError
 from meshwright.program.assemble import move_program
 from meshwright.program.layout import REPLICATED, Layout, region
 from meshwright.program.program import Value
-
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.match import compare as match
@@ -52,10 +51,9 @@ def pieces_of(worker: Worker) -> list[Piece]:
             found.append(_piece(worker, name, tuple(tensor.shape), REPLICATED, tensor))
     for bare, shard in worker.state.shards.items():
         shape, layout = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
-        for slot, value in worker.state.optimizer.state.get(shard, {}).items():
+        for slot, held in worker.state.optimizer.state.get(shard, {}).items():
             name = f"optimizer/{slot}/{bare}"
-            if not isinstance(value, Tensor):
-                value = torch.tensor(value)
+            value = held if isinstance(held, Tensor) else torch.tensor(held)
             if value.shape == shard.shape and value.dim():
                 found.append(_piece(worker, name, shape, layout, value))
             else:
@@ -147,13 +145,15 @@ def _require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     meta = checkpoint.meta
     if meta["batch_size"] != build.job.batch_size:
         raise StorageError(
-            f"checkpoint {checkpoint.path} was trained with batch_size={meta['batch_size']}, the job has"
+            f"checkpoint {checkpoint.path} was trained with batch_size={meta['batch_size']}, the "
+            "job has"
             f" {build.job.batch_size}; samples would be repeated or lost: use the same, or --fresh"
         )
     kind = type(worker.state.optimizer).__name__
     if meta["optimizer"]["class"] != kind:
         raise StorageError(
-            f"checkpoint {checkpoint.path} holds the state of {meta['optimizer']['class']}, the job uses"
+            f"checkpoint {checkpoint.path} holds the state of {meta['optimizer']['class']}, the "
+            "job uses"
             f" {kind}; use the same optimizer, or weights= to start from exported weights"
         )
     groups = len(meta["optimizer"]["groups"])
@@ -204,7 +204,7 @@ def given_weights(worker_build: Any, path: str | Path) -> tuple[Make, list[str]]
     wanted = {n: s for n, s in shapes.items() if n in persistent or n in model.parameters}
     found = match(weights.shapes(), wanted, model.tied, where=str(path))
 
-    def make(name: str, fake: Tensor, bounds: Bounds) -> Tensor | None:
+    def make(name: str, _: Tensor, bounds: Bounds) -> Tensor | None:
         source = found.sources.get(name.partition("/")[2])
         if source is None or name.startswith("constant/"):
             return None

@@ -7,7 +7,6 @@ casts.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compile.init import Blueprint, seeded
+from meshwright.compile.outcome import normalise
 from meshwright.compile.random import RandomMode, SampleDim, draw, position_operand
-from meshwright.compile.unit import normalise, straight_checkpoint
+from meshwright.compile.unit import default_dtype, straight_checkpoint
 from meshwright.job import Job
 from meshwright.run.build import micro_ranges
 from meshwright.run.data import Source
@@ -88,7 +88,7 @@ class Reference:
     def _step(self, step: int) -> Snapshot:
         size = self.job.batch_size
         total, weight = 0.0, 0.0
-        with _default_dtype(self.dtype):
+        with default_dtype(self.dtype):
             for k, (start, stop) in enumerate(micro_ranges(size, self.microbatches)):
                 part, share = self._microbatch(step, k, start, stop)
                 total, weight = total + part, weight + share
@@ -128,8 +128,7 @@ class Reference:
         return tensor.flip(0) if self.flipped else tensor
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter
+        yield from self.model.named_parameters()
 
     def _weights(self) -> dict[str, Tensor]:
         found = {f"model/{name}": p.detach().clone() for name, p in self._named()}
@@ -174,13 +173,3 @@ def _flip_samples(tensor: Tensor, sample: SampleDim) -> Tensor:
     shape = tensor.shape
     seen = tensor.reshape(*shape[:dim], outer, -1, unit, *shape[dim + 1 :])
     return seen.flip(dim + 1).reshape(shape)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -202,7 +202,7 @@ class Session:
 
 def _config(build: Build) -> Mapping[str, Any] | None:
     """A Hugging Face model's own configuration, where it has one."""
-    config = vars(build.model.module).get("config")
+    config: Any = vars(build.model.module).get("config")
     has_form = any("to_dict" in vars(kind) for kind in type(config).__mro__)
     return dict(config.to_dict()) if has_form else None
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from meshwright.comm.base import Comm, gather_json
 from meshwright.comm.local import LocalWorld
+from meshwright.compile.example import example_of
 from meshwright.compile.random import SampleDim
-from meshwright.compile.unit import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout, region
@@ -215,7 +215,7 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
     return whole
 
 
-def float32_limits(build: Build, first: Snapshot, flipped: Snapshot) -> dict[str, float]:
+def float32_limits(first: Snapshot, flipped: Snapshot) -> dict[str, float]:
     """Limits in float32: the loss to 1e-5, first-step gradients to the reference's own rounding.
 
     The reference's own error is measured between two orders of summation (samples reversed).
@@ -298,7 +298,7 @@ def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> di
         flipped = reference_for(build, _source(job, data), start=start, flipped=True)
         first = reference_for(build, _source(job, data), start=start)
         report = _first_step_only(report, reports)
-        report.limits = float32_limits(build, first.after(0), flipped.after(0))
+        report.limits = float32_limits(first.after(0), flipped.after(0))
     outcome = _outcome(build, report, steps, dtype)
     if not report.passed:
         outcome["first_difference"] = first_difference(build, crew())
@@ -328,5 +328,5 @@ def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> 
         flipped = reference_for(build, _source(job, data), start=start, flipped=True)
         first = reference_for(build, _source(job, data), start=start)
         report = _first_step_only(report, [report])
-        report.limits = float32_limits(build, first.after(0), flipped.after(0))
+        report.limits = float32_limits(first.after(0), flipped.after(0))
     return _outcome(build, comm.perform(merge(report, worker)), steps, dtype)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.comm.base import Group, all_reduce
+from meshwright.compile.example import example_of
 from meshwright.compile.random import position_operand
-from meshwright.compile.unit import example_of
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import region
+from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
-from meshwright.run.batch import checked, cut, digest
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.optimizer import build as build_optimizer
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
@@ -159,7 +159,8 @@ class Worker:
         if not same:
             shapes = [tuple(t.shape) for t in fetched.leaves[0]]
             raise UserCodeError(
-                f"the batch given to run.step() at step {fetched.step} has other shapes or dtypes on other"
+                f"the batch given to run.step() at step {fetched.step} has other shapes or dtypes "
+                "on other"
                 f" ranks (here {shapes}); give every rank batches that differ in dim 0 only"
             )
 
@@ -167,14 +168,16 @@ class Worker:
         assert self.source is not None
         self.source.whole = True
         self.source.notes.append(
-            "ranks' samples collate to different shapes, so each rank collates the whole micro-batch "
+            "ranks' samples collate to different shapes, so each rank collates the whole "
+            "micro-batch "
             "and keeps its samples: exact, but slower; pad to a fixed length to avoid it"
         )
         fetched = self.fetch(step)
         same = yield from same_everywhere(fetched.digest, self.group)
         if not same:
             raise UserCodeError(
-                f"ranks disagree about the shapes of the batch of step {step} even when each collates"
+                f"ranks disagree about the shapes of the batch of step {step} even when each "
+                "collates"
                 " all of it; the dataset or collate must give the same samples on every rank"
             )
         return fetched

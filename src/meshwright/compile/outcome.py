@@ -1,0 +1,58 @@
+"""What a loss may return, brought to one form: a sum, its weight, and metrics as such pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from meshwright.errors import UserCodeError
+
+__all__ = ["normalise"]
+
+
+def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[Any, Any]]]:
+    """What a loss returned, as (sum, weight, metrics as (sum, weight)).
+
+    Raises:
+        UserCodeError: the loss is no scalar, or of another form.
+    """
+    metrics: Mapping[str, Any] = {}
+    if isinstance(found, tuple) and len(found) >= 2 and isinstance(found[-1], Mapping):
+        metrics, found = found[-1], found[:-1]
+        found = found[0] if len(found) == 1 else found
+    if isinstance(found, tuple) and len(found) == 2:
+        total, weight = found
+        _require_scalar("the loss's sum", total)
+    else:
+        _require_scalar("the loss", found)
+        total, weight = found * samples, samples
+    return total, weight, {name: _metric(name, m, samples) for name, m in metrics.items()}
+
+
+def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
+    if isinstance(metric, tuple) and len(metric) == 2:
+        return metric
+    if isinstance(metric, Tensor) and metric.numel() != 1:
+        raise UserCodeError(
+            f"metric {name!r} has shape {tuple(metric.shape)}, but must be a scalar or (sum, "
+            "weight);"
+            " take its mean or sum"
+        )
+    return metric * samples, samples
+
+
+def _require_scalar(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise UserCodeError(
+            f"{what} is {type(value).__name__}, but must be a scalar tensor, or (sum, weight); "
+            "return the loss from loss(model, batch)"
+        )
+    if value.numel() != 1:
+        raise UserCodeError(
+            f"{what} has shape {tuple(value.shape)}, but must be a scalar; take its mean, or return"
+            " (sum, weight)"
+        )
+    if not value.is_floating_point():
+        raise UserCodeError(f"{what} is {value.dtype}, but must be floating point")
