@@ -163,7 +163,7 @@ def _no_functional_keys() -> Iterator[None]:
 def _unwrap(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, FunctionalTensor):
         return tensor
-    torch._functionalize_sync(tensor)
+    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
 
 

@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from meshwright import __version__
+from meshwright.compile.example import example_of
+from meshwright.job import Job
+from meshwright.plan.plan import Plan
 from meshwright.predict.memory import memory_bill
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
-from meshwright.run.build import Build, values_of
+from meshwright.run.build import Build, Micro, micro_ranges, prepare, values_of
+from meshwright.run.data import Source, open_source
 from meshwright.run.eager import EagerWorker
 from meshwright.run.session import Session
 from meshwright.run.worker import Fetched
 
-__all__ = ["describe_build", "describe_run", "facts_of"]
+VERSION = importlib.metadata.version("meshwright")
+
+__all__ = ["describe_build", "describe_run", "explain", "facts_of", "host", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """What numbers depend on."""
+    return {
+        "meshwright": VERSION,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def host() -> dict[str, str | int]:
+    """This machine: processor, the cores and bytes of memory that this process may use."""
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; its architecture where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def facts_of(session: Session, fetched: Fetched) -> dict[str, str]:
@@ -31,7 +67,7 @@ def facts_of(session: Session, fetched: Fetched) -> dict[str, str]:
     else:
         units = [build.unit(micro).program.digest for micro in fetched.micros]
     return {
-        "meshwright version": __version__,
+        "meshwright version": VERSION,
         "torch version": str(torch.__version__),
         "plan": build.plan.text(),
         "traced program": hashlib.sha256("".join(units).encode()).hexdigest()[:16],
@@ -45,12 +81,12 @@ def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
     """run.json without what the command line adds."""
     if isinstance(session.worker, EagerWorker):
         return {**_setting(session.build), "eager": True}
-    return describe_build(session.build, fetched)
+    return describe_build(session.build, fetched.micros)
 
 
-def describe_build(build: Build, fetched: Fetched) -> dict[str, Any]:
+def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     """The plan laid out: mesh, parameters, collectives with bytes and lines, memory per rank."""
-    lowered = build.lowered(0, fetched.micros)
+    lowered = build.lowered(0, micros)
     rows = collectives(lowered.compiled, build.axes)
     return {
         **_setting(build),
@@ -58,14 +94,36 @@ def describe_build(build: Build, fetched: Fetched) -> dict[str, Any]:
         "memory": [
             {
                 "rank": rank,
-                "parts": memory_bill(
-                    build.lowered(rank, fetched.micros).compiled, _slots(build, rank)
-                ),
+                "parts": memory_bill(build.lowered(rank, micros).compiled, _slots(build, rank)),
             }
             for rank in range(build.mesh.size)
         ],
-        "fallbacks": fallbacks(build, fetched),
+        "fallbacks": fallbacks(build, micros),
     }
+
+
+def explain(job: Job, plan: Plan, ranks: int) -> dict[str, Any]:
+    """What `describe_build` says of a job under a plan; nothing is initialised or started.
+
+    Only rank 0's samples of the first step are read, for their shapes.
+    """
+    build = prepare(job, plan, ranks)
+    source = open_source(job.data(), batch_size=job.batch_size, seed=job.seed, collate=job.collate)
+    try:
+        micros = [
+            _form(build, source, range_)
+            for range_ in micro_ranges(job.batch_size, plan.microbatches)
+        ]
+    finally:
+        source.close()
+    return describe_build(build, micros)
+
+
+def _form(build: Build, source: Source, range_: tuple[int, int]) -> Micro:
+    """The form of a micro-batch of the first step."""
+    start, stop = range_
+    batch = source.fetch(0, *build.samples_of(0, range_), range_)
+    return Micro(example_of(batch.tree)[0], stop - start)
 
 
 def _setting(build: Build) -> dict[str, Any]:
@@ -73,16 +131,8 @@ def _setting(build: Build) -> dict[str, Any]:
     ranks = range(build.mesh.size)
     values = values_of(build.model.parameters, build.dtype)
     return {
-        "versions": {
-            "meshwright": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        "host": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "memory": psutil.virtual_memory().total,
-        },
+        "versions": versions(),
+        "host": host(),
         "plan": build.plan.text(),
         "mesh": {
             "axes": [
@@ -128,12 +178,12 @@ def _parameter(build: Build, name: str, value: Value) -> dict[str, Any]:
     }
 
 
-def fallbacks(build: Build, fetched: Fetched) -> list[dict[str, str]]:
+def fallbacks(build: Build, micros: Sequence[Micro]) -> list[dict[str, str]]:
     """Ops without a rule, computed whole on every rank, with their source lines."""
     from meshwright.program.rules import rule_of
 
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for micro in fetched.micros:
+    for micro in micros:
         program = build.unit(micro).program
         for op in program.ops:
             if not rule_of(op, program.values).known:
