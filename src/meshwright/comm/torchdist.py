@@ -16,6 +16,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
 
+from meshwright.comm import fingerprint
 from meshwright.comm.base import Exchange, Group, Handle, Start, Wait, World
 from meshwright.comm.gloo import Link, Pending, connect, start
 from meshwright.comm.ledger import Entry, Ledger, describe
@@ -36,6 +37,9 @@ class Deadline:
 
     first: float = 1800.0
     after: float = 300.0
+
+
+_Place = tuple[str, Group, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +64,8 @@ class TorchDist:
         self._world = world or World()
         self._wire = wire
         self._deadline = deadline or Deadline()
-        self._seen: set[tuple[str, Group, str]] = set()
+        self._seen: set[_Place] = set()
+        self._compared: set[_Place] = set()
         self._numbers: dict[tuple[int, ...], int] = {}
         self.ledger = Ledger(self._world.rank)
 
@@ -137,32 +142,53 @@ class TorchDist:
                 f"rank {self._world.rank} starts {describe(request)}, "
                 f"whose members are ranks {list(ranks)}"
             )
+        for tensor in request.tensors:
+            if tensor.device.type != "cpu":
+                raise InternalError(f"{describe(request)} is on {tensor.device}; gloo wants CPU")
         entry = self.ledger.enter(request)
         if len(ranks) == 1:
             (answer,) = collective([request])
             return Handle(request, _Token(entry, Pending((), lambda: answer), describe(request)))
         link = self._alive().group(request.group, describe(request))
+        number = self._numbers[ranks] = self._numbers.get(ranks, 0) + 1
+        where = f"{describe(request)}, call {number}"
+        if _place(request) not in self._compared:
+            self._compare(link, request, entry, where)
+        return Handle(request, _Token(entry, self._begin(link, request), where))
+
+    def _compare(self, link: Link, request: Start, entry: Entry, where: str) -> None:
+        """See that all members mean the same collective, the first time at its place."""
+        self._compared.add(_place(request))
+        words = fingerprint.encode(fingerprint.text(request))
+        ask = Start("all_gather", request.group, (words,))
+        pending = self._begin(link, ask)
+        self._settle(request, _Token(entry, pending, where))
+        texts = [fingerprint.decode(answer) for answer in pending.finish()]
+        fingerprint.require_same(texts, request.group.ranks, request.group.axis)
+
+    def _begin(self, link: Link, request: Start) -> Pending:
         try:
-            pending = start(link, request)
+            return start(link, request)
         except RuntimeError as error:
             raise self._lost(request, error) from error
-        number = self._numbers[ranks] = self._numbers.get(ranks, 0) + 1
-        return Handle(request, _Token(entry, pending, f"{describe(request)}, call {number}"))
 
     def _wait(self, wait: Wait) -> tuple[Tensor, ...]:
         token: _Token = wait.handle.token
-        request = wait.handle.request
         if token.pending.works:
-            place = (request.op, request.group, request.label)
-            seconds = self._deadline.after if place in self._seen else self._deadline.first
-            end = time.monotonic() + seconds
-            for work in token.pending.works:
-                if not self._in_time(work, token, request, end):
-                    last = self.ledger.last_left.text() if self.ledger.last_left else "none"
-                    raise self._alive().stalled(token, request, seconds, last)
-            self._seen.add(place)
+            self._settle(wait.handle.request, token)
+            self._seen.add(_place(wait.handle.request))
         self.ledger.leave(token.entry)
         return token.pending.finish()
+
+    def _settle(self, request: Start, token: _Token) -> None:
+        """Wait for all works of `token`, which serve `request`, until its deadline."""
+        first = _place(request) not in self._seen
+        seconds = self._deadline.first if first else self._deadline.after
+        end = time.monotonic() + seconds
+        for work in token.pending.works:
+            if not self._in_time(work, token, request, end):
+                last = self.ledger.last_left.text() if self.ledger.last_left else "none"
+                raise self._alive().stalled(token, request, seconds, last)
 
     def _in_time(self, work: Work, token: _Token, request: Start, end: float) -> bool:
         """Wait for `work`, with an eye on the other ranks; False when `end` has come."""
@@ -270,6 +296,10 @@ class _Wire:
         self._groups.clear()
         keeper = self._world.rank == 0 and not self._where.hosted
         self.roll.leave(_LEAVE_WITHIN, keeper=keeper)
+
+
+def _place(request: Start) -> _Place:
+    return request.op, request.group, request.label
 
 
 def _device(where: Rendezvous) -> ProcessGroupGloo.Device:

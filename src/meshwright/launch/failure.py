@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import meshwright
 from meshwright.errors import MeshwrightError, OutOfMemory, PeerLost, Stalled, UserCodeError
 
 __all__ = ["Failure", "Frame", "clear", "deciding", "describe", "read", "record", "render"]
@@ -253,5 +252,5 @@ def _short(file: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
-_OURS = Path(meshwright.__file__).parent
+_OURS = Path(__file__).parents[1]
 _PYTHON = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))

@@ -1,0 +1,74 @@
+"""Do all members mean the same collective? Compared when a place is first come to.
+
+gloo adds up whatever has the right number of bytes: two collectives in another order give wrong
+sums, different shapes abort the process. So the first time a rank starts a collective with some
+label, all members compare what they are about to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meshwright.comm.base import Start
+from meshwright.comm.roll import named
+from meshwright.errors import InternalError
+
+__all__ = ["BYTES", "decode", "encode", "require_same", "text"]
+
+BYTES = 256
+_UNEVEN = frozenset({"all_gather", "all_to_all", "permute"})
+
+
+def text(request: Start) -> str:
+    """What all members must have in common, as in `all_reduce sum float32[3, 5] (loss)`."""
+    parts = [request.op]
+    if request.op in {"all_reduce", "reduce_scatter"}:
+        parts.append(request.reduce)
+    if request.op in {"broadcast", "permute"}:
+        parts.append(f"root={request.root}")
+    if request.tensors:
+        dtype = str(request.tensors[0].dtype).removeprefix("torch.")
+        if request.op in _UNEVEN:
+            parts.append(dtype)
+        else:
+            parts += [f"{dtype}{list(tensor.shape)}" for tensor in request.tensors]
+    if request.op == "all_gather":
+        parts += [str(list(shape)) for shape in request.shapes]
+    label = f" ({request.label})" if request.label else ""
+    return _cut(" ".join(parts), label)
+
+
+def _cut(what: str, label: str) -> str:
+    """Cut to `BYTES`, so that a long list of shapes leaves the label to be read."""
+    room = BYTES - len(label.encode(errors="replace"))
+    return (what.encode(errors="replace")[: max(room, 0)] + label.encode(errors="replace")).decode(
+        errors="ignore"
+    )
+
+
+def encode(words: str) -> Tensor:
+    """`words` as `BYTES` bytes."""
+    data = bytearray(words.encode(errors="replace")[:BYTES].ljust(BYTES, b"\0"))
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def decode(data: Tensor) -> str:
+    """The words that `encode` was given."""
+    return bytes(data.numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
+
+
+def require_same(words: Sequence[str], ranks: Sequence[int], axis: str) -> None:
+    """Raise unless all members, in the order of `ranks`, mean the same.
+
+    Raises:
+        InternalError: naming which ranks mean what.
+    """
+    meaning: dict[str, list[int]] = {}
+    for rank, word in zip(ranks, words, strict=True):
+        meaning.setdefault(word, []).append(rank)
+    if len(meaning) > 1:
+        told = "; ".join(f"{named(who)}: {word}" for word, who in meaning.items())
+        raise InternalError(f"ranks disagree about the next collective over {axis}: {told}")
