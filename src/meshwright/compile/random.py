@@ -37,9 +37,13 @@ def position_operand(seed: int, first: int, step: int, microbatch: int) -> Tenso
 
 def philox(seed: int, n: int, counter: Sequence[int]) -> np.random.Generator:
     """The generator of stream (seed, n) at `counter` (two words above the block counter)."""
-    words = [0, 0, *(int(c) & (2**64 - 1) for c in counter)]
-    key = [seed & (2**64 - 1), n]
+    key, words = _words(seed, n), _words(0, 0, *counter)
     return np.random.Generator(np.random.Philox(key=key, counter=words))
+
+
+def _words(*numbers: int) -> np.ndarray[Any, Any]:
+    """64-bit words; as a plain list numpy would round those past 2^63 to floats."""
+    return np.array([int(number) & (2**64 - 1) for number in numbers], dtype=np.uint64)
 
 
 def _fill(kind: str, generator: np.random.Generator, out: np.ndarray[Any, Any]) -> None:
@@ -189,12 +193,28 @@ def _native_dropout(
     return x * keep.to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0), keep
 
 
+_BITS = {torch.float16: 11, torch.bfloat16: 8}
+
+
+def _uniform(draw: Draw, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Numbers in [0, 1); short dtypes would round the largest up to 1."""
+    u = draw("uniform", size)
+    if dtype in _BITS:
+        u = torch.floor(u * 2 ** _BITS[dtype]) / 2 ** _BITS[dtype]
+    return u.to(dtype)
+
+
+def _exponential(draw: Draw, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Numbers above zero: their logarithm is taken (Gumbel), and they are divided by."""
+    return -torch.log1p(-draw("uniform", size).clamp(min=2.0**-25)).to(dtype)
+
+
 def _floating(dtype: torch.dtype | None) -> torch.dtype:
     return dtype or torch.get_default_dtype()
 
 
 def _rand(draw: Draw, size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    return draw("uniform", size).to(_floating(dtype))
+    return _uniform(draw, size, _floating(dtype))
 
 
 def _randn(
@@ -204,7 +224,7 @@ def _randn(
 
 
 def _rand_like(draw: Draw, x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    return draw("uniform", x.shape).to(dtype or x.dtype)
+    return _uniform(draw, x.shape, dtype or x.dtype)
 
 
 def _randn_like(draw: Draw, x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
@@ -212,7 +232,7 @@ def _randn_like(draw: Draw, x: Tensor, *, dtype: torch.dtype | None = None, **_:
 
 
 def _uniform_in_place(draw: Draw, x: Tensor, low: float = 0, high: float = 1, **_: Any) -> Tensor:
-    return x.copy_(draw("uniform", x.shape).to(x.dtype) * (high - low) + low)
+    return x.copy_(_uniform(draw, x.shape, x.dtype) * (high - low) + low)
 
 
 def _normal_in_place(draw: Draw, x: Tensor, mean: float = 0, std: float = 1, **_: Any) -> Tensor:
@@ -231,7 +251,7 @@ def _normal_size(draw: Draw, mean: float, std: float, size: Sequence[int], **k: 
 
 
 def _exponential_in_place(draw: Draw, x: Tensor, rate: float = 1, **_: Any) -> Tensor:
-    return x.copy_(-torch.log1p(-draw("uniform", x.shape)).to(x.dtype) / rate)
+    return x.copy_(_exponential(draw, x.shape, x.dtype) / rate)
 
 
 def _log_normal_in_place(
@@ -249,7 +269,8 @@ def _cauchy_in_place(
 
 def _geometric_in_place(draw: Draw, x: Tensor, p: float, **_: Any) -> Tensor:
     u = draw("uniform", x.shape).to(torch.float64)
-    return x.copy_(torch.ceil(torch.log1p(-u) / math.log1p(-p)).clamp(min=1).to(x.dtype))
+    failure = math.log1p(-p) if p < 1 else -math.inf
+    return x.copy_(torch.ceil(torch.log1p(-u) / failure).clamp(min=1).to(x.dtype))
 
 
 def _integers(draw: Draw, low: int, high: int, size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -293,7 +314,7 @@ def _multinomial(draw: Draw, x: Tensor, count: int, replacement: bool = False, *
         total = x.cumsum(-1)
         u = draw("uniform", (*x.shape[:-1], count)).to(x.dtype) * total[..., -1:]
         return torch.searchsorted(total, u, right=True).clamp(max=x.shape[-1] - 1)
-    race = -torch.log1p(-draw("uniform", x.shape)).to(x.dtype) / x
+    race = _exponential(draw, x.shape, x.dtype) / x
     return race.argsort(-1)[..., :count]
 
 
