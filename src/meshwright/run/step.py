@@ -211,10 +211,15 @@ class StepWork:
     def _metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
         totals = self.totals
         named = [n.removeprefix("metric/") for n in totals.names if n.startswith("metric/")]
-        metrics = {n: totals[f"metric/{n}"] / totals[f"metric-weight/{n}"] for n in named}
+        metrics = {n: _mean(totals[f"metric/{n}"], totals[f"metric-weight/{n}"]) for n in named}
         loss = totals["loss"] / totals["weight"]
         flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
         return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched, flags)
+
+
+def _mean(total: float, weight: float) -> float:
+    """A metric that nothing counted for is no number; training goes on."""
+    return total / weight if weight else math.nan
 
 
 def _scalar(value: float) -> Tensor:
