@@ -120,6 +120,7 @@ class Run:
                 self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
             )
             stack.callback(self._session.close)
+            self._session.handshake(facts_of(self._session))
             self._open_folder()
             self._open_views(stack)
             self._stack = stack.pop_all()
@@ -345,7 +346,6 @@ class Run:
         """Before the first step: agree with all ranks on what will run, and write it down."""
         session = self.session
         fetched = session.first_batch()
-        session.handshake(facts_of(session, fetched))
         self._description = describe_run(session, fetched)
         self._described = True
         if self.rank == 0:

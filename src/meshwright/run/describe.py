@@ -59,21 +59,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def facts_of(session: Session, fetched: Fetched) -> dict[str, str]:
-    """What all ranks must have alike before the first step."""
+def facts_of(session: Session) -> dict[str, str]:
+    """What all ranks must have alike before they do anything together."""
     build = session.build
-    if isinstance(session.worker, EagerWorker):
-        units = ["eager"]
-    else:
-        units = [build.unit(micro).program.digest for micro in fetched.micros]
     return {
         "meshwright version": VERSION,
         "torch version": str(torch.__version__),
         "plan": build.plan.text(),
-        "traced program": hashlib.sha256("".join(units).encode()).hexdigest()[:16],
         "batch_size": str(build.job.batch_size),
         "seed": str(build.job.seed),
-        "step": str(session.step),
+        "eager": str(isinstance(session.worker, EagerWorker)),
+        "parameters": hashlib.sha256(repr(build.values()).encode()).hexdigest()[:16],
     }
 
 

@@ -72,6 +72,11 @@ class EagerWorker(Worker):
         return self.list
 
     @override
+    def digest(self, fetched: Fetched) -> str:
+        """There is no program to compare."""
+        return "eager"
+
+    @override
     def work(self, fetched: Fetched, upcoming: int | None) -> AheadWork:
         """What the executor is sent for one step."""
         return _EagerWork(self, fetched, upcoming)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.comm.base import Group, all_reduce
+from meshwright.comm.handshake import agree
 from meshwright.compile.example import example_of
 from meshwright.compile.random import position_operand
 from meshwright.errors import UserCodeError
@@ -118,6 +119,7 @@ class Worker:
         self.group = self.place.groups["data"]
         self.state = initial_state(build, rank, make)
         self.running: dict[int, Generator[Any, Any, None]] = {}
+        self.agreed: set[tuple[str, ...]] = set()
         self.flags: dict[str, bool] = {}
         self.ahead: Fetched | None = None
         self.ahead_error: Exception | None = None
@@ -190,12 +192,28 @@ class Worker:
         self, fetched: Fetched, upcoming: int | None
     ) -> Generator[Any, Any, tuple[Metrics, Any]]:
         """Run one step; an exchange. `upcoming` is the step whose batch to look at ahead."""
+        yield from self.same_program(fetched)
         lowered = self.lowered(fetched)
         work = self.work(fetched, upcoming)
         committed: Committed = yield from self.run(lowered, work)
         if self.ahead is not None and work.digests_differ:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
+
+    def same_program(self, fetched: Fetched) -> Generator[Any, Any, None]:
+        """When batches take a new form, compare the traced programs of all ranks.
+
+        Raises:
+            UsageError: they differ; on every rank.
+        """
+        key = tuple(micro.key for micro in fetched.micros)
+        if key not in self.agreed:
+            self.agreed.add(key)
+            yield from agree({"traced program": self.digest(fetched)}, self.group)
+
+    def digest(self, fetched: Fetched) -> str:
+        """One hash over the traced programs of a batch's micro-batches."""
+        return "-".join(self.build.unit(micro).program.digest for micro in fetched.micros)
 
     def work(self, fetched: Fetched, upcoming: int | None) -> AheadWork:
         """What the executor is sent for one step."""
