@@ -120,6 +120,11 @@ class Run:
                 self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
             )
             stack.callback(self._session.close)
+            if (contract.plan or self._plan) == "auto" and contract.world.size > 1:
+                self._session.notes.append(
+                    f"plan {plan.text()} chosen: the first of data, zero1, zero2, zero3 whose state "
+                    "fits the memory; time was not compared"
+                )
             self._session.handshake(facts_of(self._session))
             self._open_folder()
             self._open_views(stack)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import psutil
@@ -14,11 +13,9 @@ from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
 from meshwright.program.program import Value
 from meshwright.program.zero import zero_layouts
-from meshwright.run.build import has_batch_norm, values_of
+from meshwright.run.build import values_of
 
 __all__ = ["candidates", "choose_plan", "state_bytes"]
-
-_log = logging.getLogger(__name__)
 
 SHARE = 0.7
 """Of the free memory that state may take; activations take the rest."""
@@ -60,8 +57,6 @@ def choose_plan(job: Job, world: int) -> Plan:
     free = int(psutil.virtual_memory().available * SHARE) // world
     for plan in candidates(world):
         if state_bytes(values, plan) <= free:
-            norms = " (batch norm shares the whole batch)" if has_batch_norm(model.module) else ""
-            _log.info("plan %s chosen: its state fits; time was not compared%s", plan.text(), norms)
             return plan
     needed = state_bytes(values, Plan(data=world, zero=3 if world > 1 else 0))
     raise OutOfMemory(
