@@ -27,7 +27,7 @@ from meshwright.job import Job
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract, here
 from meshwright.launch.signals import Stop, listen
-from meshwright.launch.worker import guard
+from meshwright.launch.worker import ending, guard
 from meshwright.plan.plan import Plan
 from meshwright.plan.toml import parse_plan
 from meshwright.run.auto import choose_plan
@@ -115,6 +115,7 @@ class Run:
             stack.callback(comm.close)
             if contract.supervised:
                 guard(contract, comm)
+            stack.enter_context(ending(contract, comm))
             plan = plan_of(contract.plan or self._plan, self.job, contract.world.size)
             self._session = open_session(
                 self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
@@ -122,7 +123,8 @@ class Run:
             stack.callback(self._session.close)
             if (contract.plan or self._plan) == "auto" and contract.world.size > 1:
                 self._session.notes.append(
-                    f"plan {plan.text()} chosen: the first of data, zero1, zero2, zero3 whose state "
+                    f"plan {plan.text()} chosen: the first of data, zero1, zero2, zero3 whose "
+                    "state "
                     "fits the memory; time was not compared"
                 )
             self._session.handshake(facts_of(self._session))
@@ -476,9 +478,6 @@ def verify(
         size = ranks or (asked.ranks if asked.data is not None else 2 * asked.ranks)
         return verify_local(job, asked.filled(size), size, steps, dtype)
     comm = connect(contract)
-    try:
-        guard(contract, comm)
+    with contextlib.closing(comm), ending(contract, comm):
         laid = plan_of(contract.plan or plan, job, contract.world.size)
         return verify_session(job, laid, comm, steps, dtype)
-    finally:
-        comm.close()
