@@ -150,7 +150,7 @@ def test_the_text_in_full(tmp_path, monkeypatch):
         "  model.py:88 in forward",
         "    return self.table[x]",
         "  (1 more frame is in the log)",
-        "rank 0: PeerLost; ranks 2, 3 ended with it",
+        "rank 0: PeerLost; ranks 2, 3 ended as well",
         "log: runs/logs/rank1.log",
         "exit status 71",
     ]

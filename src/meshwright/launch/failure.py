@@ -191,7 +191,7 @@ def _others(failures: Sequence[Failure], same: Sequence[int], world: int) -> str
     told = {failure.rank for failure in failures}
     rest = [rank for rank in range(world) if rank not in told]
     if rest:
-        parts.append(f"{_ranks(rest)} ended with it")
+        parts.append(f"{_ranks(rest)} ended as well")
     return "; ".join(parts)
 
 

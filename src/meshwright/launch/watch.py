@@ -72,7 +72,7 @@ class Watch:
     heard: list[int] = field(default_factory=list)
     failed: float | None = None
     closing: int = 0
-    oom_before: int = field(default_factory=oom_kills)
+    oom_before: int = field(default_factory=lambda: oom_kills())  # noqa: PLW0108  looked up late
 
     def until_all_end(self) -> int:
         """The exit status, once no rank is left; the failure, if any, is printed to stderr."""

@@ -10,8 +10,8 @@ import faulthandler
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NoReturn
 
@@ -21,7 +21,7 @@ from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
 from meshwright.launch.failure import describe, record, render, status_of
 
-__all__ = ["end", "guard", "serve"]
+__all__ = ["end", "ending", "guard", "serve"]
 
 
 def serve(contract: Contract, body: Callable[[TorchDist], int]) -> int:
@@ -55,6 +55,22 @@ def guard(contract: Contract, comm: TorchDist) -> None:
     sys.excepthook = hook
     with suppress(OSError, ValueError):  # stderr may be no real file, as in a notebook
         faulthandler.enable()
+
+
+@contextmanager
+def ending(contract: Contract, comm: TorchDist) -> Iterator[None]:
+    """Within, an error that leaves ends this process as `end` does, if others wait for it.
+
+    Unwinding further would wait for collectives that no other rank will ever finish.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if contract.world.size > 1:
+            end(contract, comm, error)
+        raise
 
 
 def end(contract: Contract, comm: TorchDist | None, error: BaseException) -> NoReturn:
