@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the supervisor reads World from here, and starts a second sooner without torch
+    from torch import Tensor
 
 __all__ = [
     "Comm",
@@ -157,6 +157,8 @@ def barrier(group: Group, label: str = "") -> Generator[Any, Any, None]:
 
 def gather_json(value: Any, group: Group, label: str = "") -> Generator[Any, Any, list[Any]]:
     """Every member's JSON-able `value`, in group order (canonical JSON bytes on the wire)."""
+    import torch
+
     data = bytearray(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
     mine = torch.frombuffer(data, dtype=torch.uint8)
     count = torch.tensor([len(data)], dtype=torch.int64)

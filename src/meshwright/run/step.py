@@ -139,7 +139,7 @@ class StepWork:
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums over the ranks, and decide: go on, skip, or raise."""
         self.totals.vector = yield from all_reduce(
-            self.totals.vector, self.group, label=f"totals of step {self.step}"
+            self.totals.vector, self.group, label="totals of the step"
         )
         size = len(self.group.ranks)
         digest, squares = self.totals["digest"], self.totals["digest2"]
@@ -173,17 +173,18 @@ class StepWork:
         """Divide by the step's weight, clip, and step the optimizer on the shards."""
         factor = 1.0 / (self.totals["weight"] * float(self.scale))
         if self.norm is not None and self.policy.clip_norm is not None:
-            factor *= min(1.0, self.policy.clip_norm / (self.norm + 1e-6))
+            coefficient = self.policy.clip_norm / (self.norm + 1e-6)
+            factor *= 1.0 if coefficient > 1.0 else coefficient  # as torch does, NaN stays NaN
         for name in self.state.trained:
             gradient = values.pop(f"reduced/{name}", None)
             values.pop(f"gradient/{name}", None)
             if gradient is None:  # the loss does not reach it; eager leaves its gradient None too
                 continue
+            applied = (gradient * factor).to(values[f"model/{name}"].dtype)
             if not self.skipped and name in self.state.shards:
-                shard = self.state.shards[name]
-                shard.grad = (gradient * factor).to(shard.dtype)
-                if self.keep_gradients is not None:
-                    self.keep_gradients[name] = shard.grad.clone()
+                self.state.shards[name].grad = applied
+            if self.keep_gradients is not None:
+                self.keep_gradients[name] = applied.clone()
         if not self.skipped:
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
