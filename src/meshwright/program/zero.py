@@ -51,11 +51,12 @@ def shard_dim(shape: tuple[int, ...], parts: int) -> int | None:
 
 
 def zero_layouts(
-    zero: int, parameters: Mapping[str, Value], axis: Axis, frozen: frozenset[str] = frozenset()
+    zero: int, parameters: Mapping[str, Value], axis: Axis, still: frozenset[str] = frozenset()
 ) -> dict[str, StateLayouts]:
     """The layouts of every parameter's state under ZeRO stage `zero` over `axis`.
 
-    Frozen parameters have neither gradients nor optimizer state; stage 3 shards them all the same.
+    Parameters that stay `still` (frozen, or not the optimizer's) have no optimizer state and no
+    update that would move them; stage 3 shards them all the same.
     """
     found = {}
     for name, value in parameters.items():
@@ -65,11 +66,12 @@ def zero_layouts(
             continue
         partial = Layout(((axis.name, Partial()),))
         split = REPLICATED if dim is None else Layout(((axis.name, Shard(dim)),))
-        late = zero < 2 or (dim is None)  # whole parameters are reduced once a step at any stage
+        shards_state = zero >= (3 if name in still else 1)
+        # Gradients of what stays whole are reduced once a step at any stage.
+        late = zero < 2 or dim is None or not shards_state
         found[name] = StateLayouts(
             weights=split if zero == 3 else REPLICATED,
             gradients=partial if late else split,
-            # A frozen one has no state, and no update that would move it.
-            optimizer=split if zero >= (3 if name in frozen else 1) else REPLICATED,
+            optimizer=split if shards_state else REPLICATED,
         )
     return found

@@ -100,7 +100,7 @@ class Reference:
             nn.utils.clip_grad_norm_(trained, self.job.clip_norm)
         gradients = {name: p.grad.clone() for name, p in self._named() if p.grad is not None}
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # also what the optimizer does not hold
         if self.scheduler is not None:
             self.scheduler.step()
         return Snapshot(total / weight, gradients, self._weights(), self._slots())
