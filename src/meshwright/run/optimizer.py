@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,21 @@ from torch import Tensor, nn
 from meshwright.compile.init import Blueprint
 from meshwright.errors import UserCodeError
 
-__all__ = ["Recipe", "build", "is_elementwise", "recipe"]
+__all__ = ["Recipe", "Schedule", "build", "is_elementwise", "recipe", "scheduled"]
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What every scheduler of torch.optim.lr_scheduler offers."""
+
+    def step(self) -> None:
+        """One global step was taken."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,34 @@ def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optim
         ) from error
     for group, (_, settings) in zip(made.param_groups, plan.groups, strict=True):
         group.update(settings)
+    return made
+
+
+def scheduled(optimizer: torch.optim.Optimizer, factory: Callable[[Any], Any]) -> Schedule:
+    """Call the user's schedule factory on the optimizer over shards.
+
+    Raises:
+        UserCodeError: it made no schedule, or one whose step needs a metric.
+    """
+    made = factory(optimizer)
+    kind = type(made).__name__
+    if not isinstance(made, Schedule):
+        raise UserCodeError(
+            f"schedule(optimizer) returned {kind}, but must return a scheduler of "
+            "torch.optim.lr_scheduler (or what has its step, state_dict and load_state_dict)"
+        )
+    needed = [
+        name
+        for name, parameter in inspect.signature(made.step).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if needed:
+        raise UserCodeError(
+            f"the schedule is {kind}, whose step needs a metric ({', '.join(needed)}), but a "
+            "schedule is stepped after every step, without one; use one of the step alone, such as "
+            "LambdaLR or CosineAnnealingLR"
+        )
     return made
 
 

@@ -19,7 +19,7 @@ from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
-from meshwright.run.optimizer import build as build_optimizer
+from meshwright.run.optimizer import build as build_optimizer, scheduled
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
 __all__ = ["Bounds", "Fetched", "Make", "Worker", "advance", "box", "initial_state"]
@@ -84,7 +84,7 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
             counted.add(name)
     trained = tuple(n for n, p in build.model.parameters.items() if p.requires_grad)
     optimizer = build_optimizer(build.recipe, shards)
-    scheduler = build.job.schedule(optimizer) if build.job.schedule is not None else None
+    scheduler = None if build.job.schedule is None else scheduled(optimizer, build.job.schedule)
     return RankState(values, shards, optimizer, frozenset(counted), trained, scheduler)
 
 
