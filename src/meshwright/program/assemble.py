@@ -159,13 +159,33 @@ def assemble(
         axes,
         coordinates,
     )
-    body += move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
+    reduced = move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
+    body += _consumed(reduced, "gradient/")
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
     return Compiled(lists, used, reduce, gather)
+
+
+def _consumed(instructions: Sequence[Instruction], prefix: str) -> list[Instruction]:
+    """Free what is read under `prefix` once it is: a move's operand at its Wait, the rest at last.
+
+    A reduced gradient and the sum that it was reduced from are never both kept.
+    """
+    found: list[Instruction] = []
+    operands: dict[str, tuple[str, ...]] = {}
+    left = dict.fromkeys(v for i in instructions for v in i.inputs if v.startswith(prefix))
+    for instruction in instructions:
+        found.append(instruction)
+        if instruction.kind == "Start":
+            operands[instruction.outputs[0]] = instruction.inputs
+        if instruction.kind == "Wait":
+            dead = tuple(v for v in operands[instruction.inputs[0]] if v in left)
+            found.append(Instruction("Free", inputs=dead))
+            left = {v: None for v in left if v not in dead}
+    return [*found, Instruction("Free", inputs=tuple(left))]
 
 
 def _microbatch(k: int, program: Program, table: Table) -> list[Instruction]:
