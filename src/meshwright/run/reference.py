@@ -88,10 +88,9 @@ class Reference:
     def _step(self, step: int) -> Snapshot:
         size = self.job.batch_size
         total, weight = 0.0, 0.0
-        with default_dtype(self.dtype):
-            for k, (start, stop) in enumerate(micro_ranges(size, self.microbatches)):
-                part, share = self._microbatch(step, k, start, stop)
-                total, weight = total + part, weight + share
+        for k, (start, stop) in enumerate(micro_ranges(size, self.microbatches)):
+            part, share = self._microbatch(step, k, start, stop)
+            total, weight = total + part, weight + share
         trained = [p for p in self.model.parameters() if p.grad is not None]
         for parameter in trained:
             assert parameter.grad is not None
@@ -116,7 +115,9 @@ class Reference:
             drawn = draw(kind, size, n, sample, 0, place)
             return _flip_samples(drawn, sample) if self.flipped and sample else drawn
 
-        with straight_checkpoint(), RandomMode(emit, promote=self.dtype == torch.float64):
+        # Not around the fetch: datasets make the same samples on both sides.
+        mode = RandomMode(emit, promote=self.dtype == torch.float64)
+        with default_dtype(self.dtype), straight_checkpoint(), mode:
             found = self.job.loss(self.model, tree)
             total, weight, _ = normalise(found, stop - start)
             (total / self.job.batch_size).backward()
