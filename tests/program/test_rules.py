@@ -16,7 +16,8 @@ from meshwright.program.program import Op, Value
 from meshwright.program.propagate import propagate
 from meshwright.program.rules import RULES, Carry, carry_of, rule_of, shard_of
 from meshwright.program.rules.shape import split_factors
-from tests.program.samples import calls, program_of
+from tests.program.call import program_of
+from tests.program.samples import calls
 from tests.program.worlds import assert_holds, axes_of, give, run_everywhere, run_global
 
 UNSET = {"aten.empty", "aten.empty_like", "aten.new_empty"}
