@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -309,7 +310,7 @@ class Run:
             data: like `Job.data()` returns; by default the job's evaluation set.
             metrics: `metrics(model, batch)` returns more of them, as a loss does.
         """
-        forward = None if metrics is None else _with_metrics(self.job.loss, metrics)
+        forward = None if metrics is None else _WithMetrics(self.job.loss, metrics)
         found = self.session.evaluate(data, forward)
         if self.rank == 0:
             line = {"step": self.session.step, "evaluation": found}
@@ -374,20 +375,20 @@ def _on_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _with_metrics(
-    loss: Callable[[nn.Module, Any], Any], metrics: Callable[[nn.Module, Any], Mapping[str, Any]]
-) -> Callable[[nn.Module, Any], Any]:
-    """A loss with more metrics."""
+@dataclass(frozen=True, slots=True)
+class _WithMetrics:
+    """A loss with more metrics; equal ones are traced once."""
 
-    def both(model: nn.Module, batch: Any) -> Any:
-        found, more = loss(model, batch), dict(metrics(model, batch))
+    loss: Callable[[nn.Module, Any], Any]
+    metrics: Callable[[nn.Module, Any], Mapping[str, Any]]
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        found, more = self.loss(model, batch), dict(self.metrics(model, batch))
         if not isinstance(found, tuple):
             return found, more
         if isinstance(found[-1], Mapping):
             return (*found[:-1], {**found[-1], **more})
         return (*found, more)
-
-    return both
 
 
 def plan_of(plan: str | Plan, job: Job, world: int) -> Plan:

@@ -6,7 +6,7 @@ batches and equal ranks have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +82,9 @@ class Build:
     recipe: Recipe
     states: dict[str, StateLayouts]
     dtype: torch.dtype | None = None
-    units: dict[tuple[str, str], Unit] = field(default_factory=dict)
-    lists: dict[tuple[Any, ...], Lowered] = field(default_factory=dict)
+    units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
+    lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
+    unhashable: dict[int, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -105,7 +106,7 @@ class Build:
     ) -> Unit:
         """The traced program of a micro-batch form; traced once."""
         function = loss or self.job.loss
-        key = (micro.key, repr((id(function), sorted(how.items()))))
+        key = (micro.key, self._identity(function), tuple(sorted(how.items())))
         if key not in self.units:
             self.units[key] = trace_unit(
                 self.model, function, micro.example, micro.samples, dtype=self.dtype, **how
@@ -120,7 +121,8 @@ class Build:
         **how: bool,
     ) -> Lowered:
         """The instruction list of `rank` for a step of these micro-batches."""
-        key = (rank, tuple(m.key for m in micros), id(loss), tuple(sorted(how.items())))
+        function = self._identity(loss or self.job.loss)
+        key = (rank, tuple(m.key for m in micros), function, tuple(sorted(how.items())))
         if key not in self.lists:
             place = self.place(rank)
             units = [self.unit(m, loss, **how).program for m in micros]
@@ -131,6 +133,13 @@ class Build:
             )
             self.lists[key] = Lowered(compiled, functions)
         return self.lists[key]
+
+    def _identity(self, function: Callable[..., Any]) -> Hashable:
+        """What tells functions apart; it holds them, since the id of one that is gone is reused."""
+        if isinstance(function, Hashable):
+            return function
+        self.unhashable[id(function)] = function
+        return id(function)
 
     def samples_of(self, rank: int, range_: tuple[int, int]) -> tuple[int, int]:
         """(start, stop) of the samples of a micro-batch that `rank` loads."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,25 +117,36 @@ class Session:
         self, data: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None
     ) -> dict[str, float]:
         """Loss and metrics over the held-out set (or `data`), weighted as in training."""
-        source = self._held_out(data)
-        found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
-        self._take_notes(source)
+        with self._held_out(data) as source:
+            found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
+            self._take_notes(source)
         return found
 
     def predict(self, data: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
         """What `forward(model, batch)` gives for every sample, in order, on every rank."""
-        return self.comm.perform(predict(self.worker, self._opened(data), forward))
+        with closing(self._opened(data)) as source:
+            found = self.comm.perform(predict(self.worker, source, forward))
+            self._take_notes(source)
+        return found
 
-    def _held_out(self, data: Any) -> Source:
+    @contextmanager
+    def _held_out(self, data: Any) -> Iterator[Source]:
+        """The held-out set for one pass: a dataset is kept open, an iterable is made anew."""
+        factory = self.job.evaluation
         if data is not None:
-            return self._opened(data)
-        if self.job.evaluation is None:
+            source = self._opened(data)
+        elif factory is not None:
+            source = self.evaluation or self._opened(factory())
+        else:
             raise UsageError(
                 "evaluate() needs data: give Job(evaluation=lambda: ...), or evaluate(data)"
             )
-        if self.evaluation is None:
-            self.evaluation = self._opened(self.job.evaluation())
-        return self.evaluation
+        if data is None and source.length is not None:
+            self.evaluation = source
+            yield source
+        else:
+            with closing(source):
+                yield source
 
     def _opened(self, data: Any) -> Source:
         job = self.job
