@@ -29,7 +29,7 @@ from meshwright.run.worker import Fetched
 
 VERSION = importlib.metadata.version("meshwright")
 
-__all__ = ["describe_build", "describe_run", "explain", "facts_of", "host", "versions"]
+__all__ = ["describe_build", "describe_run", "explain", "facts_of", "host", "nearby", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -59,6 +59,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def nearby(source: str) -> str:
+    """A `file:line` relative to the working folder, where it is inside."""
+    here = str(Path.cwd()) + "/"
+    return source.removeprefix(here)
+
+
 def facts_of(session: Session) -> dict[str, str]:
     """What all ranks must have alike before they do anything together."""
     build = session.build
@@ -86,7 +92,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     rows = collectives(lowered.compiled, build.axes)
     return {
         **_setting(build),
-        "collectives": [row.as_json() for row in rows],
+        "collectives": [{**row.as_json(), "source": nearby(row.source)} for row in rows],
         "memory": [
             {
                 "rank": rank,
@@ -185,7 +191,7 @@ def fallbacks(build: Build, micros: Sequence[Micro]) -> list[dict[str, str]]:
             if not rule_of(op, program.values).known:
                 found[op.name, op.source] = {
                     "op": op.name,
-                    "source": op.source,
+                    "source": nearby(op.source),
                     "module": op.module,
                 }
     return list(found.values())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from meshwright.errors import StorageError, UsageError
 
 __all__ = ["Choice", "choose"]
+
+_OURS = ("checkpoints", "failures", "ledger", "logs", "tensorboard", "metrics.jsonl",
+         "report.html", "run.json", "verify.json")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ def choose(
         run_dir: a folder of the user's choice; going on from what is in it is the default.
         resume: go on with the newest run of this file.
         fresh: start anew, and refuse a folder that is not empty.
-        overwrite: with `fresh`, start anew all the same.
+        overwrite: with `fresh`, remove what an earlier run wrote there.
 
     Raises:
         UsageError: the choices contradict, or there is nothing to resume.
@@ -52,6 +56,8 @@ def choose(
                 f"--fresh, but {run_dir} is not empty; use another --run-dir, or --overwrite to "
                 "lose it"
             )
+        if fresh and overwrite:
+            _empty(run_dir)
         return Choice(_made(run_dir), not fresh)
     numbered = sorted(_numbered(stem, root))
     if resume:
@@ -83,6 +89,19 @@ def _next(stem: str, root: Path, number: int) -> Path:
             raise StorageError(f"cannot make the run folder {path}: {error.strerror}") from error
         else:
             return path
+
+
+def _empty(path: Path) -> None:
+    """Remove what runs have written into a folder, and nothing else."""
+    try:
+        for name in _OURS:
+            thing = path / name
+            if thing.is_dir() and not thing.is_symlink():
+                shutil.rmtree(thing)
+            else:
+                thing.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot empty the run folder {path}: {error}") from error
 
 
 def _made(path: Path) -> Path:
