@@ -1,7 +1,7 @@
 """A small convolutional network with batch norm and dropout that reads handwritten digits.
 
     mw train examples/digits.py
-    mw train examples/digits.py --ranks 2 --set normalize_over=16
+    mw train examples/digits.py -n 2 --set normalize_over=16
 
 The 1,797 images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. Batch norm shares
 its statistics over `normalize_over` samples (the whole batch unless told), however many devices

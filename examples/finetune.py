@@ -1,7 +1,7 @@
 """Fine-tune a Hugging Face causal language model on additions: `17+25=` is to be answered by `42`.
 
     mw train examples/finetune.py
-    mw train examples/finetune.py --set folder=/models/my-gpt2 --ranks 2 --plan zero3
+    mw train examples/finetune.py --set folder=/models/my-gpt2 -n 2 --plan zero3
 
 Without `folder` a tiny GPT-2 with random weights is made once, so that nothing is downloaded. The
 embeddings are frozen, the learning rate warms up and decays, batches come from a DataLoader with

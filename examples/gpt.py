@@ -1,7 +1,7 @@
 """A byte-level GPT that learns the source code of Python's own library.
 
     mw train examples/gpt.py --set depth=6 --set width=256
-    mw train examples/gpt.py --ranks 2 --plan zero3
+    mw train examples/gpt.py -n 2 --plan zero3
 
 Nothing to download: the corpus is the standard library of the Python that runs this file. The model
 knows nothing of devices, ranks or plans.

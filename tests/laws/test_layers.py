@@ -12,7 +12,7 @@ from tests.laws.source import FILES, ROOT, SOURCE, dotted, imported, name_of, pa
 
 THINKING = ("errors.py", "job.py", "plan", "program", "schedule")
 EFFECTS = {"datetime", "io", "os", "pathlib", "random", "socket", "subprocess", "threading", "time"}
-ENVIRONMENT = ("comm", "launch", "view", "cli.py")
+ENVIRONMENT = ("comm", "launch", "view", "cli")
 
 
 def room(path):

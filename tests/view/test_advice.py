@@ -28,7 +28,7 @@ def timed(**parts: float) -> list[dict[str, Any]]:
 
 def test_an_unverified_run_is_told_to_verify(tmp_path: Path) -> None:
     found = advice(tmp_path, run_record(2, 0), timed())
-    assert next(iter(found.values())).command == "mw verify gpt.py --ranks 2 --plan data=2"
+    assert next(iter(found.values())).command == "mw verify gpt.py -n 2 --plan data=2"
 
 
 def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_gathering_that_costs_much_is_given_up_for_memory_it_names(tmp_path: Pat
     found = advice(tmp_path, run_record(4, 3), slow, verify_record())[title]
     assert "Communication is 29 % of a step" in found.why
     assert "10.5 MiB more on each rank" in found.why
-    assert found.command == "mw train gpt.py --ranks 4 --plan zero2,data=4"
+    assert found.command == "mw train gpt.py -n 4 --plan zero2,data=4"
     assert title not in advice(tmp_path, run_record(4, 2), slow, verify_record())
 
 

@@ -83,7 +83,7 @@ def test_every_section_is_there_and_says_what_it_found(whole: str) -> None:
         "The numbers of one device: worst relative error 3.1e-15",
         "blocks.0–7.mlp.up",
         "gpt.py:58",
-        "mw train gpt.py --ranks 4 --plan zero3,data=4",
+        "mw train gpt.py -n 4 --plan zero3,data=4",
         "AMD EPYC 9R14",
     ):
         assert words in page.text

@@ -33,7 +33,7 @@ def verify_command(setup: Setup) -> str:
 def _command(verb: str, setup: Setup, plan: str) -> str:
     words = ["mw", verb, target(setup)]
     if len(setup.ranks) > 1:
-        words += ["--ranks", str(len(setup.ranks))]
+        words += ["-n", str(len(setup.ranks))]
     if plan:
         words += ["--plan", plan]
     return shlex.join(words)

@@ -25,8 +25,15 @@ _MOST_BILLS = 16
 _WRAPPED = frozenset({"module", "because", "layout"})
 
 
-def plan_table(run: Mapping[str, Any]) -> RenderableType:
-    """What the plan in a decoded `run.json` means: who holds, needs and moves how much."""
+def plan_table(
+    run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE
+) -> RenderableType:
+    """What the plan in a decoded `run.json` means: who holds, needs and moves how much.
+
+    Args:
+        run: as `run.json` has it.
+        rows: kinds of collectives shown of each phase, the largest; None shows all.
+    """
     setup = parse_setup(run)
     head = Text.assemble((setup.plan or "one device", "bold"), "  ", mesh_finding(setup))
     parts: list[RenderableType] = [head]
@@ -35,7 +42,7 @@ def plan_table(run: Mapping[str, Any]) -> RenderableType:
     if setup.memory:
         parts += [Text(), _memory(setup)]
     if setup.collectives:
-        parts += [Text(), _traffic(setup)]
+        parts += [Text(), _traffic(setup, rows)]
     return Group(*parts)
 
 
@@ -76,21 +83,22 @@ def _memory(setup: Setup) -> Table:
     return table
 
 
-def _traffic(setup: Setup) -> Table:
+def _traffic(setup: Setup, rows: int | None) -> Table:
     table = _table(
         "moved", "collective", "axis", ">per step", ">calls", "source", "module", "because"
     )
     found = phases(setup.collectives)
     for phase in found:
-        _add_phase(table, phase)
+        _add_phase(table, phase, rows)
     total = sum(phase.bytes for phase in found)
     calls = sum(phase.count for phase in found)
     table.add_row("in all", "", "", bytes_text(total), count_text(calls), style="bold")
     return table
 
 
-def _add_phase(table: Table, phase: Phase) -> None:
-    for index, row in enumerate(phase.rows[:_ROWS_PER_PHASE]):
+def _add_phase(table: Table, phase: Phase, rows: int | None) -> None:
+    shown = len(phase.rows) if rows is None else rows
+    for index, row in enumerate(phase.rows[:shown]):
         table.add_row(
             Text("" if index else phase.name),
             Text(row.op),
@@ -101,7 +109,7 @@ def _add_phase(table: Table, phase: Phase) -> None:
             Text(row.modules),
             Text(row.why),
         )
-    rest = phase.rows[_ROWS_PER_PHASE:]
+    rest = phase.rows[shown:]
     if rest:
         calls, size = sum(row.count for row in rest), sum(row.bytes for row in rest)
         words = Text(f"{len(rest)} smaller", "dim")

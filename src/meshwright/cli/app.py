@@ -1,0 +1,58 @@
+"""The verbs put together, and how a command ends: its result's status, or an error's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from meshwright import __version__
+from meshwright.cli import demo, env, launch, plan, report, train, verify
+from meshwright.cli.told import attempt
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mw",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
+app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.command("launch", epilog=launch.EXAMPLE)(launch.launch)
+app.command("report", epilog=report.EXAMPLE)(report.report)
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("env", epilog=env.EXAMPLE)(env.env)
+
+
+def _show_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"meshwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mw(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Write the model for one device; Meshwright lays it over the devices you have."""
+    _show_version(wanted=version)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that `words` (by default the process's arguments) say; its exit status."""
+    words = list(sys.argv[1:] if words is None else words)
+    command = typer.main.get_command(app)
+    try:
+        task = command.main(args=words or ["--help"], prog_name="mw", standalone_mode=False)
+    except typer.TyperException as error:  # what was typed is no command
+        print(f"mw: {error.format_message()}", file=sys.stderr)
+        return 2
+    return attempt(task) if callable(task) else int(task or 0)

@@ -1,0 +1,31 @@
+"""What a training came to, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from meshwright.view.units import value_text
+
+__all__ = ["summary_text"]
+
+
+def summary_text(summary: Mapping[str, Any]) -> Table:
+    """The summary that `train` returns, and where to look next."""
+    ranks, folder = summary["ranks"], summary["run_dir"]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    taken = f"{summary['steps']:,} on {ranks} rank{'s' * (ranks != 1)} under {summary['plan']}"
+    table.add_row("steps", Text(taken))
+    if summary["loss"] is not None:
+        table.add_row("loss", value_text(float(summary["loss"])))
+    if summary["evaluation"]:
+        found = (f"{name} {value_text(v)}" for name, v in summary["evaluation"].items())
+        table.add_row("held-out", Text("  ".join(found)))
+    table.add_row("run", Text(folder))
+    table.add_row("report", Text(f"mw report {folder}", "bold"))
+    return table
