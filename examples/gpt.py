@@ -34,7 +34,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)  # softmax would cancel a bias
         self.v = nn.Linear(width, width)
         self.o = nn.Linear(width, width)
 

@@ -9,9 +9,11 @@ the same under every plan, and the same as the factory's own run under `seeded`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -160,8 +162,34 @@ def seeded(seed: int) -> Iterator[None]:
     def emit(kind: str, size: Any, n: int) -> Tensor:
         return draw(kind, size, _STREAM + n, None, 0, place)
 
-    with python_seeded(seed), RandomMode(emit):
+    with python_seeded(seed), _recordable(), RandomMode(emit):
         yield
+
+
+@contextlib.contextmanager
+def _recordable() -> Iterator[None]:
+    """torch's truncated normal draws again until it likes the values; ours draws once."""
+    with mock.patch.object(nn.init, "_no_grad_trunc_normal_", _truncated_normal):
+        yield
+
+
+def _truncated_normal(
+    tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+) -> Tensor:
+    """Fill by the inverse of the distribution function, the same distribution as torch's."""
+    del generator  # draws are keyed by the seed
+
+    def share(bound: float) -> float:
+        """Twice the normal distribution function, less one: what `erfinv` inverts."""
+        return math.erf((bound - mean) / (std * math.sqrt(2)))
+
+    with torch.no_grad():
+        wide = (
+            tensor if tensor.dtype.itemsize >= 4 else torch.empty_like(tensor, dtype=torch.float32)
+        )  # noqa: PLR2004 - a float's bytes
+        wide.uniform_(share(a), share(b))
+        wide.erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
+        return tensor if wide is tensor else tensor.copy_(wide)
 
 
 def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
@@ -178,7 +206,7 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
 
     notes: list[str] = []
     try:
-        with python_seeded(seed), mode, tape, RandomMode(emit):
+        with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit):
             module = factory()
     except (
         DataDependentOutputException,

@@ -76,7 +76,8 @@ class Tagger(TorchDispatchMode):
             return self.by_sequence.get(_backward_sequence(), ("", ""))
         found = (self.stack[-1] if self.stack else "", user_line())
         made = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
-        self.by_sequence[made] = found
+        if made >= 0:  # ops without a gradient come after one with it, under the same number
+            self.by_sequence.setdefault(made, found)
         return found
 
     @contextmanager
@@ -288,8 +289,25 @@ def _attribute(graph: GraphModule, path: str) -> Tensor:
     return found
 
 
+_FILLED: dict[str, Arg] = {
+    "aten.ones_like": 1,
+    "aten.zeros_like": 0,
+    "aten.empty_like": 0,
+    "aten.full_like": None,
+}
+
+
 def _canonical(op: Op, values: Sequence[Value]) -> Op:
-    """Squeezes become views: a local dim of size one must not vanish."""
+    """One form for what has several.
+
+    Squeezes become views (a local dim of size one must not vanish); `ones_like` and its like, which
+    do not depend on values, become `full` (a partial operand need not be paid for).
+    """
+    if op.base in _FILLED:
+        made = values[op.results[0]]
+        fill = _FILLED[op.base] if op.base != "aten.full_like" else op.args[1]
+        kwargs = (("dtype", Symbol("dtype", made.dtype)),)
+        return replace(op, name="aten.full.default", args=(made.shape, fill), kwargs=kwargs)
     if op.base == "aten.squeeze":
         made = op.results[0]
         return replace(op, name="aten.view.default", args=(op.args[0], values[made].shape))

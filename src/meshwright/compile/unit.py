@@ -297,8 +297,9 @@ def _unit(
             found, outputs = _predictions(found, how.samples, run), _named_outputs(found)
         total, weight, metrics = normalise(found, samples)
         if training:
+            scaled = total * inputs["scale"]
             tagger.phase = "backward"
-            outputs = _gradients(total * inputs["scale"], parameters, wanted, run)
+            outputs = _gradients(scaled, parameters, wanted, run)
             tagger.phase = "forward"
         run.draws, run.metrics = mode.count, tuple(metrics)
         scalars = {"loss": total, "weight": weight}

@@ -218,16 +218,15 @@ class _Writer:
     def _linear_group(self, rule: Rule, op: Op, axis: str) -> frozenset[int] | None:
         """The operands through which a partial sum over `axis` may pass, if it may.
 
-        All partial operands must be in the group, and those outside replicated. Group members that
-        are replicated are counted once, at coordinate 0; a shard would have to be gathered.
+        Partial operands outside the group are paid for. Group members that are replicated are
+        counted once, at coordinate 0; a shard would have to be gathered.
         """
         lies = [self.lies[value].on(axis) for value in op.inputs]
-        owing = {place for place, found in enumerate(lies) if isinstance(found, Partial)}
-        if not owing or any(lies[place] != Partial("sum") for place in owing):
-            return None
+        owing = {place for place, found in enumerate(lies) if found == Partial("sum")}
         for group in rule.linear:
-            inside = all(not isinstance(lies[place], Shard) for place in group)
-            if owing <= group and inside:
+            if group & owing and all(
+                lies[place] is None or lies[place] == Partial("sum") for place in group
+            ):
                 return group
         return None
 

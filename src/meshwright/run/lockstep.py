@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,8 @@ def _error(
 ) -> float:
     """Largest difference between what the ranks hold under a layout and the whole, relative."""
     wide = whole.to(torch.float64)
-    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    finite = wide[wide.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
     owed = layout.partial_axes
     worst = 0.0
     for worker, part in zip(workers, parts, strict=True):
@@ -138,10 +140,10 @@ def _error(
         if want.shape != have.shape:
             return float("inf")
         if want.numel():
-            both = torch.nan_to_num(
-                have - want, nan=0.0 if bool(want.isnan().any()) else float("inf")
-            )
-            worst = max(worst, float(both.abs().max()))
+            apart = (have - want).abs()
+            apart[have == want] = 0.0  # infinities of one sign
+            apart[have.isnan() & want.isnan()] = 0.0
+            worst = max(worst, float(torch.nan_to_num(apart, nan=math.inf).max()))
     return worst / scale if scale else worst
 
 
