@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -28,7 +28,14 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from meshwright.compile.random import RandomMode, draw, draw_op, position_operand
+from meshwright.compile.random import (
+    RandomMode,
+    draw,
+    draw_op,
+    fill,
+    fill_op,
+    position_operand,
+)
 from meshwright.compile.stale import python_seeded
 from meshwright.errors import UserCodeError
 
@@ -121,19 +128,40 @@ class Blueprint:
             if entry.writes & needed:
                 chain.append(entry)
                 needed |= entry.reads
-        real: dict[int, Any] = {}
-        with torch.no_grad():
-            for entry in reversed(chain):
-                args, kwargs = pytree.tree_map(lambda x: _real(x, real), (entry.args, entry.kwargs))
-                made = entry.function(*args, **kwargs)
-                for fake, value in zip(
-                    pytree.tree_leaves(entry.result), pytree.tree_leaves(made), strict=True
-                ):
-                    real[id(fake)] = value
+        chain.reverse()
+        real = _replayed(chain, _storage(tensor))
         found = real.get(id(tensor))
         if found is None:  # a Parameter wraps the tensor that the tape knows
             found = next(real[id(e.result)] for e in reversed(chain) if _same(e.result, tensor))
         return found.detach()  # type: ignore[no-any-return]
+
+
+def _replayed(chain: Sequence[_Entry], wanted: int) -> dict[int, Any]:
+    """Run entries for real: id of fake -> real, of those that lie in storage `wanted`.
+
+    Everything else is freed after its last use.
+    """
+    real: dict[int, Any] = {}
+    last: dict[int, int] = {}
+    for place, entry in enumerate(chain):
+        for leaf in pytree.tree_leaves((entry.args, entry.kwargs, entry.result)):
+            if isinstance(leaf, FakeTensor) and _storage(leaf) != wanted:
+                last[id(leaf)] = place
+    dying: dict[int, list[int]] = {}
+    for key, place in last.items():
+        dying.setdefault(place, []).append(key)
+    with torch.no_grad():
+        for place, entry in enumerate(chain):
+            args, kwargs = pytree.tree_map(lambda x: _real(x, real), (entry.args, entry.kwargs))
+            made = entry.function(*args, **kwargs)
+            for fake, value in zip(
+                pytree.tree_leaves(entry.result), pytree.tree_leaves(made), strict=True
+            ):
+                real[id(fake)] = value
+            del args, kwargs, made, value
+            for key in dying.get(place, ()):
+                real.pop(key, None)
+    return real
 
 
 def _same(made: Any, tensor: Tensor) -> bool:
@@ -162,7 +190,10 @@ def seeded(seed: int) -> Iterator[None]:
     def emit(kind: str, size: Any, n: int) -> Tensor:
         return draw(kind, size, _STREAM + n, None, 0, place)
 
-    with python_seeded(seed), _recordable(), RandomMode(emit):
+    def write(x: Tensor, kind: str, n: int, scale: float, shift: float) -> Tensor:
+        return fill(x, kind, _STREAM + n, scale, shift, place)
+
+    with python_seeded(seed), _recordable(), RandomMode(emit, write=write):
         yield
 
 
@@ -184,9 +215,8 @@ def _truncated_normal(
         return math.erf((bound - mean) / (std * math.sqrt(2)))
 
     with torch.no_grad():
-        wide = (
-            tensor if tensor.dtype.itemsize >= 4 else torch.empty_like(tensor, dtype=torch.float32)
-        )  # noqa: PLR2004 - a float's bytes
+        low = tensor.dtype in (torch.float16, torch.bfloat16)
+        wide = torch.empty_like(tensor, dtype=torch.float32) if low else tensor
         wide.uniform_(share(a), share(b))
         wide.erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
         return tensor if wide is tensor else tensor.copy_(wide)
@@ -204,9 +234,13 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
         drawn: Tensor = draw_op(kind, size, _STREAM + n, -1, 1, 1, 0, place)
         return drawn
 
+    def write(x: Tensor, kind: str, n: int, scale: float, shift: float) -> Tensor:
+        fill_op(x, kind, _STREAM + n, scale, shift, place)
+        return x
+
     notes: list[str] = []
     try:
-        with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit):
+        with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit, write=write):
             module = factory()
     except (
         DataDependentOutputException,

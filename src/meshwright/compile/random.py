@@ -22,7 +22,17 @@ from typing_extensions import override
 
 from meshwright.errors import NotTraceable
 
-__all__ = ["Draw", "RandomMode", "SampleDim", "draw", "draw_op", "philox", "position_operand"]
+__all__ = [
+    "Draw",
+    "RandomMode",
+    "SampleDim",
+    "draw",
+    "draw_op",
+    "fill",
+    "fill_op",
+    "philox",
+    "position_operand",
+]
 
 SampleDim = tuple[int, int, int]
 """(dim, outer, unit): the dim that counts samples, seen as (outer, samples, unit)."""
@@ -118,6 +128,40 @@ def _(
     return position.new_empty(size, dtype=torch.int64 if kind == "integers" else torch.float32)
 
 
+_BLOCK = 2**16
+"""Elements that `fill` draws at a time."""
+
+
+def fill(x: Tensor, kind: str, n: int, scale: float, shift: float, position: Tensor) -> Tensor:
+    """Write the n-th draw into `x` block by block, times `scale` plus `shift`; returns `x`.
+
+    The numbers are those of `draw` without samples; beside `x` only a block is in memory.
+    """
+    seed, _, step, microbatch = (int(number) for number in position.tolist())
+    generator = philox(seed, n, (step, 2**32 + microbatch))
+    whole = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = whole.view(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        block = np.empty(min(_BLOCK, flat.numel() - start), np.float32)
+        _fill(kind, generator, block)
+        flat[start : start + len(block)].copy_(torch.from_numpy(block).mul_(scale).add_(shift))
+    return x if whole is x else x.copy_(whole)
+
+
+@torch.library.custom_op("meshwright::fill", mutates_args=("x",))
+def fill_op(x: Tensor, kind: str, n: int, scale: float, shift: float, position: Tensor) -> None:
+    """`fill` as an op that can be recorded."""
+    fill(x, kind, n, scale, shift, position)
+
+
+@fill_op.register_fake
+def _(x: Tensor, kind: str, n: int, scale: float, shift: float, position: Tensor) -> None:
+    del x, kind, n, scale, shift, position
+
+
+Write = Callable[[Tensor, str, int, float, float], Tensor]
+
+
 class RandomMode(TorchDispatchMode):
     """Replaces every random op of the code under it by counter draws, in order.
 
@@ -125,12 +169,23 @@ class RandomMode(TorchDispatchMode):
     model's own casts to float32 do not blunt a float64 verification.
     """
 
-    def __init__(self, emit: Callable[[str, Sequence[int], int], Tensor], *, promote: bool = False):
-        """`emit(kind, size, n)` makes the numbers of the n-th draw."""
+    def __init__(
+        self,
+        emit: Callable[[str, Sequence[int], int], Tensor],
+        *,
+        promote: bool = False,
+        write: Write | None = None,
+    ):
+        """`emit(kind, size, n)` makes the numbers of the n-th draw.
+
+        `write(x, kind, n, scale, shift)`, where given, puts those of a tensor filled in place into
+        it without a second one.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.emit = emit
         self.count = 0
         self.promote = promote
+        self.write = write
 
     def _draw(self, kind: str, size: Sequence[int]) -> Tensor:
         self.count += 1
@@ -143,6 +198,10 @@ class RandomMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.promote and kwargs.get("dtype") in _LOW:
             kwargs = {**kwargs, "dtype": torch.float64}
+        if self.write is not None and func in _SPANS:
+            kind, scale, shift = _SPANS[func](*args[1:], **kwargs)
+            self.count += 1
+            return self.write(args[0], kind, self.count - 1, scale, shift)
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self._draw, *args, **kwargs)
@@ -235,6 +294,14 @@ def _uniform_in_place(draw: Draw, x: Tensor, low: float = 0, high: float = 1, **
     return x.copy_(_uniform(draw, x.shape, x.dtype) * (high - low) + low)
 
 
+def _uniform_span(low: float = 0, high: float = 1, **_: Any) -> tuple[str, float, float]:
+    return "uniform", high - low, low
+
+
+def _normal_span(mean: float = 0, std: float = 1, **_: Any) -> tuple[str, float, float]:
+    return "normal", std, mean
+
+
 def _normal_in_place(draw: Draw, x: Tensor, mean: float = 0, std: float = 1, **_: Any) -> Tensor:
     return x.copy_(draw("normal", x.shape).to(x.dtype) * std + mean)
 
@@ -317,6 +384,12 @@ def _multinomial(draw: Draw, x: Tensor, count: int, replacement: bool = False, *
     race = _exponential(draw, x.shape, x.dtype) / x
     return race.argsort(-1)[..., :count]
 
+
+_SPANS: dict[Any, Callable[..., tuple[str, float, float]]] = {
+    aten.uniform_.default: _uniform_span,
+    aten.normal_.default: _normal_span,
+}
+"""Ops that fill in place: their arguments -> (kind, scale, shift)."""
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.bernoulli_.float: _bernoulli_in_place,
