@@ -138,11 +138,16 @@ class Program:
     def digest(self) -> str:
         """A hash of its content, equal on every machine; where ops come from does not count."""
         bare = [
-            (op.name, _plain(op.args), _plain(op.kwargs), op.outputs, op.phase) for op in self.ops
+            (op.name, _plain(op.args), _settings(op), op.outputs, op.phase) for op in self.ops
         ]
         content = [[(v.dtype, v.shape) for v in self.values], self.inputs, bare, self.outputs]
         text = json.dumps(content, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settings(op: Op) -> Any:
+    """Keyword arguments; those of moves only say why they are there."""
+    return None if op.name.startswith("comm.") else _plain(op.kwargs)
 
 
 def without_dead_ops(program: Program) -> Program:
