@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -354,10 +355,10 @@ class Run:
         """Before the first step: agree with all ranks on what will run, and write it down."""
         session = self.session
         fetched = session.first_batch()
-        self._description = describe_run(session, fetched)
         self._described = True
         if self.rank == 0:
-            self._started = time.time()
+            self._description = describe_run(session, fetched)
+            self._started = datetime.now(UTC).isoformat(timespec="seconds")
             self._write_info(status="running")
         if session.step:
             self._note(f"resumed at step {session.step} from {self.dir}")

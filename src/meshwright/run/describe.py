@@ -16,6 +16,7 @@ import torch
 
 from meshwright.compile.example import example_of
 from meshwright.job import Job
+from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
 from meshwright.predict.memory import memory_bill
 from meshwright.program.explain import collectives
@@ -132,21 +133,24 @@ def _setting(build: Build) -> dict[str, Any]:
     """Versions, host, mesh, batch and parameters."""
     ranks = range(build.mesh.size)
     values = values_of(build.model.parameters, build.dtype)
+    axes = [axis for axis in build.axes if axis.size > 1 or axis.name == "data"]
     return {
         "versions": versions(),
         "host": host(),
         "plan": build.plan.text(),
         "mesh": {
-            "axes": [
-                [axis.name, axis.size]
-                for axis in build.axes
-                if axis.size > 1 or axis.name == "data"
-            ],
-            "ranks": [{"rank": r, "coordinates": dict(build.place(r).coordinates)} for r in ranks],
+            "axes": [[axis.name, axis.size] for axis in axes],
+            "ranks": [{"rank": r, "coordinates": _coordinates(build, r, axes)} for r in ranks],
         },
         "batch": {"batch_size": build.job.batch_size, "microbatches": build.plan.microbatches},
         "parameters": [_parameter(build, name, value) for name, value in values.items()],
     }
+
+
+def _coordinates(build: Build, rank: int, axes: Sequence[Axis]) -> dict[str, int]:
+    """A rank's coordinates along these axes."""
+    found = build.place(rank).coordinates
+    return {axis.name: found[axis.name] for axis in axes}
 
 
 def _slots(build: Build, rank: int) -> int:
