@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,9 @@ from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.step import Metrics, Policy
+from meshwright.run.together import together
 from meshwright.run.weights import export
+from meshwright.run.whole import exported, gathered, held
 from meshwright.run.worker import Fetched, Worker
 
 __all__ = ["Record", "Session", "open_session", "steps_to_run"]
@@ -167,8 +169,6 @@ class Session:
 
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
-        if not root.exists():
-            return None
         found = self.comm.perform(resume(root, self.everyone, self.worker.rank))
         self.notes += found.damaged
         if found.path is None:
@@ -179,30 +179,49 @@ class Session:
         self.fetched = None
         return Path(found.path)
 
-    def whole(self) -> Generator[Any, Any, dict[str, Tensor]]:
-        """Every tensor whole, by the model's own names; an exchange."""
-        found = yield from persist.whole_weights(self.worker)
-        return found
+    def _whole(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors whole, gathered one at a time; every rank must go through all of them."""
+        for name in names:
+            yield name, self.comm.perform(gathered(self.worker, name))
 
     def export(self, folder: Path) -> None:
-        """Write safetensors under the model's own names, as `from_pretrained` reads them."""
-        tensors = self.comm.perform(self.whole())
+        """Write safetensors under the model's own names, as `from_pretrained` reads them.
+
+        Only rank 0 keeps tensors, and no more than one file's.
+
+        Raises:
+            StorageError: on every rank, if rank 0 cannot write.
+        """
+        tensors, problem = self._whole(exported(self.worker)), ""
         if self.worker.rank == 0:
             given = Path(self.job.weights) if self.job.weights is not None else None
             config = given if given is not None and given.is_dir() else _config(self.build)
-            export(folder, persist.in_order(self.worker, tensors), config)
+            try:
+                export(folder, tensors, config)
+            except StorageError as error:
+                problem = str(error)
+        for _ in tensors:
+            pass  # the other ranks gather along
+
+        def told() -> None:
+            if problem:
+                raise StorageError(problem)
+
+        self.comm.perform(together(told, self.everyone, "export"))
 
     def module(self) -> nn.Module | None:
         """The whole eager model with the current weights, on rank 0; None on the others."""
-        tensors = self.comm.perform(self.whole())
+        tensors = self._whole(held(self.worker))
         if self.worker.rank != 0:
+            for _ in tensors:
+                pass
             return None
         with seeded(self.job.seed):
             model: nn.Module = self.job.model()
+        targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
-            for name, target in (*model.named_parameters(), *model.named_buffers()):
-                if name in tensors:
-                    target.copy_(tensors[name])
+            for name, tensor in tensors:
+                targets[name].copy_(tensor)
         return model
 
     def close(self) -> None:
