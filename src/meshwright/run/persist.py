@@ -1,29 +1,27 @@
-"""A rank's state to a checkpoint and back, under any plan; and out to whole tensors."""
+"""A rank's state to a checkpoint and back, under any plan; and from weights on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import json
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from meshwright.comm.base import Group
-from meshwright.compile.interpret import interpret
-from meshwright.errors import StorageError
-from meshwright.program.assemble import move_program
+from meshwright.errors import StorageError, UserCodeError
 from meshwright.program.layout import REPLICATED, Layout, region
-from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
+from meshwright.run.manifest import check_meta
 from meshwright.run.match import compare as match
 from meshwright.run.plain import from_plain, to_plain
 from meshwright.run.shard import dtype_name
 from meshwright.run.weights import read
 from meshwright.run.worker import Bounds, Make, Worker
 
-__all__ = ["given_weights", "pieces_of", "restore", "save_worker", "whole_weights"]
+__all__ = ["given_weights", "pieces_of", "restore", "save_worker"]
 
 
 def _first(worker: Worker) -> bool:
@@ -51,9 +49,10 @@ def pieces_of(worker: Worker) -> list[Piece]:
             found.append(_piece(worker, name, tuple(tensor.shape), REPLICATED, tensor))
     for bare, shard in worker.state.shards.items():
         shape, layout = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
-        for slot, held in worker.state.optimizer.state.get(shard, {}).items():
+        for slot, value in worker.state.optimizer.state.get(shard, {}).items():
             name = f"optimizer/{slot}/{bare}"
-            value = held if isinstance(held, Tensor) else torch.tensor(held)
+            if not isinstance(value, Tensor):
+                continue  # kept in the manifest
             if value.shape == shard.shape and value.dim():
                 found.append(_piece(worker, name, shape, layout, value))
             else:
@@ -62,27 +61,64 @@ def pieces_of(worker: Worker) -> list[Piece]:
 
 
 def meta_of(worker: Worker, step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says beside tensors."""
+    """What a checkpoint says beside tensors.
+
+    Raises:
+        UserCodeError: `extra`, the schedule or the data's state hold what JSON cannot.
+    """
     state, job = worker.state, worker.build.job
-    groups = [
-        {
-            key: to_plain(value, f"optimizer group setting {key}")
-            for key, value in group.items()
-            if _kept(key, value)
-        }
-        for group in state.optimizer.param_groups
-    ]
-    scheduler = None if state.scheduler is None else to_plain(state.scheduler.state_dict())
-    data = None if worker.source is None else worker.source.state(step)
+    _require_json(extra)
+    scheduler = None
+    if state.scheduler is not None:
+        scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
     return {
         "plan": worker.build.plan.text() if not worker.build.plan.layouts else "",
         "batch_size": job.batch_size,
         "seed": job.seed,
-        "optimizer": {"class": type(state.optimizer).__name__, "groups": groups},
+        "optimizer": _optimizer_meta(worker),
         "scheduler": scheduler,
-        "data": data,
+        "data": None if worker.source is None else worker.source.state(step),
         "extra": dict(extra),
     }
+
+
+def _require_json(extra: Mapping[str, Any]) -> None:
+    try:
+        check_meta({"extra": dict(extra)})
+        json.dumps(extra, allow_nan=False)
+    except (StorageError, ValueError) as error:
+        what = str(error).replace("meta.extra", "run.extra")
+        raise UserCodeError(
+            f"run.extra cannot be saved: {what}; keep finite numbers, texts, and lists and dicts "
+            "of them (tensor.tolist(), str(path)), or take it out"
+        ) from error
+
+
+def _optimizer_meta(worker: Worker) -> dict[str, Any]:
+    """Its class, its groups' parameters and settings, and what of its state is no tensor."""
+    state = worker.state
+    names, optimizer = worker.build.recipe.groups, state.optimizer
+    groups = [
+        {
+            "parameters": list(members),
+            "settings": {
+                key: to_plain(value, f"optimizer group setting {key}")
+                for key, value in group.items()
+                if _kept(key, value)
+            },
+        }
+        for (members, _), group in zip(names, optimizer.param_groups, strict=True)
+    ]
+    plain = {
+        bare: {
+            slot: to_plain(value, f"optimizer state {slot} of {bare}")
+            for slot, value in optimizer.state.get(shard, {}).items()
+            if not isinstance(value, Tensor)
+        }
+        for bare, shard in state.shards.items()
+    }
+    held = {bare: slots for bare, slots in plain.items() if slots}
+    return {"class": type(optimizer).__name__, "groups": groups, "state": held}
 
 
 def _kept(key: str, value: Any) -> bool:
@@ -120,10 +156,6 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
     _restore_optimizer(worker, checkpoint)
     meta = checkpoint.meta
-    for group, saved in zip(
-        worker.state.optimizer.param_groups, meta["optimizer"]["groups"], strict=True
-    ):
-        group.update({key: from_plain(value) for key, value in saved.items()})
     if worker.state.scheduler is not None and meta["scheduler"] is not None:
         worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
     if worker.source is not None and meta["data"] is not None:
@@ -132,7 +164,7 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
-    build = worker.build
+    job = worker.build.job
     wanted = {
         name: Wanted(dtype_name(t.dtype), _whole_shape(worker, name, t))
         for name, t in worker.state.values.items()
@@ -142,26 +174,41 @@ def _require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     problems = compare(entries, wanted)
     if problems:
         raise StorageError(describe(problems, str(checkpoint.path)))
-    meta = checkpoint.meta
-    if meta["batch_size"] != build.job.batch_size:
+    for what in ("batch_size", "seed"):
+        saved, now = checkpoint.meta[what], {"batch_size": job.batch_size, "seed": job.seed}[what]
+        if saved != now:
+            raise StorageError(
+                f"checkpoint {checkpoint.path} was trained with {what}={saved}, the job has {now}; "
+                "samples would be repeated or lost: use the same, or --fresh"
+            )
+    _require_same_optimizer(worker, checkpoint)
+
+
+def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
+    saved, kind = checkpoint.meta["optimizer"], type(worker.state.optimizer).__name__
+    if saved["class"] != kind:
         raise StorageError(
-            f"checkpoint {checkpoint.path} was trained with batch_size={meta['batch_size']}, the "
-            "job has"
-            f" {build.job.batch_size}; samples would be repeated or lost: use the same, or --fresh"
+            f"checkpoint {checkpoint.path} holds the state of {saved['class']}, the job uses "
+            f"{kind}; use the same optimizer, or weights= to start from exported weights"
         )
-    kind = type(worker.state.optimizer).__name__
-    if meta["optimizer"]["class"] != kind:
+    old, new = saved["groups"], worker.build.recipe.groups
+    if len(old) != len(new):
         raise StorageError(
-            f"checkpoint {checkpoint.path} holds the state of {meta['optimizer']['class']}, the "
-            "job uses"
-            f" {kind}; use the same optimizer, or weights= to start from exported weights"
+            f"checkpoint {checkpoint.path} has {_counted(len(old))}, the job makes "
+            f"{_counted(len(new))}; make the same groups"
         )
-    groups = len(meta["optimizer"]["groups"])
-    if groups != len(worker.state.optimizer.param_groups):
-        raise StorageError(
-            f"checkpoint {checkpoint.path} has {groups} optimizer groups, the job makes "
-            f"{len(worker.state.optimizer.param_groups)}; make the same groups"
-        )
+    for number, (was, (names, _)) in enumerate(zip(old, new, strict=True)):
+        moved = sorted(set(was["parameters"]) ^ set(names))
+        if moved:
+            where = "the checkpoint's" if moved[0] in was["parameters"] else "the job's"
+            raise StorageError(
+                f"checkpoint {checkpoint.path}: {moved[0]} is in {where} optimizer group {number} "
+                f"only ({len(moved)} such parameters); make the same groups"
+            )
+
+
+def _counted(groups: int) -> str:
+    return "1 optimizer group" if groups == 1 else f"{groups} optimizer groups"
 
 
 def _whole_shape(worker: Worker, name: str, tensor: Tensor) -> tuple[int, ...]:
@@ -170,23 +217,26 @@ def _whole_shape(worker: Worker, name: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _restore_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
-    axes, coordinates = worker.build.axes, worker.place.coordinates
-    for bare, shard in worker.state.shards.items():
-        whole = tuple(worker.build.model.parameters[bare].shape)
-        bounds = region(whole, worker.build.states[bare].optimizer, axes, coordinates)
-        for name, entry in checkpoint.entries.items():
-            kind, _, rest = name.partition("/")
-            slot, _, parameter = rest.partition("/")
-            if kind != "optimizer" or parameter != bare:
-                continue
-            start = tuple(s for s, _ in bounds)
-            shape = tuple(n for _, n in bounds)
-            tensor = (
-                checkpoint.read(name, start, shape)
-                if entry.shape == whole and whole
-                else checkpoint.read(name)
-            )
-            worker.state.optimizer.state[shard][slot] = tensor
+    """Fill the optimizer's state and its groups' settings."""
+    state, build = worker.state, worker.build
+    saved = checkpoint.meta["optimizer"]
+    for bare in state.shards.keys() & saved["state"].keys():
+        state.optimizer.state[state.shards[bare]].update(from_plain(saved["state"][bare]))
+    for name, entry in checkpoint.entries.items():
+        kind, _, rest = name.partition("/")
+        slot, _, bare = rest.partition("/")
+        if kind != "optimizer" or bare not in state.shards:
+            continue
+        whole = tuple(build.model.parameters[bare].shape)
+        start, shape = None, None
+        if whole and entry.shape == whole:
+            layout = build.states[bare].optimizer
+            bounds = region(whole, layout, build.axes, worker.place.coordinates)
+            start, shape = tuple(s for s, _ in bounds), tuple(n for _, n in bounds)
+        tensor = checkpoint.read(name, start, shape)
+        state.optimizer.state[state.shards[bare]][slot] = tensor
+    for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=True):
+        group.update({key: from_plain(value) for key, value in kept["settings"].items()})
 
 
 def given_weights(worker_build: Any, path: str | Path) -> tuple[Make, list[str]]:
@@ -212,37 +262,3 @@ def given_weights(worker_build: Any, path: str | Path) -> tuple[Make, list[str]]
         return weights.slice(source, start, shape)
 
     return make, list(found.notes)
-
-
-def whole_weights(worker: Worker) -> Generator[Any, Any, dict[str, Tensor]]:
-    """Every parameter and persistent buffer whole, by the model's own names; an exchange.
-
-    All ranks take part and all get them, one parameter's gather at a time.
-    """
-    build, values = worker.build, worker.state.values
-    found: dict[str, Tensor] = {}
-    for name, fake in build.model.parameters.items():
-        layout = build.states[name].weights
-        tensor = values[f"model/{name}"]
-        if layout.placements:
-            value = Value(str(tensor.dtype).removeprefix("torch."), tuple(fake.shape))
-            local = move_program(
-                {name: (value, layout, REPLICATED)}, build.axes, worker.place.coordinates
-            )
-            outputs = yield from interpret(
-                local.program, {name: tensor}, worker.place.coordinates, worker.place.groups
-            )
-            tensor = outputs[name]
-        found[name] = tensor
-    persistent = set(build.model.module.state_dict())
-    for name in build.model.buffers:
-        if name in persistent:
-            found[name] = values[f"buffer/{name}"]
-    return found
-
-
-def in_order(worker: Worker, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors in the order of the model's state_dict; tied ones once."""
-    for name in worker.build.model.module.state_dict():
-        if name in whole:
-            yield name, whole[name]
