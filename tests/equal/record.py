@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.equal.cells import MICROBATCHES, MODELS, RANKS, STAGES, Cell, cells, refused
 from tests.laws.source import ROOT
 
-CACHE = ROOT / ".cache" / "matrix.json"
+CACHE = ROOT / ".matrix" / "results.json"
 TABLE = ROOT / "docs" / "matrix.md"
 
 
