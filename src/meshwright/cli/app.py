@@ -29,7 +29,7 @@ app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("env", epilog=env.EXAMPLE)(env.env)
 
 
-def _show_version(*, wanted: bool) -> None:
+def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"meshwright {__version__}")
         raise typer.Exit
@@ -39,11 +39,13 @@ def _show_version(*, wanted: bool) -> None:
 def _mw(
     *,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and end.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Print the version and end."
+        ),
     ] = False,
 ) -> None:
     """Write the model for one device; Meshwright lays it over the devices you have."""
-    _show_version(wanted=version)
 
 
 def main(words: Sequence[str] | None = None) -> int:

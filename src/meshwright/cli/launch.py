@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from meshwright.cli.told import Task
-from meshwright.cli.words import RunDir, Timeout, plan_text, read_plan, require_world
+from meshwright.cli.words import RunDir, Timeout, plan_text, read_plan, require_room, require_world
 from meshwright.errors import UsageError
 
 __all__ = ["EXAMPLE", "launch"]
@@ -49,6 +49,7 @@ def _launch(
         raise UsageError(f"this is rank {contract.world.rank} of a world already; start one world")
     text = plan_text(plan)
     require_world(read_plan(text), n)
+    require_room(n)
     choice = choose(_stem(command), run_dir=run_dir or contract.run_dir)
     chosen = None if text == "auto" else text
     return start(n, command, run_dir=choice.path, plan=chosen, timeout=timeout)

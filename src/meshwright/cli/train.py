@@ -28,6 +28,7 @@ from meshwright.cli.words import (
     flags,
     plan_text,
     read_plan,
+    require_room,
     require_world,
 )
 from meshwright.errors import UsageError
@@ -143,6 +144,7 @@ def _train(wanted: _Wanted) -> int:
         return _run(wanted, text, contract.world.size, folder)
     ranks = wanted.ranks or (1 if plan is None else plan.ranks)
     require_world(plan, ranks)
+    require_room(ranks)
     choice = choose(
         path.stem,
         run_dir=wanted.run_dir or contract.run_dir,

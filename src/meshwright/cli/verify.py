@@ -27,6 +27,7 @@ from meshwright.cli.words import (
     flags,
     plan_text,
     read_plan,
+    require_room,
     require_world,
 )
 from meshwright.errors import UsageError, VerificationFailed
@@ -132,6 +133,7 @@ def _verify(wanted: _Wanted) -> int:
     require_world(plan, ranks)
     Path(wanted.which.path)  # raises before any rank is started
     if wanted.where is Where.processes and ranks > 1:
+        require_room(ranks)
         return _start(wanted, text, ranks)
     return _run(wanted, text, ranks)
 

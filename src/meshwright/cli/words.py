@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -26,10 +26,14 @@ __all__ = [
     "Settings",
     "Timeout",
     "Which",
+    "flags",
     "plan_text",
     "read_plan",
+    "require_room",
     "require_world",
 ]
+
+RANKS_PER_CORE: Final = 16
 
 File = Annotated[
     str,
@@ -157,6 +161,21 @@ def require_world(plan: Plan | None, ranks: int) -> None:
     """
     if plan is not None:
         require(plan.filled(ranks), Facts(ranks))
+
+
+def require_room(ranks: int) -> None:
+    """Refuse to start more processes here than any training can want: a slip of the finger.
+
+    Raises:
+        UsageError: with how many can be started.
+    """
+    cores = len(os.sched_getaffinity(0))
+    most = RANKS_PER_CORE * cores
+    if ranks > most:
+        raise UsageError(
+            f"{ranks:,} ranks on this host of {cores} core{'s' * (cores != 1)}; start at most "
+            f"{most} ({RANKS_PER_CORE} a core), or start them on more hosts with torchrun"
+        )
 
 
 def flags(**given: object) -> Sequence[str]:
