@@ -10,19 +10,18 @@ with mw.Run(job, plan="zero3") as run:
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import nn
 
+from meshwright.comm.base import gather_json
 from meshwright.compile.watch import watch
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
@@ -35,15 +34,13 @@ from meshwright.plan.toml import parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.folder import choose
-from meshwright.run.loggers import JsonLines, TensorBoard
 from meshwright.run.session import Record, Session, open_session, steps_to_run
 from meshwright.run.step import Metrics
 from meshwright.run.verify import verify_local, verify_session
-from meshwright.view.console import Console
+from meshwright.view.journal import Journal, Logger, open_journal
 
 __all__ = ["Run", "plan_of", "train", "verify", "watch"]
 
-Logger = Callable[[dict[str, Any]], None]
 CHECKPOINT_SECONDS = 600.0
 
 
@@ -90,20 +87,19 @@ class Run:
             "fresh": fresh,
             "overwrite": overwrite,
         }
-        self._loggers: list[Logger] = list(loggers)
+        self._loggers = tuple(loggers)
         self._nonfinite = nonfinite
         self._eager = eager
         self._keep = keep
         self._quiet = quiet
         self._info = dict(info or {})
         self._stack = ExitStack()
-        self._logged: dict[str, Any] = {}
+        self._journal = Journal()
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._until: int | None = None
         self._session: Session | None = None
         self._contract: Contract | None = None
-        self._console: Console | None = None
         self._stop = Stop()
         self._described = False
         self.dir = Path()
@@ -126,12 +122,10 @@ class Run:
             if (contract.plan or self._plan) == "auto" and contract.world.size > 1:
                 self._session.notes.append(
                     f"plan {plan.text()} chosen: the first of data, zero1, zero2, zero3 whose "
-                    "state "
-                    "fits the memory; time was not compared"
+                    "state fits the memory; time was not compared"
                 )
             self._session.handshake(facts_of(self._session))
             self._open_folder()
-            self._open_views(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -141,10 +135,9 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.rank == 0 and self._described:
-            ended = "ok" if error is None else "stopped" if kind is SystemExit else "failed"
-            with contextlib.suppress(OSError):
-                self._write_info(status=ended)
+        self._journal.close(
+            "ok" if error is None else "stopped" if kind is SystemExit else "failed"
+        )
         self._stack.__exit__(kind, error, trace)
 
     @property
@@ -194,38 +187,20 @@ class Run:
                 overwrite=bool(wanted["overwrite"]),
             )
             path, go_on = str(choice.path), choice.resume
-        from meshwright.comm.base import gather_json
-
         (path, go_on), *_ = session.comm.perform(
             gather_json([path, go_on], session.everyone, "run folder")
         )
         self.dir = Path(path)
         if go_on and session.resume(self.dir / "checkpoints") is None and wanted["resume"]:
             session.notes.append(f"nothing to resume in {self.dir}; starting at step 0")
+        if self.rank == 0:
+            self._journal = open_journal(self.dir, session.step, self._loggers, quiet=self._quiet)
         self._saved_step = session.step
-
-    def _open_views(self, stack: ExitStack) -> None:
-        if self.rank != 0:
-            return
-        resumed = self.session.step
-        lines = JsonLines(self.dir / "metrics.jsonl", resumed_at=resumed)
-        stack.callback(lines.close)
-        self._loggers.insert(0, lines)
-        try:
-            board = TensorBoard(self.dir / "tensorboard", resumed_at=resumed)
-        except UsageError:
-            pass  # the tensorboard extra is not installed
-        else:
-            stack.callback(board.close)
-            self._loggers.insert(1, board)
-        if not self._quiet:
-            self._console = stack.enter_context(Console())
 
     def steps(self, until: int | None = None) -> Iterator[int]:
         """Step numbers from the next one up to `until`; ends early when asked to stop."""
         self._until = total = steps_to_run(self.session, until)
-        if self._console is not None:
-            self._console.start(total, self.session.step)
+        self._journal.start(total, self.session.step)
         while self.session.step < total:
             yield self.session.step
 
@@ -261,46 +236,14 @@ class Run:
         for note in self.session.notes:
             self._note(note)
         self.session.notes.clear()
-        if self.rank != 0:
-            return
-        metrics, timing = record.metrics, record.timing
-        line: dict[str, Any] = {
-            "step": metrics.step + 1,
-            "loss": metrics.loss,
-            "lr": record.lr,
-            "samples": record.samples,
-            "seconds": record.seconds,
-            "time": {
-                "data": timing.data,
-                "compute": timing.compute,
-                "communication": timing.communication,
-                "update": timing.update,
-            },
-            **metrics.metrics,
-        }
-        if metrics.gradient_norm is not None:
-            line["gradient_norm"] = metrics.gradient_norm
-        if metrics.skipped:
-            self._note(f"step {metrics.step + 1} was skipped: its loss is {metrics.loss}")
-        line |= self._logged
-        self._logged = {}
-        self._log(line)
-        if self._console is not None:
-            self._console.step(line)
-
-    def _log(self, line: dict[str, Any]) -> None:
-        for logger in self._loggers:
-            logger(line)
+        self._journal.step(record)
 
     def _note(self, text: str) -> None:
-        if self._console is not None:
-            self._console.note(text)
-        if self.rank == 0:
-            self._log({"step": self.session.step, "note": text})
+        self._journal.note(self.session.step, text)
 
     def log(self, **values: float) -> None:
         """Add values to the next step's record."""
-        self._logged |= values
+        self._journal.add(values)
 
     def evaluate(
         self, data: Any = None, metrics: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None
@@ -313,11 +256,7 @@ class Run:
         """
         forward = None if metrics is None else _WithMetrics(self.job.loss, metrics)
         found = self.session.evaluate(data, forward)
-        if self.rank == 0:
-            line = {"step": self.session.step, "evaluation": found}
-            self._log(line)
-            if self._console is not None:
-                self._console.evaluation(line)
+        self._journal.evaluation(self.session.step, found)
         return found
 
     def predict(self, data: Any, fn: Callable[[nn.Module, Any], Any]) -> Any:
@@ -356,18 +295,9 @@ class Run:
         session = self.session
         fetched = session.first_batch()
         self._described = True
-        if self.rank == 0:
-            self._description = describe_run(session, fetched)
-            self._started = datetime.now(UTC).isoformat(timespec="seconds")
-            self._write_info(status="running")
+        self._journal.describe(lambda: {**describe_run(session, fetched), **self._info})
         if session.step:
             self._note(f"resumed at step {session.step} from {self.dir}")
-
-    def _write_info(self, status: str) -> None:
-        info = {**self._description, **self._info, "started": self._started, "status": status}
-        aside = self.dir / ".run.json"
-        aside.write_text(json.dumps(info, indent=1))
-        aside.replace(self.dir / "run.json")
 
 
 def _on_main_thread() -> bool:
