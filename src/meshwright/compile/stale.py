@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 
+from meshwright.compile.trace import is_user_file
 from meshwright.errors import UserCodeError
 
-__all__ = ["no_outside_draws", "python_seeded", "unchanged"]
+__all__ = ["not_stale", "python_seeded"]
+
+_Made = TypeVar("_Made")
 
 
 @contextlib.contextmanager
@@ -32,28 +37,48 @@ def python_seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before_numpy)
 
 
-@contextlib.contextmanager
-def no_outside_draws(seed: int) -> Iterator[None]:
-    """Refuse code that draws from Python's or numpy's global generators, started from `seed`.
+def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
+    """What `run` makes, if it neither draws from outside nor changes plain attributes of `module`.
+
+    Where it does, it is run once more, line by line, to find the user's line.
+
+    Args:
+        run: traces the user's forward.
+        module: the user's.
+        seed: of Python's and numpy's generators meanwhile.
 
     Raises:
-        UserCodeError: it did.
+        UserCodeError: it does; names the line.
     """
+    before = _attributes(module)
     with python_seeded(seed):
-        before = random.getstate(), _numpy_state()
-        yield
-        for name, old, new in zip(
-            ("Python's random module", "numpy.random"),
-            before,
-            (random.getstate(), _numpy_state()),
-            strict=True,
-        ):
-            if old != new:
+        draws = {name: state() for name, state in _GENERATORS.items()}
+        made = run()
+        for name, state in _GENERATORS.items():
+            if state() != draws[name]:
                 raise UserCodeError(
-                    f"the forward draws from {name}, which a program would freeze to one value; "
-                    "draw "
-                    "by torch (torch.rand, torch.bernoulli), or use --eager"
+                    f"{_line(run, state)}the forward draws from {name}, which a program would "
+                    "freeze to one value; draw by torch (torch.rand, torch.bernoulli), or use "
+                    "--eager"
                 )
+    _require_unchanged(run, module, before)
+    return made
+
+
+def _require_unchanged(
+    run: Callable[[], object], module: nn.Module, before: Mapping[str, Any]
+) -> None:
+    """A program would change an attribute once, then never."""
+    for name, value in _attributes(module).items():
+        old = before.get(name, _ABSENT)
+        if old is _ABSENT or old != value:
+            _put_back(module, name, old)
+            line = _line(run, lambda n=name: _attributes(module).get(n, _ABSENT))  # type: ignore[misc]
+            was = "nothing" if old is _ABSENT else repr(old)
+            raise UserCodeError(
+                f"{line}the forward changes {name} from {was} to {value!r}, which a program would "
+                "freeze; keep it in a buffer (register_buffer), or use --eager"
+            )
 
 
 def _numpy_state() -> tuple[Any, ...]:
@@ -64,7 +89,9 @@ def _numpy_state() -> tuple[Any, ...]:
     return tuple(inner["key"].tolist()), inner["pos"]
 
 
+_GENERATORS = {"Python's random module": random.getstate, "numpy.random": _numpy_state}
 _PLAIN = (bool, int, float, str, type(None))
+_ABSENT = object()
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -77,17 +104,35 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Refuse a forward that changes plain attributes: a program would do so once, then never."""
-    before = _attributes(module)
-    yield
-    after = _attributes(module)
-    for name, value in after.items():
-        if name not in before or before[name] != value:
-            old = before.get(name, "nothing")
-            raise UserCodeError(
-                f"the forward changes {name} from {old!r} to {value!r}, which a program would "
-                "freeze;"
-                " keep it in a buffer (register_buffer), or use --eager"
-            )
+def _put_back(module: nn.Module, path: str, value: object) -> None:
+    where, _, name = path.rpartition(".")
+    part = module.get_submodule(where)
+    if value is _ABSENT:
+        delattr(part, name)
+    else:
+        setattr(part, name, value)
+
+
+def _line(run: Callable[[], object], probe: Callable[[], object]) -> str:
+    """`file:line: ` of the user's line after which `probe` changes while `run` runs again."""
+    before, found, last = probe(), "", ""
+
+    def step(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal found, last
+        if not is_user_file(frame.f_code.co_filename):
+            return None
+        if not found and probe() != before:
+            found = last
+        if event == "return" and frame.f_back is not None:
+            frame = frame.f_back
+        if is_user_file(frame.f_code.co_filename):
+            last = f"{frame.f_code.co_filename}:{frame.f_lineno}: "
+        return step
+
+    traced = sys.gettrace()
+    sys.settrace(step)
+    try:
+        run()
+    finally:
+        sys.settrace(traced)
+    return found or (last if probe() != before else "")

@@ -28,7 +28,7 @@ from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.random import RandomMode, SampleDim, draw_op
-from meshwright.compile.stale import no_outside_draws, unchanged
+from meshwright.compile.stale import not_stale
 from meshwright.compile.trace import Places, Tagger, is_user_file, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import NotTraceable, UserCodeError
@@ -147,14 +147,13 @@ def trace_unit(
         UserCodeError: the loss is of a wrong form, or the forward changes what the trace bakes in.
     """
     how = _How(samples, dtype, training, predict)
-    with unchanged(model.module):
-        first, run = _trace(model, loss, example, how, 0)
-    with unchanged(model.module):
-        again, _ = _trace(model, loss, example, how, 1)
+    first, run = _trace(model, loss, example, how, 0)
+    again, _ = _trace(model, loss, example, how, 1)
     if first.digest != again.digest:
         raise UserCodeError(
-            "two traces of the model differ: its forward depends on something outside its inputs "
-            "(a counter, random.random(), the clock); draw by torch, or use --eager"
+            f"{_first_difference(first, again)}two traces of the model differ: its forward depends"
+            " on something outside its inputs (a global counter, the clock); make it an input, or "
+            "use --eager"
         )
     draws = _sample_dims(first, samples, run.draws)
     if samples == 1 and run.draws:
@@ -184,8 +183,8 @@ def _trace(
     # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
     compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
     try:
-        with no_outside_draws(turn), default_dtype(dtype), straight_checkpoint(), compiling:
-            program = trace_function(function, fakes, places)
+        with default_dtype(dtype), straight_checkpoint(), compiling:
+            program = not_stale(lambda: trace_function(function, fakes, places), model.module, turn)
     except (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -193,6 +192,16 @@ def _trace(
     ) as error:
         raise NotTraceable(_untraceable(error, str(error.func))) from error
     return program, run
+
+
+def _first_difference(one: Program, other: Program) -> str:
+    """`file:line: ` of the first op that differs."""
+    pairs = zip(one.ops, other.ops, strict=False)
+    sources = (
+        a.source for a, b in pairs if (a.name, a.args, a.kwargs) != (b.name, b.args, b.kwargs)
+    )
+    line = next(sources, "")
+    return f"{line}: " if line else ""
 
 
 def _untraceable(error: BaseException, what: str) -> str:
@@ -272,7 +281,8 @@ def _unit(
     buffers = {name: inputs[f"buffer/{name}"] for name in model.buffers}
     state = {f"model.{name}": t for name, t in {**parameters, **buffers}.items()}
     state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
-    batch = example.build([inputs[f"batch/{name}"] for name, _, _ in example.leaves])
+    leaves = [inputs[f"batch/{name}"] for name, _, _ in example.leaves]
+    batch = example.build(leaves, traced=True)
     position = inputs["position"]
 
     def emit(kind: str, size: Sequence[int], n: int) -> Tensor:

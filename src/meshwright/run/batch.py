@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from meshwright.compile.example import is_plain_list
 from meshwright.errors import UserCodeError
 
 __all__ = ["Batch", "checked", "cut", "digest", "rows"]
@@ -81,7 +82,7 @@ def cut(tree: Any, start: int, stop: int, samples: int) -> Any:
         per_sample = isinstance(leaf, Tensor) or (isinstance(leaf, list) and len(leaf) == samples)
         return leaf[start:stop] if per_sample else leaf
 
-    return pytree.tree_map(part, tree, is_leaf=_is_leaf)
+    return pytree.tree_map(part, tree, is_leaf=is_plain_list)
 
 
 def digest(tree: Any, samples: int) -> int:
@@ -127,19 +128,12 @@ def _opened(tree: Any) -> Any:
     def opened(leaf: Any) -> Any:
         return _opened(dict(leaf)) if isinstance(leaf, UserDict) else leaf
 
-    return pytree.tree_map(opened, tree, is_leaf=_is_leaf)
-
-
-def _is_leaf(node: Any) -> bool:
-    """Lists without tensors are kept whole, so that one entry per sample can be seen."""
-    return isinstance(node, list) and not any(
-        isinstance(leaf, Tensor | UserDict) for leaf in pytree.tree_leaves(node)
-    )
+    return pytree.tree_map(opened, tree, is_leaf=is_plain_list)
 
 
 def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     leaves: Callable[..., tuple[list[tuple[Any, Any]], Any]] = pytree.tree_flatten_with_path
-    return leaves(tree, is_leaf=_is_leaf)[0]
+    return leaves(tree, is_leaf=is_plain_list)[0]
 
 
 def _described(value: Any) -> str:

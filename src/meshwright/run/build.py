@@ -55,7 +55,7 @@ class Micro:
     @property
     def key(self) -> str:
         """Equal for micro-batches that run the same program."""
-        return repr((self.example.leaves, str(self.example.spec), self.example.plain, self.samples))
+        return f"{self.samples} {self.example.key}"
 
 
 @dataclass(frozen=True, slots=True)
