@@ -94,6 +94,6 @@ def crew(size: int, body: Callable[[Any], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join(2 * PATIENCE)
-    if errors:
-        raise errors[0]
+    if errors or meeting.error:
+        raise errors[0] if errors else meeting.error
     return [results[n] for n in range(size)]

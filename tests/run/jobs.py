@@ -80,23 +80,32 @@ def job(**changes: Any) -> Job:
     return Job(**settings)
 
 
+_TRACED: dict[int, tuple[Job, dict[Any, Any]]] = {}
+
+
+def opened(made: Job, plan: str, comm: Any, **how: Any) -> Session:
+    """A session; what is traced for one serves all sessions of the job."""
+    session = open_session(made, Plan.parse(plan), comm, **how)
+    _, session.build.units = _TRACED.setdefault(id(made), (made, session.build.units))
+    return session
+
+
 def alone(made: Job, plan: str = "data=1", **how: Any) -> Session:
     """A session of a world of one."""
-    return open_session(made, Plan.parse(plan), TorchDist(), **how)
+    return opened(made, plan, TorchDist(), **how)
 
 
 def on_ranks(made: Job, plan: str, body: Callable[[Session], Any], **how: Any) -> list[Any]:
     """`body(session)` on every rank of the plan; their results."""
-    parsed = Plan.parse(plan)
 
     def rank(comm: Any) -> Any:
-        session = open_session(made, parsed, comm, **how)
+        session = opened(made, plan, comm, **how)
         try:
             return body(session)
         finally:
             session.close()
 
-    return crew(parsed.ranks, rank)
+    return crew(Plan.parse(plan).ranks, rank)
 
 
 def fresh(made: Job) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[An
     if isinstance(found, tuple) and len(found) == 2:
         total, weight = found
         _require_scalar("the loss's sum", total)
+        _require_number("the loss's weight", weight)
     else:
         _require_scalar("the loss", found)
         total, weight = found * samples, samples
@@ -33,20 +35,30 @@ def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[An
 
 def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
     if isinstance(metric, tuple) and len(metric) == 2:
+        for part in metric:
+            _require_number(f"metric {name!r}", part)
         return metric
-    if isinstance(metric, Tensor) and metric.numel() != 1:
-        raise UserCodeError(
-            f"metric {name!r} has shape {tuple(metric.shape)}, but must be a scalar or (sum, "
-            "weight);"
-            " take its mean or sum"
-        )
+    _require_number(f"metric {name!r}", metric)
     return metric * samples, samples
+
+
+def _require_number(what: str, value: Any) -> None:
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return
+    is_ = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {_kind(value)}"
+    raise UserCodeError(
+        f"{what} {is_}, but must be a scalar or (sum, weight) of scalars; take its mean or sum"
+    )
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def _require_scalar(what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise UserCodeError(
-            f"{what} is {type(value).__name__}, but must be a scalar tensor, or (sum, weight); "
+            f"{what} is {_kind(value)}, but must be a scalar tensor, or (sum, weight); "
             "return the loss from loss(model, batch)"
         )
     if value.numel() != 1:
