@@ -74,7 +74,8 @@ class PicksByValue(nn.Module):
 def line_of(kind):
     """`file:line` of the line marked `# here`."""
     lines, start = inspect.getsourcelines(kind)
-    return f"{__file__}:{start + next(k for k, text in enumerate(lines) if '#' in text and 'here' in text)}"
+    marked = next(k for k, text in enumerate(lines) if "#" in text and "here" in text)
+    return f"{__file__}:{start + marked}"
 
 
 @pytest.mark.parametrize(
