@@ -37,6 +37,7 @@ from meshwright.run.folder import choose
 from meshwright.run.session import Record, Session, open_session, steps_to_run
 from meshwright.run.step import Metrics
 from meshwright.run.verify import verify_local, verify_session
+from meshwright.run.worker import Fetched
 from meshwright.view.journal import Journal, Logger, open_journal
 
 __all__ = ["Run", "plan_of", "train", "verify", "watch"]
@@ -215,12 +216,13 @@ class Run:
         session = self.session
         if part not in ("global", "local"):
             raise UsageError(f"part={part!r}; use 'global' or 'local'")
+        fetched = session.take(batch, local=part == "local")
         if not self._described:
-            self._describe()
+            self._describe(fetched)
         due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         stops = {f"stop{n}": self._stop.number == n for n in (15, 2, 10)}
         session.worker.flags = {"save": due and self.rank == 0, **stops}
-        record = session.run_step(batch, local=part == "local", until=self._until)
+        record = session.run_taken(fetched, self._until)
         self._report(record)
         stopped = [f for f in record.metrics.flags if f.startswith("stop")]
         if stopped:
@@ -290,10 +292,9 @@ class Run:
         """The whole eager model with current weights, on rank 0; None on the others."""
         return self.session.module()
 
-    def _describe(self) -> None:
+    def _describe(self, fetched: Fetched) -> None:
         """Before the first step: agree with all ranks on what will run, and write it down."""
         session = self.session
-        fetched = session.first_batch()
         self._described = True
         self._journal.describe(lambda: {**describe_run(session, fetched), **self._info})
         if session.step:

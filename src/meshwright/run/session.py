@@ -82,8 +82,17 @@ class Session:
         """Compare versions, plan and program with all ranks before the first step."""
         self.comm.perform(agree(facts, self.everyone))
 
-    def first_batch(self) -> Fetched:
-        """The batch of the next step, its shapes agreed on."""
+    def take(self, batch: Any = None, *, local: bool = False) -> Fetched:
+        """The next step's batch, its shapes agreed on with all ranks.
+
+        Args:
+            batch: one of the user's own instead of the job's next: the global batch.
+            local: `batch` is this rank's rows of it.
+        """
+        if batch is not None:
+            pushed = self.worker.pushed(batch, self.step, local=local)
+            self.comm.perform(self.worker.require_same_shapes(pushed))
+            return pushed
         if self.fetched is None:
             exchange = self.worker.agree_on_shapes(self.worker.fetch(self.step))
             self.fetched = self.comm.perform(exchange)
@@ -92,22 +101,21 @@ class Session:
     def run_step(
         self, batch: Any = None, *, local: bool = False, until: int | None = None
     ) -> Record:
-        """One step on the job's next batch, or on one of the user's own.
+        """Take a batch and run one step on it; arguments as of `take` and `run_taken`."""
+        return self.run_taken(self.take(batch, local=local), until)
+
+    def run_taken(self, fetched: Fetched, until: int | None = None) -> Record:
+        """One step on a batch that was taken.
 
         Args:
-            batch: the global batch, or this rank's rows of it.
-            local: `batch` is this rank's rows.
+            fetched: from `take`.
             until: the last step, after which no batch is looked at ahead.
         """
         began = time.perf_counter()
         lr = self.lr
-        if batch is None:
-            fetched, last = self.first_batch(), until is not None and self.step + 1 >= until
-            upcoming = None if last else self.step + 1
-        else:
-            fetched, upcoming = self.worker.pushed(batch, self.step, local=local), None
-            self.comm.perform(self.worker.require_same_shapes(fetched))
-            self.worker.ahead = None
+        last = until is not None and self.step + 1 >= until
+        upcoming = self.step + 1 if fetched is self.fetched and not last else None
+        self.worker.ahead = None
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
         self.fetched = self.worker.ahead
         self.step += 1
