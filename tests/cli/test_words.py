@@ -64,6 +64,9 @@ def test_the_version_is_told(mw):
         (["report", "nowhere"], "nowhere is not a folder, so it is no run folder"),
         (["verify", "sums.py", "--run-dir", "nowhere"], "nowhere is not a folder"),
         (["launch", "-n", "2", "--", "no-such-program"], "cannot start 'no-such-program'"),
+        (["launch", "-n", "100000", "--", "true"], "100,000 ranks on this host"),
+        (["train", "sums.py", "-n", "100000"], "start at most"),
+        (["verify", "sums.py", "-n", "100000", "--ranks", "processes"], "start at most"),
     ],
 )
 def test_what_cannot_be_is_told_with_status_2(mw, words, told):
