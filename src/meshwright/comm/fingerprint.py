@@ -24,7 +24,7 @@ _UNEVEN = frozenset({"all_gather", "all_to_all", "permute"})
 
 def text(request: Start) -> str:
     """What all members must have in common, as in `all_reduce sum float32[3, 5] (loss)`."""
-    parts = [request.op]
+    parts: list[str] = [request.op]
     if request.op in {"all_reduce", "reduce_scatter"}:
         parts.append(request.reduce)
     if request.op in {"broadcast", "permute"}:

@@ -309,8 +309,8 @@ def _canonical(op: Op, values: Sequence[Value]) -> Op:
         kwargs = (("dtype", Symbol("dtype", made.dtype)),)
         return replace(op, name="aten.full.default", args=(made.shape, fill), kwargs=kwargs)
     if op.base == "aten.squeeze":
-        made = op.results[0]
-        return replace(op, name="aten.view.default", args=(op.args[0], values[made].shape))
+        shape = values[op.results[0]].shape
+        return replace(op, name="aten.view.default", args=(op.args[0], shape))
     return op
 
 
