@@ -14,7 +14,7 @@ from torch import nn
 
 from meshwright.compile.example import example_of
 from meshwright.errors import NotTraceable, UserCodeError
-from tests.run.jobs import Net, Points, alone, job, losses, mean_loss, on_ranks
+from tests.run.jobs import Net, Points, alone, job, losses, mean_loss, on_ranks, step
 
 CLOCK = itertools.count()
 
@@ -93,7 +93,7 @@ def line_of(kind):
 def test_what_a_program_would_freeze_is_refused_with_its_line(kind, told):
     session = alone(job(model=lambda: Net(kind())))
     with pytest.raises(UserCodeError, match=told) as caught:
-        session.run_step()
+        step(session)
     assert str(caught.value).startswith(f"{line_of(kind)}: ")
 
 
@@ -106,7 +106,7 @@ def test_generators_are_as_they_were():
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
     before = random.getstate(), str(np.random.get_state())  # noqa: NPY002
-    alone(job()).run_step()
+    step(alone(job()))
     assert (random.getstate(), str(np.random.get_state())) == before  # noqa: NPY002
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_reads_texts_is_refused(how):
 
     made = job(data=Texts, collate=collate, loss=loss)
     with pytest.raises(NotTraceable, match=r"test_unit.py:\d+: the loss reads text of the batch"):
-        alone(made).run_step()
+        step(alone(made))
     assert len(losses(alone(made, eager=True), 1)) == 1
 
 

@@ -15,7 +15,7 @@ from meshwright.compile.init import seeded
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run.data import open_source
-from meshwright.run.session import Session, open_session
+from meshwright.run.session import Record, Session, open_session
 from tests.run.crew import crew
 
 IN, HIDDEN, OUT = 8, 40, 3
@@ -122,9 +122,16 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], to: float = 1e-5) ->
         torch.testing.assert_close(tensor, b[name], rtol=to, atol=to)
 
 
-def losses(session: Session, steps: int, **how: Any) -> list[float]:
+def step(
+    session: Session, batch: Any = None, *, local: bool = False, until: int | None = None
+) -> Record:
+    """One step; its record."""
+    return session.run_step(batch, local=local, until=until)
+
+
+def losses(session: Session, steps: int) -> list[float]:
     """The losses of the next `steps` steps."""
-    return [session.run_step(**how).metrics.loss for _ in range(steps)]
+    return [step(session).metrics.loss for _ in range(steps)]
 
 
 def weights(session: Session) -> dict[str, Tensor]:

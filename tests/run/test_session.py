@@ -23,6 +23,7 @@ from tests.run.jobs import (
     mean_loss,
     on_ranks,
     sgd,
+    step,
     torch_loop,
     weighted_loss,
     weights,
@@ -68,7 +69,7 @@ def test_metrics_are_of_the_global_batch(plan):
     batch = data.fetch(0, 0, 12, (0, 12)).tree
     with torch.no_grad():
         loss, want = everything(model, batch)
-    for metrics in on_ranks(made, plan, lambda s: s.run_step().metrics):
+    for metrics in on_ranks(made, plan, lambda s: step(s).metrics):
         assert metrics["loss"] == pytest.approx(float(loss))
         assert metrics["mean"] == pytest.approx(float(want["mean"]))
         assert metrics["pair"] == pytest.approx(float(want["pair"][0] / want["pair"][1]))
@@ -102,7 +103,7 @@ def in_form(form):
 def test_what_a_loss_must_be(form, told):
     for how in ({}, {"eager": True}):
         with pytest.raises(UserCodeError, match=told):
-            alone(job(loss=in_form(form)), **how).run_step()
+            step(alone(job(loss=in_form(form)), **how))
 
 
 def test_one_element_is_a_scalar():
@@ -150,15 +151,15 @@ def test_pushed_batches_are_as_good_as_the_jobs(plan):
 
     def body(session):
         build, rank = session.build, session.worker.rank
-        one = session.run_step(batches[0]).metrics.loss
+        one = step(session, batches[0]).metrics.loss
         ranges = [(0, 12)] if build.plan.microbatches == 1 else [
             (k, m) for k, m in zip([0, 3, 6, 8, 10], [3, 6, 8, 10, 12], strict=True)
         ]  # fmt: skip
         rows = [r for low, high in ranges for r in range(*build.samples_of(rank, (low, high)))]
         mine = {name: tensor[rows] for name, tensor in batches[1].items()}
-        two = session.run_step(mine, local=True).metrics.loss
-        three = session.run_step().metrics.loss
-        return [one, two, three, session.run_step(batches[3]).metrics.loss]
+        two = step(session, mine, local=True).metrics.loss
+        three = step(session).metrics.loss
+        return [one, two, three, step(session, batches[3]).metrics.loss]
 
     for seen in on_ranks(MEAN, plan, body):
         assert seen == pytest.approx(want, rel=1e-5)
@@ -168,11 +169,11 @@ def test_pushed_batches_that_do_not_fit_are_refused():
     batch = global_batch(0)
     short = {name: tensor[:5] for name, tensor in batch.items()}
     with pytest.raises(UserCodeError, match=r"batch\['x'\] has shape \(5, 8\).*the 12 samples"):
-        alone(MEAN).run_step(short)
+        step(alone(MEAN), short)
 
     def other_dtype(session):
         x = batch["x"].double() if session.worker.rank else batch["x"]
-        session.run_step({**batch, "x": x})
+        step(session, {**batch, "x": x})
 
     with pytest.raises(UserCodeError, match=r"given to run.step\(\) at step 0 has other shapes"):
         on_ranks(MEAN, "data=2", other_dtype)
@@ -323,6 +324,6 @@ def test_the_last_step_looks_at_no_further_batch():
     made = job(data=lambda: iter(Exact()))
     session = alone(made)
     for _ in range(3):
-        session.run_step(until=3)
+        step(session, until=3)
     assert session.step == 3
     assert Plan.parse("data=1") == session.build.plan

@@ -21,6 +21,7 @@ from tests.run.jobs import (
     mean_loss,
     on_ranks,
     sgd,
+    step,
     torch_loop,
     weights,
 )
@@ -38,7 +39,7 @@ def test_clipping_is_torchs(plan, limit):
     list(torch_loop(made, model, 3, clip=limit))
 
     def body(session):
-        norms = [session.run_step().metrics.gradient_norm for _ in range(3)]
+        norms = [step(session).metrics.gradient_norm for _ in range(3)]
         return norms, weights(session)
 
     (norms, found), *others = on_ranks(made, plan, body)
@@ -125,7 +126,7 @@ def test_a_schedule_steps_once_a_step_whatever_the_micro_batches(name):
         optimizer.step()
         schedule.step()
     session = alone(made, "data=1,microbatches=3")
-    assert [session.run_step().lr for _ in range(4)] == pytest.approx(want)
+    assert [step(session).lr for _ in range(4)] == pytest.approx(want)
 
 
 def test_a_schedule_that_needs_a_metric_is_refused():
@@ -163,7 +164,7 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_the_weights(plan):
         before = weights(session)
         parts = {n: t.clone() for n, t in session.worker.state.values.items()}
         with pytest.raises(UserCodeError, match=rf"the loss is nan at step {bad}; nothing of"):
-            session.run_step()
+            step(session)
         for name, part in parts.items():
             assert torch.equal(part, session.worker.state.values[name]), name
         return before, weights(session)
@@ -191,12 +192,12 @@ def test_a_step_that_is_not_finite_can_be_skipped(plan, clip):
     def body(session):
         losses(session, bad)
         before, lr = weights(session), session.lr
-        found = session.run_step().metrics
+        found = step(session).metrics
         after = weights(session)
         assert found.skipped
         assert math.isnan(found.loss)
         assert session.lr == lr
-        finite = [session.run_step().metrics for _ in range(2 - bad)]
+        finite = [step(session).metrics for _ in range(2 - bad)]
         assert session.step == 3
         assert all(torch.equal(before[n], after[n]) for n in before)
         return finite
@@ -207,7 +208,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(plan, clip):
 def test_it_can_be_ignored_as_torch_does():
     session = alone(job(data=Blowing), nonfinite="ignore")
     losses(session, 2)
-    assert not session.run_step().metrics.skipped
+    assert not step(session).metrics.skipped
     assert any(torch.isnan(t).any() for t in weights(session).values())
 
 
@@ -217,4 +218,4 @@ def test_a_batch_in_which_nothing_counts_is_refused():
 
     session = alone(job(loss=loss))
     with pytest.raises(UserCodeError, match=r"weight at step 0 is 0.0.*at least one sample"):
-        session.run_step()
+        step(session)
