@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import CodeType, TracebackType
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, fx
 
 from meshwright.compile.collective import local_move
 from meshwright.compile.random import draw
+from meshwright.errors import UserCodeError
 from meshwright.program.program import Arg, Op, Program, Ref, Symbol
 
 __all__ = ["Segment", "call", "function_of", "lower"]
@@ -32,12 +35,14 @@ def lower(
     """
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
+    ops: dict[fx.Node, Op] = {}
     for name, value in program.inputs:
         nodes[value] = graph.placeholder(name)
     for op in program.ops:
         function = function_of(op, coordinates)
         args, kwargs = _arguments(op, nodes)
         node = graph.call_function(function, args, kwargs)
+        ops[node] = op
         if not op.packed:
             nodes[op.results[0]] = node
             continue
@@ -45,7 +50,9 @@ def lower(
             if result is not None:
                 nodes[result] = graph.call_function(operator.getitem, (node, place))
     graph.output(tuple(nodes[value] for _, value in program.outputs))
-    segment: Segment = fx.GraphModule({}, graph).forward
+    module = fx.GraphModule({}, graph)
+    lines = _lines(module, [ops.get(node) for node in graph.nodes])
+    segment = partial(_told, module.forward, lines)
     return segment if dtype is None else partial(_with_default, segment, dtype)
 
 
@@ -56,6 +63,51 @@ def _with_default(segment: Segment, dtype: torch.dtype, *tensors: Tensor) -> Seq
         return segment(*tensors)
     finally:
         torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Which op each line of a generated function runs."""
+
+    code: CodeType
+    ops: Mapping[int, Op]
+
+    def failed(self, trace: TracebackType | None) -> Op | None:
+        """The op at which an error's traceback left the function."""
+        while trace is not None and trace.tb_frame.f_code is not self.code:
+            trace = trace.tb_next
+        return None if trace is None else self.ops.get(trace.tb_lineno)
+
+
+def _lines(module: fx.GraphModule, ops: Sequence[Op | None]) -> _Lines:
+    """Lines as torch counts them: from where the function begins, one or more per node."""
+    first: int = module._prologue_start
+    numbers: Mapping[int, int | None] = module._lineno_map or {}
+    known = {line + first: ops[k] for line, k in numbers.items() if k is not None}
+    code: CodeType = type(module).forward.__code__
+    return _Lines(code, {line: op for line, op in known.items() if op is not None})
+
+
+def _told(segment: Segment, lines: _Lines, *tensors: Tensor) -> Sequence[Tensor]:
+    """Run; an error is told with the user's line, which the generated function has not."""
+    try:
+        return segment(*tensors)
+    except Exception as error:
+        op = lines.failed(error.__traceback__)
+        if op is None:
+            raise
+        what = f"{op.source}: {op.base} in {op.module or 'the loss'} ({op.phase})"
+        if isinstance(error, _OF_VALUES):
+            raise UserCodeError(
+                f"{what} raised {type(error).__name__}: {error}; check the values of the batch, "
+                "such as ids and labels that are out of range"
+            ) from error
+        error.add_note(f"at {what}")
+        raise
+
+
+_OF_VALUES = (IndexError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What ops raise for values; a shape that does not fit is our mistake."""
 
 
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -27,7 +27,7 @@ from typing_extensions import override
 from meshwright.compile.decompose import DECOMPOSITIONS
 from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
-__all__ = ["Places", "Tagger", "is_user_file", "trace_function", "user_line"]
+__all__ = ["Places", "Tagger", "is_our_file", "is_user_file", "trace_function", "user_line"]
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -113,6 +113,11 @@ def _backward_sequence() -> int:
 def is_user_file(file: str) -> bool:
     """Whether code of this file is neither torch's, nor ours, nor generated."""
     return not file.startswith((_TORCH, _OURS, "<"))
+
+
+def is_our_file(file: str) -> bool:
+    """Whether code of this file is Meshwright's."""
+    return file.startswith(_OURS)
 
 
 def user_line() -> str:

@@ -17,21 +17,17 @@ import torch
 import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meshwright.compile.blame import blamed
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.random import RandomMode, SampleDim, draw_op
 from meshwright.compile.stale import not_stale
-from meshwright.compile.trace import Places, Tagger, is_user_file, trace_function
+from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
-from meshwright.errors import NotTraceable, UserCodeError
+from meshwright.errors import UserCodeError
 from meshwright.plan.mesh import Axis
 from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Program
@@ -182,15 +178,8 @@ def _trace(
 
     # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
     compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
-    try:
-        with default_dtype(dtype), straight_checkpoint(), compiling:
-            program = not_stale(lambda: trace_function(function, fakes, places), model.module, turn)
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedOperatorException,
-    ) as error:
-        raise NotTraceable(_untraceable(error, str(error.func))) from error
+    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling:
+        program = not_stale(lambda: trace_function(function, fakes, places), model.module, turn)
     return program, run
 
 
@@ -202,30 +191,6 @@ def _first_difference(one: Program, other: Program) -> str:
     )
     line = next(sources, "")
     return f"{line}: " if line else ""
-
-
-def _untraceable(error: BaseException, what: str) -> str:
-    line = _line_of(error)
-    known = {
-        "aten._local_scalar_dense.default": "reads a tensor's value (.item(), bool(), float(), if)",
-        "aten.nonzero.default": "makes a shape that depends on values (nonzero, boolean indexing)",
-    }
-    return (
-        f"{line}: the model {known.get(what, f'uses {what}')}, which cannot be traced into a "
-        "program;"
-        " write it with torch.where or fixed shapes, or run it with --eager"
-    )
-
-
-def _line_of(error: BaseException) -> str:
-    """The innermost user line of a traceback."""
-    found, trace = "the model", error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if is_user_file(file):
-            found = f"{file}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
 
 
 def _fakes(
