@@ -40,7 +40,8 @@ def python_seeded(seed: int) -> Iterator[None]:
 def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
     """What `run` makes, if it neither draws from outside nor changes plain attributes of `module`.
 
-    Where it does, it is run once more, line by line, to find the user's line.
+    Where it does, it is run once more, line by line, to find the user's line. Draws that do not
+    come again (of a module that was imported meanwhile) freeze nothing.
 
     Args:
         run: traces the user's forward.
@@ -55,9 +56,10 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
         draws = {name: state() for name, state in _GENERATORS.items()}
         made = run()
         for name, state in _GENERATORS.items():
-            if state() != draws[name]:
+            line = _line(run, state) if state() != draws[name] else None
+            if line is not None:
                 raise UserCodeError(
-                    f"{_line(run, state)}the forward draws from {name}, which a program would "
+                    f"{line}the forward draws from {name}, which a program would "
                     "freeze to one value; draw by torch (torch.rand, torch.bernoulli), or use "
                     "--eager"
                 )
@@ -76,8 +78,8 @@ def _require_unchanged(
             line = _line(run, lambda n=name: _attributes(module).get(n, _ABSENT))  # type: ignore[misc]
             was = "nothing" if old is _ABSENT else repr(old)
             raise UserCodeError(
-                f"{line}the forward changes {name} from {was} to {value!r}, which a program would "
-                "freeze; keep it in a buffer (register_buffer), or use --eager"
+                f"{line or ''}the forward changes {name} from {was} to {value!r}, which a program "
+                "would freeze; keep it in a buffer (register_buffer), or use --eager"
             )
 
 
@@ -113,8 +115,11 @@ def _put_back(module: nn.Module, path: str, value: object) -> None:
         setattr(part, name, value)
 
 
-def _line(run: Callable[[], object], probe: Callable[[], object]) -> str:
-    """`file:line: ` of the user's line after which `probe` changes while `run` runs again."""
+def _line(run: Callable[[], object], probe: Callable[[], object]) -> str | None:
+    """`file:line: ` of the user's line after which `probe` changes while `run` runs again.
+
+    None where it does not change; nothing where no line of the user's did it.
+    """
     before, found, last = probe(), "", ""
 
     def step(frame: FrameType, event: str, _: object) -> Any:
@@ -135,4 +140,4 @@ def _line(run: Callable[[], object], probe: Callable[[], object]) -> str:
         run()
     finally:
         sys.settrace(traced)
-    return found or (last if probe() != before else "")
+    return (found or last) if probe() != before else None

@@ -26,7 +26,8 @@ def watch(name: str, tensor: Tensor) -> Tensor:
     """Show `tensor` to the loop around the model; returns it unchanged.
 
     Inside a run its global value arrives as `metrics.watched[name]`, once per step (of the last
-    micro-batch); where a forward shows a name again, as `name#2`. Outside a run it does nothing.
+    micro-batch); where a forward shows a name again, as `name#2`. With `--eager` each rank sees the
+    value of its own samples. Outside a run it does nothing.
     """
     watched = _CURRENT.get()
     if watched is not None:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from meshwright.comm.base import all_gather, all_reduce
 from meshwright.compile.init import seeded
 from meshwright.compile.outcome import normalise
+from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Table
@@ -186,7 +187,10 @@ class _EagerWork(AheadWork):
         torch.manual_seed(
             hash((worker.build.job.seed, fetched.firsts[microbatch], worker.rank)) % 2**63
         )
-        found = worker.build.job.loss(worker.module, micro.example.build(leaves))
+        watched = Watched()
+        with watching(watched):
+            found = worker.build.job.loss(worker.module, micro.example.build(leaves))
+        values |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
         total, weight, metrics = normalise(found, leaves[0].shape[0])
         if not total.requires_grad:
             raise UserCodeError(
@@ -194,12 +198,14 @@ class _EagerWork(AheadWork):
                 "loss()"
                 " uses the model it is given, and that not all parameters are frozen"
             )
-        named = {n: p for n, p in worker.module.named_parameters() if p.requires_grad}
+        worker.module.zero_grad(set_to_none=True)
         (total * self.scale).backward()
-        for name, parameter in named.items():
+        for name, parameter in worker.module.named_parameters():
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None and len(self.group.ranks) > 1:
-                gradient = torch.zeros_like(parameter)  # another rank may reach it
+            if len(self.group.ranks) > 1 and parameter.requires_grad:
+                _accumulate(values, f"total/reached/{name}", _scalar(gradient is not None))
+                if gradient is None:  # another rank may reach it
+                    gradient = torch.zeros_like(parameter)
             if gradient is not None:
                 _accumulate(values, f"gradient/{name}", gradient)
         for name, value in _sums(total, weight, metrics).items():
@@ -215,6 +221,14 @@ class _EagerWork(AheadWork):
         super().finish(values)
 
     @override
+    def update(self, values: dict[str, Tensor]) -> None:
+        """What no rank reached has no gradient, as on one device; zeros would decay it."""
+        for name in self.state.trained if len(self.group.ranks) > 1 else ():
+            if not self.totals[f"reached/{name}"]:
+                del values[f"reduced/{name}"]
+        super().update(values)
+
+    @override
     def commit(self, values: dict[str, Tensor]) -> Any:
         """Buffers that the forward replaced become the state."""
         for name, buffer in self.eager.module.named_buffers():
@@ -224,3 +238,7 @@ class _EagerWork(AheadWork):
 
 def _accumulate(values: dict[str, Tensor], name: str, part: Tensor) -> None:
     values[name] = values[name] + part if name in values else part
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)

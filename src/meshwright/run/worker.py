@@ -19,7 +19,8 @@ from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
-from meshwright.run.optimizer import build as build_optimizer, scheduled
+from meshwright.run.optimizer import build as build_optimizer
+from meshwright.run.optimizer import scheduled
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
 __all__ = ["Bounds", "Fetched", "Make", "Worker", "advance", "box", "initial_state"]
@@ -29,6 +30,10 @@ Bounds = tuple[tuple[int, int], ...]
 
 Make = Callable[[str, Tensor, Bounds], Tensor | None]
 """(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
+
+
+_STATE = ("model/", "buffer/", "constant/", "scale")
+"""What a rank holds between steps, by how its names begin."""
 
 
 def box(tensor: Tensor, bounds: Bounds) -> Tensor:
@@ -232,8 +237,15 @@ class Worker:
             committed: Committed = yield from advance(self.running[key], work)
         except BaseException:
             self.running.pop(key, None)
+            self._forget()
             raise
         return committed
+
+    def _forget(self) -> None:
+        """What a step that did not commit left behind is no state."""
+        values = self.state.values
+        for name in [n for n in values if not n.startswith(_STATE)]:
+            del values[name]
 
     def pushed(self, tree: Any, step: int, *, local: bool) -> Fetched:
         """A batch of the user's own: the global one, or this rank's rows of it."""
