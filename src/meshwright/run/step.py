@@ -87,7 +87,7 @@ class StepWork:
         step: int,
         load: Callable[[int], tuple[Mapping[str, Tensor], Tensor]],
         group: Group,
-        flags: Mapping[str, bool] | None = None,
+        flags: dict[str, bool] | None = None,
     ) -> None:
         """A step of one rank.
 
@@ -174,7 +174,7 @@ class StepWork:
         factor = 1.0 / (self.totals["weight"] * float(self.scale))
         if self.norm is not None and self.policy.clip_norm is not None:
             coefficient = self.policy.clip_norm / (self.norm + 1e-6)
-            factor *= 1.0 if coefficient > 1.0 else coefficient  # as torch does, NaN stays NaN
+            factor *= min(coefficient, 1.0)  # as torch does, NaN stays NaN
         for name in self.state.trained:
             gradient = values.pop(f"reduced/{name}", None)
             values.pop(f"gradient/{name}", None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from meshwright.comm.base import Group, all_reduce
 from meshwright.comm.handshake import agree
@@ -34,6 +35,9 @@ Make = Callable[[str, Tensor, Bounds], Tensor | None]
 
 _STATE = ("model/", "buffer/", "constant/", "scale")
 """What a rank holds between steps, by how its names begin."""
+
+
+_FAILED_AHEAD = "a rank cannot load the next batch"
 
 
 def box(tensor: Tensor, bounds: Bounds) -> Tensor:
@@ -201,7 +205,7 @@ class Worker:
         lowered = self.lowered(fetched)
         work = self.work(fetched, upcoming)
         committed: Committed = yield from self.run(lowered, work)
-        if self.ahead is not None and work.digests_differ:
+        if self.ahead is not None and work.digests_differ and not work.failed_ahead:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
 
@@ -295,8 +299,9 @@ class AheadWork(StepWork):
             fetched.step,
             self._operands,
             worker.group,
-            dict(worker.flags),
+            {**worker.flags, _FAILED_AHEAD: False},
         )
+        self.failed_ahead = False
         self.keep_gradients = worker.keep_gradients
 
     def _operands(self, microbatch: int) -> tuple[Mapping[str, Tensor], Tensor]:
@@ -317,7 +322,15 @@ class AheadWork(StepWork):
                 self.next_digest = worker.ahead.digest
             except Exception as error:  # noqa: BLE001 - this step is whole; the next one raises it
                 worker.ahead_error = error
+                self.flags[_FAILED_AHEAD] = True
         super().finish(values)
+
+    @override
+    def commit(self, values: dict[str, Tensor]) -> Metrics:
+        """Note whether a rank could not look ahead: shapes are then not to be compared."""
+        metrics = super().commit(values)
+        self.failed_ahead = _FAILED_AHEAD in metrics.flags
+        return replace(metrics, flags=metrics.flags - {_FAILED_AHEAD})
 
 
 def same_everywhere(digest: int, group: Group) -> Generator[Any, Any, bool]:
