@@ -27,7 +27,15 @@ from typing_extensions import override
 from meshwright.compile.decompose import DECOMPOSITIONS
 from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
-__all__ = ["Places", "Tagger", "is_our_file", "is_user_file", "trace_function", "user_line"]
+__all__ = [
+    "Places",
+    "Tagger",
+    "hooks_of",
+    "is_our_file",
+    "is_user_file",
+    "trace_function",
+    "user_line",
+]
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -108,6 +116,12 @@ def _backward_sequence() -> int:
     """The sequence number of the autograd node that runs now, which its forward op was given."""
     node: Any = torch._C._current_autograd_node()
     return -1 if node is None else int(node._sequence_nr())
+
+
+def hooks_of(parameter: Tensor) -> tuple[tuple[Callable[..., Any], ...], bool]:
+    """(hooks on the parameter's gradient, whether others wait for its `.grad`)."""
+    hooks = parameter._backward_hooks or {}
+    return tuple(hooks.values()), bool(parameter._post_accumulate_grad_hooks)
 
 
 def is_user_file(file: str) -> bool:

@@ -25,6 +25,7 @@ from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.random import RandomMode, SampleDim, draw_op
 from meshwright.compile.stale import not_stale
+from meshwright.compile.state import kept, require_dense, require_kept, traced_parameters
 from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import UserCodeError
@@ -87,6 +88,11 @@ def straight_checkpoint() -> Iterator[None]:
         mock.patch.object(inside, "CheckpointFunction", _Straight),
     ):
         yield
+
+
+def _believing() -> contextlib.AbstractContextManager[object]:
+    """torch.distributions check their parameters by reading them, which no trace can."""
+    return mock.patch.object(torch.distributions.Distribution, "_validate_args", new=False)
 
 
 class _Straight:
@@ -178,8 +184,9 @@ def _trace(
 
     # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
     compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
-    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling:
+    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling, _believing():
         program = not_stale(lambda: trace_function(function, fakes, places), model.module, turn)
+        program = require_kept(program)
     return program, run
 
 
@@ -239,10 +246,7 @@ def _unit(
 ) -> dict[str, Tensor]:
     training, samples = how.training, how.samples
     wanted = {n for n, p in model.module.named_parameters() if p.requires_grad and training}
-    parameters = {
-        name: inputs[f"model/{name}"].detach().requires_grad_(name in wanted)
-        for name in model.parameters
-    }
+    parameters = traced_parameters(model, inputs, wanted)
     buffers = {name: inputs[f"buffer/{name}"] for name in model.buffers}
     state = {f"model.{name}": t for name, t in {**parameters, **buffers}.items()}
     state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
@@ -267,6 +271,7 @@ def _unit(
         torch.set_grad_enabled(training),
     ):
         found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
+        unwritten = kept(model, inputs)
         outputs: dict[str, Tensor] = {}
         if how.predict:
             found, outputs = _predictions(found, how.samples, run), _named_outputs(found)
@@ -288,6 +293,7 @@ def _unit(
             f"next/{name}": _next(name, state[f"model.{name}"], old)
             for name, old in buffers.items()
         }
+    outputs |= unwritten
     outputs |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
     return outputs
 
@@ -339,8 +345,10 @@ def _gradients(
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         scaled, list(named.values()), allow_unused=True
     )
-    run.unused = tuple(name for name, g in zip(named, found, strict=True) if g is None)
-    return {f"gradient/{n}": g for n, g in zip(named, found, strict=True) if g is not None}
+    gradients = {n: g for n, g in zip(named, found, strict=True) if g is not None}
+    require_dense(gradients)
+    run.unused = tuple(name for name in named if name not in gradients)
+    return {f"gradient/{name}": gradient for name, gradient in gradients.items()}
 
 
 @contextlib.contextmanager

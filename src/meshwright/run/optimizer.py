@@ -71,6 +71,7 @@ def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
             f"optimizer(model) returned {type(made).__name__}, but must return a "
             "torch.optim.Optimizer"
         )
+    _require_plain_step(type(made))
     name_of = {id(tensor): name for name, tensor in model.parameters.items()}
     groups = []
     for number, group in enumerate(made.param_groups):
@@ -85,6 +86,17 @@ def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append((names, settings))
     return Recipe(type(made), dict(made.defaults), tuple(groups))
+
+
+def _require_plain_step(kind: type[torch.optim.Optimizer]) -> None:
+    """`step()` must do without a closure: the gradient is there once, reduced over the ranks."""
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserCodeError(
+            f"optimizer {kind.__name__} computes the loss again within a step (its step() needs a "
+            "closure), which a job has no place for; use one that steps from gradients, such as "
+            "AdamW"
+        )
 
 
 def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
