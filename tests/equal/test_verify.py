@@ -11,7 +11,8 @@ from torch import nn
 from meshwright.comm import local
 from meshwright.plan.plan import Plan
 from meshwright.run import step
-from meshwright.run.verify import KINDS, LAW, verify_local
+from meshwright.run.measure import KINDS, LAW
+from meshwright.run.verify import verify_local
 from tests.equal import families, odd
 from tests.equal.cells import MODELS
 
@@ -81,7 +82,11 @@ def test_rounding_that_the_optimizer_amplifies_is_no_failure():
     errors = outcome["worst_relative_error"]
     assert errors["weights"] > LAW
     assert max(errors["gradients"], errors["loss"], errors["optimizer"]) < LAW
-    assert LAW < outcome["law"]["weights"] < 1e-6
+    assert outcome["law"]["weights"] == LAW
+    assert outcome["rounding"]
+    for name, (error, own) in outcome["rounding"].items():
+        assert "key" in name  # softmax cancels a key's bias: its true gradient is zero
+        assert LAW < error <= own < 1e-5
     assert outcome["passed"]
 
 

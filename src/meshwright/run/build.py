@@ -136,7 +136,7 @@ class Build:
 
     def _identity(self, function: Callable[..., Any]) -> Hashable:
         """What tells functions apart; it holds them, since the id of one that is gone is reused."""
-        if isinstance(function, Hashable):
+        if type(function).__hash__ is not None:
             return function
         self.unhashable[id(function)] = function
         return id(function)

@@ -1,15 +1,9 @@
-"""Verify: a plan's numbers against one device's, tensor by tensor, step by step.
-
-Error of a tensor = max|a-b| / max(max|b|, 1e-3 r), r the root mean square over all elements of its
-kind (gradients, weights, each optimizer slot): biases before a norm have true gradient zero, and
-plain relative error would compare noise with noise.
-"""
+"""Verify: a plan's numbers against one device's, tensor by tensor, step by step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,95 +20,23 @@ from meshwright.program.layout import Layout, region
 from meshwright.run.build import Build, Micro, prepare
 from meshwright.run.data import Source, open_source
 from meshwright.run.lockstep import first_difference
+from meshwright.run.measure import KINDS, LAW, Report, compare, order
 from meshwright.run.persist import given_weights
 from meshwright.run.reference import Reference, Snapshot, slots
+from meshwright.run.rounding import float32_limits, own_rounding
 from meshwright.run.step import Policy
-from meshwright.run.worker import Make, Worker, box
+from meshwright.run.worker import Make, Worker
 
-__all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "reference_for", "verify_rank"]
-
-KINDS = ("loss", "gradients", "weights", "optimizer")
-LAW = 1e-10
-"""Largest relative error in float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Worst:
-    """The largest error of a kind, and whose it is."""
-
-    error: float = 0.0
-    tensor: str = ""
-    step: int = 0
-
-    def worse(self, other: Worst) -> Worst:
-        """The larger of two; NaN is the largest."""
-        larger = math.isnan(other.error) or other.error > self.error
-        return other if larger and not math.isnan(self.error) else self
-
-
-@dataclass(slots=True)
-class Report:
-    """Worst errors by kind over all ranks and steps, and the limits that they must keep."""
-
-    worst: dict[str, Worst] = field(default_factory=lambda: dict.fromkeys(KINDS, Worst()))
-    limits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, LAW))
-    first_gradients: Worst = Worst()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every kind is within its limit."""
-        return all(self.worst[kind].error <= self.limits[kind] for kind in self.limits)
-
-    @property
-    def worst_tensor(self) -> Worst:
-        """The tensor furthest over (or nearest to) its limit."""
-        kind = max(self.limits, key=lambda k: _order(self.worst[k].error / self.limits[k]))
-        return self.worst[kind]
-
-    def add(self, kind: str, error: float, tensor: str, step: int) -> None:
-        """Take one tensor's error in."""
-        self.worst[kind] = self.worst[kind].worse(Worst(error, tensor, step))
-
-
-def _order(error: float) -> float:
-    return math.inf if math.isnan(error) else error
-
-
-def scales(tensors: Mapping[str, Tensor], kind_of: Callable[[str], str]) -> dict[str, float]:
-    """Per kind, 1e-3 of the root mean square over all its elements."""
-    squares: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        kind = kind_of(name)
-        squares[kind] = squares.get(kind, 0.0) + float(tensor.to(torch.float64).square().sum())
-        counts[kind] = counts.get(kind, 0) + tensor.numel()
-    return {kind: 1e-3 * math.sqrt(squares[kind] / max(1, counts[kind])) for kind in squares}
-
-
-def compare(
-    parts: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor],
-    bounds: Callable[[str, Tensor], tuple[tuple[int, int], ...]],
-    kind_of: Callable[[str], str],
-) -> dict[str, float]:
-    """Error of each of a rank's parts against its region of the whole tensors.
-
-    A name that only one side has is an infinite error.
-    """
-    floors = scales(whole, kind_of)
-    found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
-    for name in set(parts) & set(whole):
-        reference = whole[name].to(torch.float64)
-        part = box(reference, bounds(name, reference)) if reference.dim() else reference
-        if part.shape != parts[name].shape:
-            found[name] = math.inf
-            continue
-        if not part.numel():
-            continue
-        floor = max(float(reference.abs().max()), floors[kind_of(name)])
-        difference = float((parts[name].to(torch.float64) - part).abs().max())
-        found[name] = difference / floor if floor else difference
-    return found
+__all__ = [
+    "KINDS",
+    "LAW",
+    "Report",
+    "merge",
+    "reference_for",
+    "verify_local",
+    "verify_rank",
+    "verify_session",
+]
 
 
 def _slot_of(name: str) -> str:
@@ -208,49 +130,19 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
         for k, w in report.worst.items()
     }
     everyone = yield from gather_json(mine, worker.group, "verify's report")
+    overs = yield from gather_json(
+        {n: e if math.isfinite(e) else -1.0 for n, e in report.over.items()},
+        worker.group,
+        "verify's report of weights",
+    )
     whole = Report(limits=report.limits)
     for found in everyone:
         for kind, (error, tensor, step) in found.items():
             whole.add(kind, math.inf if error < 0 else error, tensor, step)
+    for over in overs:
+        for name, error in over.items():
+            whole.add("weights", math.inf if error < 0 else error, name, 0)
     return whole
-
-
-def float32_limits(first: Snapshot, flipped: Snapshot) -> dict[str, float]:
-    """Limits in float32: the loss to 1e-5, first-step gradients to the reference's own rounding.
-
-    The reference's own error is measured between two orders of summation (samples reversed).
-    """
-
-    def bounds(_: str, tensor: Tensor) -> tuple[tuple[int, int], ...]:
-        return tuple((0, size) for size in tensor.shape)
-
-    own = compare(flipped.gradients, first.gradients, bounds, lambda _: "gradients")
-    return {"loss": 1e-5, "gradients": max(1e-5, 4 * max(own.values(), default=0.0))}
-
-
-def amplified(first: Reference, flipped: Reference, steps: int) -> float:
-    """The limit of weights in float64 where an optimizer blows rounding up.
-
-    A key bias, or a bias before a norm, has true gradient zero; Adam divides what rounding leaves
-    of it by its eps. So where weights alone pass the law, they are held to 4 times what the
-    reference itself differs by between two orders of summation. More than 1e-6 of that would
-    measure nothing: the law stands.
-    """
-    own = 0.0
-    for step in range(steps):
-        found = compare(
-            flipped.after(step).weights,
-            first.after(step).weights,
-            lambda _, tensor: tuple((0, size) for size in tensor.shape),
-            lambda name: name.partition("/")[0],
-        )
-        own = max(own, *found.values(), 0.0)
-    return max(LAW, 4 * own) if own <= 1e-6 else LAW
-
-
-def _weights_alone_fail(report: Report) -> bool:
-    over = {kind for kind in report.limits if not report.worst[kind].error <= report.limits[kind]}
-    return over == {"weights"}
 
 
 def _outcome(build: Build, report: Report, steps: int, dtype: str) -> dict[str, Any]:
@@ -266,6 +158,9 @@ def _outcome(build: Build, report: Report, steps: int, dtype: str) -> dict[str, 
         "worst_tensor": worst.tensor,
         "worst_step": worst.step,
         "law": {kind: report.limits[kind] for kind in report.limits},
+        "rounding": {
+            n: [e, report.rounding[n]] for n, e in report.over.items() if n in report.rounding
+        },
     }
 
 
@@ -324,10 +219,10 @@ def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> di
         first = reference_for(build, _source(job, data), start=start)
         report = _first_step_only(report, reports)
         report.limits = float32_limits(first.after(0), flipped.after(0))
-    elif _weights_alone_fail(report):
+    elif report.failing == ("weights",):
         flipped = reference_for(build, _source(job, data), start=start, flipped=True)
         first = reference_for(build, _source(job, data), start=start)
-        report.limits["weights"] = amplified(first, flipped, steps)
+        report.rounding = own_rounding(first, flipped, steps, report.over)
     outcome = _outcome(build, report, steps, dtype)
     if not report.passed:
         outcome["first_difference"] = first_difference(build, crew())
@@ -338,7 +233,7 @@ def _first_step_only(report: Report, reports: Sequence[Report]) -> Report:
     """In float32 only the first step's gradients have a law: later ones follow other weights."""
     found = Report(worst=dict(report.worst))
     firsts = [r.first_gradients for r in reports]
-    found.worst["gradients"] = max(firsts, key=lambda w: _order(w.error))
+    found.worst["gradients"] = max(firsts, key=lambda w: order(w.error))
     return found
 
 
@@ -359,8 +254,8 @@ def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> 
         report = _first_step_only(report, [report])
         report.limits = float32_limits(first.after(0), flipped.after(0))
     report = comm.perform(merge(report, worker))
-    if dtype == "float64" and _weights_alone_fail(report):  # so on every rank, or on none
+    if dtype == "float64" and report.failing == ("weights",):  # so on every rank, or on none
         flipped = reference_for(build, _source(job, data), start=start, flipped=True)
         first = reference_for(build, _source(job, data), start=start)
-        report.limits["weights"] = amplified(first, flipped, steps)
+        report.rounding = own_rounding(first, flipped, steps, report.over)
     return _outcome(build, report, steps, dtype)

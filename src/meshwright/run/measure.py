@@ -1,0 +1,125 @@
+"""How far a plan's tensors are from one device's, and what the law allows.
+
+Error of a tensor = max|a-b| / max(max|b|, 1e-3 r), r the root mean square over all elements of its
+kind (gradients, weights, each optimizer slot): biases before a norm have true gradient zero, and
+plain relative error would compare noise with noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meshwright.run.worker import box
+
+__all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "order"]
+
+KINDS = ("loss", "gradients", "weights", "optimizer")
+LAW = 1e-10
+"""Largest relative error in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """The largest error of a kind, and whose it is."""
+
+    error: float = 0.0
+    tensor: str = ""
+    step: int = 0
+
+    def worse(self, other: Worst) -> Worst:
+        """The larger of two; NaN is the largest."""
+        larger = math.isnan(other.error) or other.error > self.error
+        return other if larger and not math.isnan(self.error) else self
+
+
+@dataclass(slots=True)
+class Report:
+    """Worst errors by kind over all ranks and steps, and the limits that they must keep.
+
+    Attributes:
+        worst: by kind.
+        limits: by kind.
+        first_gradients: the worst gradient of the first step.
+        over: weights over their limit, and their error.
+        rounding: what the reference itself allows these, by name; see `rounding.py`.
+    """
+
+    worst: dict[str, Worst] = field(default_factory=lambda: dict.fromkeys(KINDS, Worst()))
+    limits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, LAW))
+    first_gradients: Worst = Worst()
+    over: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def failing(self) -> tuple[str, ...]:
+        """The kinds that are over their limit."""
+        return tuple(k for k, limit in self.limits.items() if not self.worst[k].error <= limit)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every kind is within its limit, but for weights that are rounding."""
+        return not self.failing or (self.failing == ("weights",) and not self.unexplained)
+
+    @property
+    def unexplained(self) -> tuple[str, ...]:
+        """Weights over the law by more than the reference's own rounding of that tensor."""
+        return tuple(n for n, error in self.over.items() if not error <= self.rounding.get(n, 0.0))
+
+    @property
+    def worst_tensor(self) -> Worst:
+        """The tensor furthest over (or nearest to) its limit."""
+        kind = max(self.limits, key=lambda k: order(self.worst[k].error / self.limits[k]))
+        return self.worst[kind]
+
+    def add(self, kind: str, error: float, tensor: str, step: int) -> None:
+        """Take one tensor's error in."""
+        if kind == "weights" and not error <= self.limits.get(kind, LAW):
+            self.over[tensor] = max(error, self.over.get(tensor, 0.0))
+        self.worst[kind] = self.worst[kind].worse(Worst(error, tensor, step))
+
+
+def order(error: float) -> float:
+    """Errors by size, NaN the largest."""
+    return math.inf if math.isnan(error) else error
+
+
+def scales(tensors: Mapping[str, Tensor], kind_of: Callable[[str], str]) -> dict[str, float]:
+    """Per kind, 1e-3 of the root mean square over all its elements."""
+    squares: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        kind = kind_of(name)
+        squares[kind] = squares.get(kind, 0.0) + float(tensor.to(torch.float64).square().sum())
+        counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return {kind: 1e-3 * math.sqrt(squares[kind] / max(1, counts[kind])) for kind in squares}
+
+
+def compare(
+    parts: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+    bounds: Callable[[str, Tensor], tuple[tuple[int, int], ...]],
+    kind_of: Callable[[str], str],
+) -> dict[str, float]:
+    """Error of each of a rank's parts against its region of the whole tensors.
+
+    A name that only one side has is an infinite error.
+    """
+    floors = scales(whole, kind_of)
+    found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
+    for name in set(parts) & set(whole):
+        reference = whole[name].to(torch.float64)
+        part = box(reference, bounds(name, reference)) if reference.dim() else reference
+        if part.shape != parts[name].shape:
+            found[name] = math.inf
+            continue
+        if not part.numel():
+            continue
+        floor = max(float(reference.abs().max()), floors[kind_of(name)])
+        difference = float((parts[name].to(torch.float64) - part).abs().max())
+        found[name] = difference / floor if floor else difference
+    return found
