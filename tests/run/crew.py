@@ -43,7 +43,7 @@ class _Meeting:
             try:
                 self.found = dict(enumerate(self.world.perform(exchanges)))
             except BaseException as error:
-                self.error = error
+                self.found, self.error = {}, error
                 raise
             finally:
                 self.round += 1
@@ -52,7 +52,7 @@ class _Meeting:
         mine = self.round
         if not self.turn.wait_for(lambda: self.round > mine or self.error is not None, PATIENCE):
             raise TimeoutError(f"rank {rank} waited for the others")
-        if self.error is not None:
+        if self.round == mine or rank not in self.found:
             raise Gone from self.error
         return self.found[rank]
 
