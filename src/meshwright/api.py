@@ -183,7 +183,7 @@ class Run:
             choice = choose(
                 stem,
                 run_dir=Path(given) if given else None,
-                resume=bool(wanted["resume"]) and not given,
+                resume=bool(wanted["resume"]),
                 fresh=bool(wanted["fresh"]),
                 overwrite=bool(wanted["overwrite"]),
             )
@@ -192,8 +192,8 @@ class Run:
             gather_json([path, go_on], session.everyone, "run folder")
         )
         self.dir = Path(path)
-        if go_on and session.resume(self.dir / "checkpoints") is None and wanted["resume"]:
-            session.notes.append(f"nothing to resume in {self.dir}; starting at step 0")
+        if go_on:
+            session.resume(self.dir / "checkpoints")
         if self.rank == 0:
             self._journal = open_journal(self.dir, session.step, self._loggers, quiet=self._quiet)
         self._saved_step = session.step

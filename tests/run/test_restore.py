@@ -239,7 +239,7 @@ def test_a_damaged_step_that_was_asked_for_is_refused_with_another_to_take(saved
         resume_all(saved.parent, at=30)
     lines = str(caught.value).splitlines()
     assert "rank1.safetensors does not match its digest" in lines[0]
-    assert lines[1] == "the checkpoint of step 20 is whole: --resume=20 goes on from there"
+    assert lines[1] == "the checkpoint of step 20 is whole: ask for that one"
 
 
 def test_damaged_ones_alone_are_an_error_not_a_fresh_start(saved):

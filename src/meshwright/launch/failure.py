@@ -24,6 +24,7 @@ from meshwright.errors import MeshwrightError, OutOfMemory, PeerLost, Stalled, U
 __all__ = ["Failure", "Frame", "clear", "deciding", "describe", "read", "record", "render"]
 
 SIGNALLED, EXITED = "killed", "exited"  # kinds of failures that left no record
+_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a RuntimeError for it
 _MESSAGE_LINES, _FRAMES_SHOWN, _WRAP, _WIDTH = 4, 2, 116, 160
 
 
@@ -64,9 +65,9 @@ def describe(rank: int, error: BaseException) -> Failure:
     chain = _chain(error)
     frames = [frame for link in reversed(chain) for frame in _frames(link)]
     ordered = [f for f in frames if f.user] + [f for f in frames if not f.user]
-    message = str(error).strip() or "(no message)"
+    message = "\n".join([str(error).strip() or "(no message)", *_notes(error)])
     cause = chain[-1]
-    if cause is not error and str(cause) not in message:
+    if cause is not error and _said(cause) not in message:
         message += f"\nbecause of {type(cause).__name__}: {str(cause).strip()}"
     return Failure(
         rank,
@@ -79,6 +80,18 @@ def describe(rank: int, error: BaseException) -> Failure:
     )
 
 
+def _notes(error: BaseException) -> list[str]:
+    """What was added to `error` on its way."""
+    found: list[str] = vars(error).get("__notes__", [])
+    return found
+
+
+def _said(error: BaseException) -> str:
+    """What a message says that tells of `error` already."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error)
+
+
 def status_of(error: BaseException) -> int:
     """The exit status for an error, whoever raised it."""
     if isinstance(error, MeshwrightError):
@@ -87,7 +100,8 @@ def status_of(error: BaseException) -> int:
         return 128 + signal.SIGINT
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if any(c.__name__ in {"MemoryError", "OutOfMemoryError"} for c in type(error).__mro__):
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"} or _CPU_MEMORY in str(error):
         return OutOfMemory.exit_status
     return UserCodeError.exit_status if _by_user(error) else MeshwrightError.exit_status
 
@@ -213,8 +227,12 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _frames(error: BaseException) -> list[Frame]:
-    """The traceback's frames, innermost first."""
-    return [
+    """The traceback's frames, innermost first; a syntax error's own line before them."""
+    found = []
+    if isinstance(error, SyntaxError) and error.filename:
+        text, own = (error.text or "").strip(), _owner(error.filename) == "user"
+        found.append(Frame(error.filename, error.lineno or 0, "<module>", text, own))
+    return found + [
         Frame(
             frame.filename,
             frame.lineno or 0,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,7 +119,17 @@ def _guarded(doing: str, function: Callable[..., Any], *args: Any, **named: Any)
             "script under `if __name__ == '__main__':`"
         ) from error
     except Exception as error:
-        raise UserCodeError(f"{doing} raised {type(error).__name__}: {error}") from error
+        raise UserCodeError(
+            f"{doing} raised {type(error).__name__}: {error}{_near_argument(error)}"
+        ) from error
+
+
+def _near_argument(error: Exception) -> str:
+    """For a mistyped argument of Job, the one that was meant (Python 3.11 does not say)."""
+    mistyped = re.match(r"Job\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if mistyped is None:
+        return ""
+    return "; " + nearest(mistyped[1], [field.name for field in fields(Job)])
 
 
 def _candidates(path: Path, module: ModuleType) -> str:

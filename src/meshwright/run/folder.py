@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshwright.errors import StorageError, UsageError
+from meshwright.run.retention import listed
 
 __all__ = ["Choice", "choose"]
 
@@ -38,7 +39,8 @@ def choose(
         stem: of the user's file; names folders under `root`.
         root: of all runs.
         run_dir: a folder of the user's choice; going on from what is in it is the default.
-        resume: go on with the newest run of this file.
+        resume: go on with the newest run of this file that has a checkpoint, or with `run_dir`,
+            which must have one.
         fresh: start anew, and refuse a folder that is not empty.
         overwrite: with `fresh`, remove what an earlier run wrote there.
 
@@ -56,16 +58,25 @@ def choose(
                 f"--fresh, but {run_dir} is not empty; use another --run-dir, or --overwrite to "
                 "lose it"
             )
+        if resume and not _has_checkpoint(run_dir):
+            raise UsageError(
+                f"--resume, but {run_dir} has no checkpoint; leave --resume out to start in it"
+            )
         if fresh and overwrite:
             _empty(run_dir)
         return Choice(_made(run_dir), not fresh)
     numbered = sorted(_numbered(stem, root))
     if resume:
-        if not numbered:
+        # A start that failed early left a folder with nothing to go on from.
+        runs = [root / f"{stem}-{number:03d}" for number in reversed(numbered)]
+        found = next(filter(_has_checkpoint, runs), None)
+        if found is None:
+            lacking = "with a checkpoint " if runs else ""
             raise UsageError(
-                f"--resume, but there is no run of {stem} in {root}; start one without --resume"
+                f"--resume, but there is no run of {stem} {lacking}in {root}; start one without "
+                "--resume"
             )
-        return Choice(root / f"{stem}-{numbered[-1]:03d}", resume=True)
+        return Choice(found, resume=True)
     return Choice(_next(stem, root, numbered[-1] + 1 if numbered else 1), resume=False)
 
 
@@ -77,6 +88,12 @@ def _numbered(stem: str, root: Path) -> list[int]:
     return [int(match[1]) for match in found if match]
 
 
+def _has_checkpoint(run: Path) -> bool:
+    """Whether something was saved there; whether it is whole is seen when it is read."""
+    folder = run / "checkpoints"
+    return folder.is_dir() and bool(listed(path.name for path in folder.iterdir()))
+
+
 def _next(stem: str, root: Path, number: int) -> Path:
     """The first free number's folder, made; two starts at once get two folders."""
     while True:
@@ -86,7 +103,9 @@ def _next(stem: str, root: Path, number: int) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise StorageError(f"cannot make the run folder {path}: {error.strerror}") from error
+            raise StorageError(
+                f"cannot make the run folder {path}: {error.strerror}; use another --run-dir"
+            ) from error
         else:
             return path
 
@@ -108,5 +127,7 @@ def _made(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the run folder {path}: {error.strerror}") from error
+        raise StorageError(
+            f"cannot make the run folder {path}: {error.strerror}; use another --run-dir"
+        ) from error
     return path

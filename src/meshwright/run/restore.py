@@ -250,4 +250,4 @@ def _remedy(path: Path | None) -> str:
     if path is None:
         return "no older checkpoint is whole either; --fresh starts over"
     step = step_of(path.name)
-    return f"the checkpoint of step {step} is whole: --resume={step} goes on from there"
+    return f"the checkpoint of step {step} is whole: ask for that one"
