@@ -91,3 +91,18 @@ def test_a_script_that_fails_gives_its_status(shell, folder):
     assert done.returncode == 9
     assert "rank 1 failed: exit status 9" in done.stderr
     assert (folder / "runs" / "own-001" / "logs").is_dir()
+
+
+def test_the_demo_plans_trains_verifies_and_reports(shell, folder):
+    done = shell("demo", "--steps", 8)
+    assert done.returncode == 0, done.stderr
+    page = done.stdout
+    assert page.index("1 Plan") < page.index("2 Train") < page.index("3 Verify")
+    assert page.index("PASS") < page.index("4 Report")
+    assert [line.split()[1] for line in done.stderr.splitlines() if "held-out loss" in line] == [
+        str(step) for step in range(1, 9)
+    ]
+    run_dir = folder / "runs" / "demo-001"
+    assert json.loads((run_dir / "verify.json").read_text())["passed"]
+    assert (run_dir / "report.html").as_uri() in page
+    assert "gpt.py" in (run_dir / "report.html").read_text()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from rich.console import Console, Group
+from rich.constrain import Constrain
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.cli.output import show, write_json
+from meshwright.cli.output import program, show, write_json
 from meshwright.cli.plan import explained
 from meshwright.cli.told import Task
 from meshwright.cli.verify import failure_text
 from meshwright.cli.words import Which
 from meshwright.errors import UsageError, VerificationFailed
+from meshwright.view.units import bytes_text
 
 __all__ = ["EXAMPLE", "demo"]
 
@@ -30,11 +33,12 @@ RANKS: Final = 2
 SETTINGS: Final = ("depth=3", "width=96", "context=96", "batch=32", "lr=0.002")
 SMALL: Final = ("depth=2", "width=32", "context=32", "batch=16")
 EVALUATIONS: Final = 8
+_WIDTH: Final = 96
 
 
 def demo(
     *,
-    steps: Annotated[int, typer.Option(min=1, metavar="K", help="Of the training.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, metavar="K", help="Of the training.")] = 800,
 ) -> Task:
     """Train a byte-level GPT on two processes, verify it against one device, write its report."""
     return partial(_demo, steps)
@@ -55,7 +59,7 @@ def _demo(steps: int) -> int:
         return status
     _verify(file, run_dir)
     page = write_report(run_dir)
-    _next(file, run_dir, page)
+    _next(file, page)
     return 0
 
 
@@ -77,22 +81,23 @@ def _explain(file: Path) -> None:
     from meshwright.view.tables import plan_table
 
     record = explained(Which(str(file), SETTINGS), PLAN, RANKS)
-    elements = sum(_elements(parameter["shape"]) for parameter in record["parameters"])
+    elements = sum(prod(parameter["shape"]) for parameter in record["parameters"])
     _chapter(
         1,
         "Plan",
-        f"{file} is an ordinary PyTorch GPT: bytes in, next byte out, {elements:,} parameters.\n"
-        f"It knows nothing of ranks. The plan {PLAN} lays it over two: each keeps half of the\n"
-        "weights, gradients and optimizer state, and half of every batch.",
+        f"{file} is an ordinary PyTorch GPT: bytes in, the next byte out, {elements:,} "
+        "parameters. It knows nothing of ranks. The plan "
+        f"{PLAN} lays it over two: each keeps half of the weights, gradients and optimizer state, "
+        "and takes half of every batch.",
     )
-    show(Padding(plan_table(record, rows=3), (0, 0, 0, 2)))
-
-
-def _elements(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    show(Padding(plan_table({**record, "collectives": []}), (0, 0, 1, 2)))
+    moved = sum(entry["bytes"] for entry in record["collectives"])
+    calls = sum(entry["count"] for entry in record["collectives"])
+    where = f"{program()} plan {file} --plan {PLAN}"
+    _paragraph(
+        f"A step moves {bytes_text(moved)} from each rank, in {calls} collectives. For each, the "
+        f"source line that needs it and why: {where}"
+    )
 
 
 def _train(file: Path, steps: int, run_dir: Path) -> int:
@@ -101,8 +106,8 @@ def _train(file: Path, steps: int, run_dir: Path) -> int:
     _chapter(
         2,
         "Train",
-        "Two processes learn the source text of this Python's own library. Held-out files are\n"
-        "never trained on; a model that knows nothing has a loss of ln 256 = 5.55.",
+        "Two processes learn the source text of this Python's own library. One file in twenty is "
+        "held out. A model that knows nothing has a loss of ln 256 = 5.55.",
     )
     words = ["train", str(file), "--plan", PLAN, "--steps", str(steps), "--run-dir", str(run_dir)]
     words += ["--evaluate-every", str(max(1, steps // EVALUATIONS))]
@@ -119,8 +124,9 @@ def _verify(file: Path, run_dir: Path) -> None:
     _chapter(
         3,
         "Verify",
-        "The same code at a smaller size, in float64: five steps under the plan, and five of the\n"
-        "untouched eager code on one device. Every tensor is compared after every step.",
+        "The same code at a smaller size, in float64: five steps under the plan, and five of the "
+        "untouched eager code on one device. Every gradient, weight and optimizer state is "
+        "compared after every step.",
     )
     job = Which(str(file), SMALL).load()
     with Console(stderr=True).status("comparing …"):
@@ -131,24 +137,28 @@ def _verify(file: Path, run_dir: Path) -> None:
         raise VerificationFailed(failure_text(found))
 
 
-def _next(file: Path, run_dir: Path, page: Path) -> None:
+def _next(file: Path, page: Path) -> None:
     _chapter(4, "Report", "Mesh, loss, time, traffic and memory of this run, on one page:")
-    show(Text(f"  {page.resolve().as_uri()}", "bold cyan"), Text())
-    table = Table.grid(padding=(0, 3, 0, 2))
-    for command, why in (
-        (f"mw train {file} -n 2 --plan zero1", "the same numbers, another layout"),
-        (f"mw plan {file} --plan zero3 -n 8", "what eight ranks would hold and send"),
-        (f"mw verify {file} --plan data=3 --set depth=1", "batches that do not divide, too"),
-        (f"mw train {file} -n 4 --run-dir {run_dir} --steps 900", "go on, with four ranks"),
+    mw = program()
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for words, why in (
+        (f"train {file} -n 2 --plan zero1", "the same numbers, laid out otherwise"),
+        (f"verify {file} --plan data=3 --set depth=1", "a batch that three ranks do not divide"),
+        (f"plan {file} --plan zero3 -n 8", "what eight ranks would hold and send"),
+        (f"train {file} -n 2 --set depth=6 --set width=256", "a larger model, for a longer break"),
     ):
-        table.add_row(Text(command, "bold"), why)
-    show(Group(Text("  To try next", "dim"), table), Text())
+        table.add_row(Text(f"{mw} {words}", "bold"), why)
+    address = Text(page.resolve().as_uri(), "bold cyan")
+    show(Padding(Group(address, Text(), Text("To try next", "dim"), table), (0, 0, 1, 2)))
 
 
 def _chapter(number: int, title: str, text: str) -> None:
     """A heading, and what follows in two or three lines."""
-    show(
-        Text(),
-        Rule(Text.assemble((f"{number} ", "dim"), (title, "bold")), align="left", style="dim"),
-        Padding(Text(text), (0, 0, 1, 2)),
-    )
+    heading = Text.assemble((f"{number} ", "cyan"), (title, "bold"))
+    show(Text(), Constrain(Rule(heading, align="left", style="dim"), _WIDTH))
+    _paragraph(text)
+    show(Text())
+
+
+def _paragraph(text: str) -> None:
+    show(Constrain(Padding(Text(text), (0, 0, 0, 2)), _WIDTH))

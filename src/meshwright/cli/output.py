@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console, RenderableType
 
 from meshwright.errors import StorageError
 
-__all__ = ["log", "print_json", "show", "user_output", "write_json"]
+__all__ = ["log", "print_json", "program", "show", "user_output", "write_json"]
 
 _WIDE = 240
 
@@ -44,6 +45,17 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(entry) for entry in value]
     return value
+
+
+def program() -> str:
+    """How to call this program from here: `mw`, or where it is if the shell would not find it."""
+    if shutil.which("mw"):
+        return "mw"
+    beside = Path(sys.executable).with_name("mw")
+    if not beside.exists():
+        return f"{sys.executable} -m meshwright"
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def log(text: str) -> None:

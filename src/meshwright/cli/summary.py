@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from meshwright.cli.output import program
 from meshwright.view.units import value_text
 
 __all__ = ["summary_text"]
@@ -27,5 +28,5 @@ def summary_text(summary: Mapping[str, Any]) -> Table:
         found = (f"{name} {value_text(v)}" for name, v in summary["evaluation"].items())
         table.add_row("held-out", Text("  ".join(found)))
     table.add_row("run", Text(folder))
-    table.add_row("report", Text(f"mw report {folder}", "bold"))
+    table.add_row("report", Text(f"{program()} report {folder}", "bold"))
     return table

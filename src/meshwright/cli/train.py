@@ -193,6 +193,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
         if wanted.json:
             print_json(summary)
         else:
+            log("")
             show(summary_text(summary))
     return 0
 
