@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from meshwright.compile.random import (
-    _HANDLERS,
-    RandomMode,
-    draw,
-    draw_op,
-    philox,
-    position_operand,
-)
+from meshwright.compile.draw import draw, draw_op, philox, position_operand
+from meshwright.compile.random import _HANDLERS, RandomMode
 from meshwright.errors import NotTraceable
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compile.random import position_operand
+from meshwright.compile.draw import position_operand
 from tests.program.call import Call, f, truth, unit, whole
 
 aten = torch.ops.aten

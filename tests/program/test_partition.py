@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.compile.random import position_operand
+from meshwright.compile.draw import position_operand
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard, local_shape
 from meshwright.program.partition import COLLECTIVES, partition
 from meshwright.program.program import Op, Program, Ref, Value

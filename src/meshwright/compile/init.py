@@ -28,14 +28,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from meshwright.compile.random import (
-    RandomMode,
-    draw,
-    draw_op,
-    fill,
-    fill_op,
-    position_operand,
-)
+from meshwright.compile.draw import draw, draw_op, fill, fill_op, position_operand
+from meshwright.compile.random import RandomMode
+from meshwright.compile.settings import default_dtype
 from meshwright.compile.stale import python_seeded
 from meshwright.errors import UserCodeError
 
@@ -47,7 +42,10 @@ _STREAM = 2**40
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One op on the tape: what it was given, what it made, which storages it read and wrote."""
+    """One op on the tape: what it was given, what it made, which storages it read and wrote.
+
+    `dtype` is torch's default one when it ran: what a tensor made without a dtype is of.
+    """
 
     function: Any
     args: tuple[Any, ...]
@@ -55,6 +53,7 @@ class _Entry:
     result: Any
     reads: frozenset[int]
     writes: frozenset[int]
+    dtype: torch.dtype
 
 
 class _Tape(TorchDispatchMode):
@@ -74,7 +73,8 @@ class _Tape(TorchDispatchMode):
         given = _storages((args, kwargs))
         mutates = func._schema.is_mutable
         writes = made | (_mutated(func, args, kwargs) if mutates else frozenset())
-        self.entries.append(_Entry(func, args, kwargs, result, given, writes))
+        dtype = torch.get_default_dtype()
+        self.entries.append(_Entry(func, args, kwargs, result, given, writes, dtype))
         return result
 
 
@@ -153,7 +153,8 @@ def _replayed(chain: Sequence[_Entry], wanted: int) -> dict[int, Any]:
     with torch.no_grad():
         for place, entry in enumerate(chain):
             args, kwargs = pytree.tree_map(lambda x: _real(x, real), (entry.args, entry.kwargs))
-            made = entry.function(*args, **kwargs)
+            with default_dtype(entry.dtype):
+                made = entry.function(*args, **kwargs)
             for fake, value in zip(
                 pytree.tree_leaves(entry.result), pytree.tree_leaves(made), strict=True
             ):

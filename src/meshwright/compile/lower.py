@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from meshwright.compile.collective import local_move
-from meshwright.compile.random import draw
+from meshwright.compile.draw import draw
 from meshwright.errors import UserCodeError
 from meshwright.program.program import Arg, Op, Program, Ref, Symbol
 

@@ -8,6 +8,7 @@ by autograd's sequence number.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,14 +150,19 @@ def trace_function(
     function: Callable[..., Mapping[str, Tensor]],
     inputs: Mapping[str, Tensor],
     places: Places,
-) -> Program:
+    make: Callable[[Tensor], Tensor],
+) -> tuple[Program, dict[str, Tensor]]:
     """The Program of `function(**inputs)`, a mapping of named tensors, functionalised.
+
+    Tensors that the code closes over (`torch.tensor(0.5)`, class weights of a module) become inputs
+    `constant/<digest>`; they are returned beside it.
 
     Args:
         function: takes the inputs by name (as one mapping) and returns named outputs. It may
             change its inputs in place.
         inputs: fake tensors, all of one fake mode.
         places: filled by a `Tagger` that the function runs under.
+        make: the real tensor that a fake one stands for, alone in memory.
     """
     names: list[str] = []
 
@@ -169,7 +175,8 @@ def trace_function(
 
     graph = make_fx(flat, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*inputs.values())
     graph.graph.eliminate_dead_code()
-    return _program(graph, list(inputs), names, places)
+    reader = _Reader(graph, places, make)
+    return reader.read(list(inputs), names), reader.constants
 
 
 @contextmanager
@@ -199,8 +206,11 @@ _SAME = {
 class _Reader:
     """Reads an fx graph into a Program."""
 
-    def __init__(self, graph: GraphModule, places: Places) -> None:
+    def __init__(
+        self, graph: GraphModule, places: Places, make: Callable[[Tensor], Tensor]
+    ) -> None:
         self.graph = graph
+        self.make = make
         self.places = places
         self.values: list[Value] = []
         self.ops: list[Op] = []
@@ -283,11 +293,12 @@ class _Reader:
                 self.number[node] = self.new(node.meta["val"])
                 named.append((next(names), self.number[node]))
             elif node.op == "get_attr":
-                tensor = _attribute(self.graph, node.target)
-                self.number[node] = self.new(tensor)
-                name = f"constant/{node.target}"
-                self.constants[name] = tensor
-                named.append((name, self.number[node]))
+                tensor = self.make(_attribute(self.graph, node.target))
+                name = f"constant/{_digest(tensor)}"
+                if name not in self.constants:
+                    self.constants[name] = tensor
+                    named.append((name, self.new(tensor)))
+                self.number[node] = dict(named)[name]
             elif node.op == "call_function" and "getitem" in str(node.target):
                 self.number[node] = self.parts[node.args[0], node.args[1]]
             elif node.op == "call_function":
@@ -316,6 +327,13 @@ _FILLED: dict[str, Arg] = {
 }
 
 
+def _digest(tensor: Tensor) -> str:
+    """A name for a tensor's content, the same on every rank."""
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    form = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(form + content).hexdigest()[:16]
+
+
 def _canonical(op: Op, values: Sequence[Value]) -> Op:
     """One form for what has several.
 
@@ -331,10 +349,3 @@ def _canonical(op: Op, values: Sequence[Value]) -> Op:
         shape = values[op.results[0]].shape
         return replace(op, name="aten.view.default", args=(op.args[0], shape))
     return op
-
-
-def _program(
-    graph: GraphModule, inputs: Sequence[str], outputs: Sequence[str], places: Places
-) -> Program:
-    reader = _Reader(graph, places)
-    return reader.read(inputs, outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright.compile.blame import blamed
+from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
-from meshwright.compile.random import RandomMode, SampleDim, draw_op
+from meshwright.compile.random import RandomMode
+from meshwright.compile.settings import default_dtype, straight_checkpoint, unvalidated
 from meshwright.compile.stale import not_stale
 from meshwright.compile.state import kept, require_dense, require_kept, traced_parameters
 from meshwright.compile.trace import Places, Tagger, trace_function
@@ -51,6 +53,7 @@ class Unit:
         trained: parameters with a gradient, in order.
         metrics: names, in order.
         outputs: of a prediction, the tree that its `output/*` are leaves of.
+        constants: the program's inputs that the code closes over.
     """
 
     program: Program
@@ -60,47 +63,7 @@ class Unit:
     trained: tuple[str, ...]
     metrics: tuple[str, ...]
     outputs: Any = None
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """torch's default floating dtype, where one is given, and restored."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def straight_checkpoint() -> Iterator[None]:
-    """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business."""
-
-    def around(*_: Any, **__: Any) -> Iterator[None]:
-        """What torch steps once before the function and once after it."""
-        yield
-
-    # User code has imported `checkpoint` by name; what it calls inside is looked up at each call.
-    inside = torch.utils.checkpoint
-    with (
-        mock.patch.object(inside, "_checkpoint_without_reentrant_generator", around),
-        mock.patch.object(inside, "CheckpointFunction", _Straight),
-    ):
-        yield
-
-
-def _believing() -> contextlib.AbstractContextManager[object]:
-    """torch.distributions check their parameters by reading them, which no trace can."""
-    return mock.patch.object(torch.distributions.Distribution, "_validate_args", new=False)
-
-
-class _Straight:
-    """In place of torch's reentrant checkpoint function: calls and forgets nothing."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - torch's signature
-        return function(*args)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -111,6 +74,7 @@ class _Run:
     metrics: tuple[str, ...] = ()
     draws: int = 0
     outputs: Any = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +129,8 @@ def trace_unit(
         n.removeprefix("gradient/") for n, _ in first.outputs if n.startswith("gradient/")
     )
     program = _with_draws(first, draws)
-    return Unit(program, samples, draws, run.unused, trained, run.metrics, run.outputs)
+    names = run.metrics, run.outputs, run.constants
+    return Unit(program, samples, draws, run.unused, trained, *names)
 
 
 def _trace(
@@ -184,8 +149,10 @@ def _trace(
 
     # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
     compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
-    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling, _believing():
-        program = not_stale(lambda: trace_function(function, fakes, places), model.module, turn)
+    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling, unvalidated():
+        program, run.constants = not_stale(
+            lambda: trace_function(function, fakes, places, model.make), model.module, turn
+        )
         program = require_kept(program)
     return program, run
 

@@ -64,6 +64,7 @@ class Lowered:
 
     compiled: Compiled
     functions: tuple[Segment, ...]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -125,13 +126,15 @@ class Build:
         key = (rank, tuple(m.key for m in micros), function, tuple(sorted(how.items())))
         if key not in self.lists:
             place = self.place(rank)
-            units = [self.unit(m, loss, **how).program for m in micros]
-            compiled = assemble(units, self.axes, place.coordinates, self.states)
+            units = [self.unit(m, loss, **how) for m in micros]
+            programs = [unit.program for unit in units]
+            compiled = assemble(programs, self.axes, place.coordinates, self.states)
             functions = tuple(
                 lower(segment, place.coordinates, self.dtype)
                 for segment in compiled.instructions.segments
             )
-            self.lists[key] = Lowered(compiled, functions)
+            constants = {name: t for unit in units for name, t in unit.constants.items()}
+            self.lists[key] = Lowered(compiled, functions, constants)
         return self.lists[key]
 
     def _identity(self, function: Callable[..., Any]) -> Hashable:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.comm.base import all_reduce
+from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
-from meshwright.compile.random import position_operand
 from meshwright.errors import UserCodeError
 from meshwright.run.build import Micro
 from meshwright.run.data import Source

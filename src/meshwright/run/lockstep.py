@@ -11,8 +11,8 @@ from torch import Tensor
 
 from meshwright.comm.local import run_local
 from meshwright.compile.collective import narrow
+from meshwright.compile.draw import position_operand
 from meshwright.compile.interpret import interpret
-from meshwright.compile.random import position_operand
 from meshwright.program.layout import Layout, Partial, Shard, region, slab
 from meshwright.program.partition import Local
 from meshwright.program.program import Op
@@ -44,7 +44,7 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     }
     device: Values = {}
     state = {n: _assembled(build, workers, n) for n in whole.state.values}
-    inputs = {**state, **batch, "position": place}
+    inputs = {**state, **unit.constants, **batch, "position": place}
     _single(interpret(unit.program, inputs, watch=lambda _n, _op, values: device.update(values)))
 
     locals_ = [
@@ -55,7 +55,7 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     exchanges = []
     for worker, found, local, values in zip(workers, fetched, locals_, seen, strict=True):
         mine = {f"batch/{n}": t for n, t in zip(names, found.leaves[0], strict=True)}
-        given = {**worker.state.values, **mine, "position": place}
+        given = {**worker.state.values, **unit.constants, **mine, "position": place}
 
         def watch(_n: int, _op: Op, now: Mapping[int, Tensor], into: Values = values) -> None:
             into.update(now)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from meshwright.compile.draw import SampleDim, draw, position_operand
 from meshwright.compile.init import Blueprint, seeded
 from meshwright.compile.outcome import normalise
-from meshwright.compile.random import RandomMode, SampleDim, draw, position_operand
-from meshwright.compile.unit import default_dtype, straight_checkpoint
+from meshwright.compile.random import RandomMode
+from meshwright.compile.settings import default_dtype, straight_checkpoint
 from meshwright.job import Job
 from meshwright.run.build import micro_ranges
 from meshwright.run.data import Source

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from meshwright.comm.base import Comm, gather_json
 from meshwright.comm.local import LocalWorld
+from meshwright.compile.draw import SampleDim
 from meshwright.compile.example import example_of
-from meshwright.compile.random import SampleDim
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout, region

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from meshwright.comm.base import Group, all_reduce
 from meshwright.comm.handshake import agree
+from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
-from meshwright.compile.random import position_operand
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import region
 from meshwright.run.batch import checked, cut, digest
@@ -232,6 +232,7 @@ class Worker:
         """Send the list's executor its work and pass its requests on, until it commits."""
         key = id(lowered)
         if key not in self.running:
+            self.state.values.update(lowered.constants)
             started = execute(
                 lowered.compiled.instructions, lowered.functions, self.state.values, self.place
             )
