@@ -25,6 +25,7 @@ from meshwright.program.program import Value
 from meshwright.run.build import Build, Micro, micro_ranges, prepare, values_of
 from meshwright.run.data import Source, open_source
 from meshwright.run.eager import EagerWorker
+from meshwright.run.optimizer import Recipe
 from meshwright.run.session import Session
 from meshwright.run.worker import Fetched
 
@@ -69,15 +70,31 @@ def nearby(source: str) -> str:
 def facts_of(session: Session) -> dict[str, str]:
     """What all ranks must have alike before they do anything together."""
     build = session.build
+    job, source = build.job, session.worker.source
     return {
         "meshwright version": VERSION,
         "torch version": str(torch.__version__),
         "plan": build.plan.text(),
-        "batch_size": str(build.job.batch_size),
-        "seed": str(build.job.seed),
+        "batch_size": str(job.batch_size),
+        "seed": str(job.seed),
+        "clip_norm": str(job.clip_norm),
+        "steps": str(job.steps),
+        "epochs": str(job.epochs),
+        "samples in the data": str(None if source is None else source.length),
         "eager": str(isinstance(session.worker, EagerWorker)),
         "parameters": hashlib.sha256(repr(build.values()).encode()).hexdigest()[:16],
+        **_optimizer_facts(build.recipe),
     }
+
+
+def _optimizer_facts(recipe: Recipe) -> dict[str, str]:
+    """Its class, and each group's settings: replicas that step apart would drift apart."""
+    found = {"optimizer": recipe.kind.__name__}
+    for number, (names, settings) in enumerate(recipe.groups):
+        group = f" of optimizer group {number}"
+        found["size" + group] = str(len(names))
+        found |= {key + group: str(value) for key, value in sorted(settings.items())}
+    return found
 
 
 def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
