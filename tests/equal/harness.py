@@ -13,9 +13,10 @@ from meshwright.plan.plan import Plan
 from meshwright.program.assemble import complete_unit
 from meshwright.run.build import Build, prepare
 from meshwright.run.data import open_source
+from meshwright.run.measure import KINDS, LAW, Report
 from meshwright.run.reference import Reference, Snapshot
 from meshwright.run.step import Policy
-from meshwright.run.verify import KINDS, LAW, Report, merge, reference_for, verify_rank
+from meshwright.run.verify import merge, reference_for, verify_rank
 from meshwright.run.worker import Worker
 
 STEPS = 5

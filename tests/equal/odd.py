@@ -318,6 +318,60 @@ class Shuffled(nn.Module):
         return self.drop(x.view(len(x), 8, 4)).reshape(len(x), 32) + self.table(picked)
 
 
+GLOBAL = torch.linspace(0.5, 1.5, 32)
+
+
+class ClosedOver(nn.Module):
+    """Tensors that are nobody's state: of the module's file, in a list, literals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = [torch.linspace(0, 1, 32), torch.rand(32)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * GLOBAL + self.tables[0] * self.tables[1]
+        return x * torch.tensor(0.5) + torch.tensor([1.0, 2.0]).repeat(16) + torch.as_tensor(3)
+
+
+class Hooked(Plain):
+    """Hooks on a parameter's gradient, on a module's, and on what a module makes."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 32))
+        self.up.weight.register_hook(lambda grad: grad * 0.5)
+        self.down.bias.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+        self.middle.register_full_backward_hook(lambda _m, given, _out: (given[0] * 0.3,))
+        self.up.register_forward_hook(lambda _m, _given, out: out * 1.1)
+
+
+class Sampled(nn.Module):
+    """A reparameterised draw from a distribution, and a Gumbel softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.distributions.Normal(x, 0.1 + x.abs()).rsample()
+        return drawn + F.gumbel_softmax(x, hard=True)
+
+
+class Ragged(Dataset[tuple[Tensor, int]]):
+    """Token sequences of 2 to 5."""
+
+    def __len__(self) -> int:
+        return 90
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        g = torch.Generator().manual_seed(index)
+        return torch.randint(1, TOKENS, (2 + index % 4,), generator=g), index % CLASSES
+
+
+def padded(samples: list[tuple[Tensor, int]]) -> Batch:
+    """Sequences padded to the longest of the batch, so that shapes differ by step and rank."""
+    longest = max(len(tokens) for tokens, _ in samples)
+    tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
+    for row, (sample, _) in enumerate(samples):
+        tokens[row, : len(sample)] = sample
+    return {"tokens": tokens, "y": torch.tensor([label for _, label in samples])}
+
+
 def masked(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """A sum over unmasked tokens and their number, with metrics of both forms."""
     logits = model(batch["tokens"])
@@ -432,6 +486,17 @@ ODD: dict[str, Callable[[], Job]] = {
     "tensor attribute": lambda: job(lambda: Plain(Attribute())),
     "noise": lambda: job(lambda: Plain(Noise())),
     "random choices": lambda: job(lambda: Plain(Shuffled())),
+    "closed-over tensors": lambda: job(lambda: Plain(ClosedOver())),
+    "hooks": lambda: job(Hooked),
+    "distributions": lambda: job(lambda: Plain(Sampled())),
+    "ragged batches": lambda: Job(
+        lambda: Sequences(nn.Dropout(0.1), padding=0),
+        classify("tokens"),
+        adamw,
+        Ragged,
+        BATCH,
+        collate=padded,
+    ),
     "regression losses": lambda: job(Plain, loss=regression),
     "weighted classes": lambda: job(Plain, loss=smoothed),
     "contrast": lambda: job(Plain, loss=contrast),

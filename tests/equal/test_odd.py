@@ -10,7 +10,7 @@ from torch import nn
 
 from meshwright.errors import NotTraceable, PlanError, UserCodeError
 from tests.equal.harness import Case, assert_equal, unruled, verify_local
-from tests.equal.odd import ODD, Plain, job
+from tests.equal.odd import ODD, TOKENS, WIDTH, Plain, Sequences, job
 
 UNTRACEABLE = "batch norm 1d, cumulative"
 PLANS = ["data=2", "zero1,data=3", "zero2,data=2", "zero3,data=3", "zero3,data=4"]
@@ -100,6 +100,94 @@ class Grows(nn.Module):
 def test_a_buffer_that_changes_its_shape_is_refused_by_name():
     with pytest.raises(UserCodeError, match=r"buffer middle\.past .*must keep its shape and dtype"):
         verify_local(job(lambda: Plain(Grows())), "data=2", steps=1)
+
+
+class Teacher(Plain):
+    """A slow copy of a layer, which the forward itself moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = nn.Linear(32, 32).requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.slow.weight.mul_(0.9).add_(self.up.weight @ self.up.weight.t(), alpha=0.1)
+        return self.down(self.slow(self.up(x)))
+
+
+class Clipped(Plain):
+    """Clips its weights behind autograd's back."""
+
+    def forward(self, x):
+        self.up.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Level(Plain):
+    """A tensor attribute that is not registered, replaced in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = torch.ones(32)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        self.level = 0.9 * self.level + hidden.detach().mean(0)
+        return self.down(hidden / self.level)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(Teacher, "parameter slow.weight"), (Clipped, "parameter up.weight"), (Level, "tensor level")],
+)
+def test_what_a_forward_would_lose_is_refused_with_its_line(model, what):
+    with pytest.raises(UserCodeError, match=rf"test_odd\.py:\d+: the forward writes to .*{what}"):
+        verify_local(job(model), "data=2", steps=1)
+
+
+def test_a_hook_that_waits_for_grad_is_refused():
+    def model():
+        made = Plain()
+        made.up.weight.register_post_accumulate_grad_hook(lambda _: None)
+        return made
+
+    with pytest.raises(
+        NotTraceable, match=r"up\.weight has a hook .*register_hook, or use --eager"
+    ):
+        verify_local(job(model), "data=2", steps=1)
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    def model():
+        made = Sequences(nn.Identity())
+        made.token = nn.Embedding(TOKENS, WIDTH, sparse=True)
+        return made
+
+    with pytest.raises(NotTraceable, match=r"gradient of token\.weight is sparse.*sparse=False"):
+        verify_local(job(model, "tokens"), "data=2", steps=1)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    made = job(Plain, optimizer=lambda model: torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(UserCodeError, match=r"LBFGS computes the loss again .* a closure"):
+        verify_local(made, "data=2", steps=1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, maximize=True),
+        lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3), eps=1e-6, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, eps=1e-6, fused=True),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.01),
+        lambda p: torch.optim.NAdam(p, eps=1e-6),
+    ],
+    ids=["sgd", "amsgrad", "fused", "rmsprop", "adagrad", "nadam"],
+)
+def test_elementwise_optimizers_step_on_shards(make):
+    made = job(Plain, optimizer=lambda model: make(model.parameters()))
+    assert_equal(verify_local(made, "zero3,data=3", steps=3))
 
 
 def test_batches_that_ranks_do_not_divide():

@@ -1,0 +1,57 @@
+"""A sample of the matrix with real processes over a real transport."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from meshwright.run.measure import KINDS, LAW
+from tests.laws.source import ROOT
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow, pytest.mark.timeout(240)]
+
+GPT = ("examples/gpt.py", "depth=1", "width=32", "context=16", "batch=12", "dropout=0.1")
+FAMILIES = "tests/equal/families.py"
+SAMPLE = {
+    "gpt zero3,data=2,microbatches=3": GPT,
+    "digits zero1,data=2": ("examples/digits.py", "width=8"),
+}
+MORE = {
+    "gpt data=3": GPT,
+    "gpt zero2,data=4": GPT,
+    "digits data=4": ("examples/digits.py", "width=8"),
+    "finetune zero2,data=2,microbatches=3": ("examples/finetune.py",),
+    "gpt2 zero3,data=4": (f"{FAMILIES}:gpt2",),
+    "llama data=2": (f"{FAMILIES}:llama",),
+    "bert zero1,data=3": (f"{FAMILIES}:bert",),
+    "vit zero3,data=2,microbatches=3": (f"{FAMILIES}:vit",),
+}
+
+
+def verified(cell, words):
+    """What `mw verify --ranks processes` prints."""
+    file, *settings = words
+    given = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", "verify", file, *given, "--json",
+         "--plan", cell.split(" ")[1], "--ranks", "processes"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=220,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("cell", SAMPLE)
+def test_processes_equal_one_device(cell):
+    found = verified(cell, SAMPLE[cell])
+    assert found["passed"]
+    assert found["law"] == dict.fromkeys(KINDS, LAW)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("cell", MORE)
+def test_more_processes_equal_one_device(cell):
+    assert verified(cell, MORE[cell])["passed"]
