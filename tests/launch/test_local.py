@@ -133,6 +133,16 @@ def test_a_killed_rank_is_named_and_the_others_end_within_seconds(ranks):
     assert nothing_runs(done.run_dir)
 
 
+def test_a_killed_rank_is_named_though_the_other_had_to_be_ended(ranks, tmp_path):
+    dying = "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\n"
+    (tmp_path / "deaf.py").write_text(f"import os, signal\n{dying}signal.pause()\n")
+    done = ranks(2, command=[sys.executable, "deaf.py"], grace=0.2)
+    assert done.status == 75
+    assert "rank 1 (pid " in done.err.splitlines()[0]
+    assert done.err.splitlines()[0].endswith(") was killed by SIGKILL")
+    assert "rank 0" in done.err
+
+
 def test_losing_rank_0_which_keeps_the_store_ends_the_others_too(ranks):
     done = ranks(
         2,

@@ -36,13 +36,17 @@ _LOG_LINES, _LOG_BYTES = 3, 4096
 @final
 @dataclass(slots=True)
 class Member:
-    """One started rank, which leads its own process group. `ended` is the time of day."""
+    """One started rank, which leads its own process group.
+
+    `ended` is the time of day; `pressed` tells that it still ran when we began to end it.
+    """
 
     rank: int
     process: subprocess.Popen[bytes]
     pidfd: int
     pumps: tuple[Pump, ...] = ()
     ended: float | None = None
+    pressed: bool = False
 
     @property
     def status(self) -> int:
@@ -53,6 +57,15 @@ class Member:
         """Send a signal to the rank itself, which looks after its helpers."""
         if self.ended is None:
             self.process.send_signal(number)
+
+    def press(self, number: int) -> None:
+        """Have the rank end: ask it to, or with SIGKILL end it and all that it started."""
+        if self.ended is None:
+            self.pressed = True
+            if number == signal.SIGKILL:
+                self.kill()
+            else:
+                self.signal(number)
 
     def kill(self) -> None:
         """End the rank and all that it started."""
@@ -123,7 +136,7 @@ class Watch:
                 self.heard.append(number)
                 for member in self.crew:
                     if len(self.heard) > 1:
-                        member.kill()
+                        member.press(signal.SIGKILL)
                     else:
                         member.signal(_sent(number))
 
@@ -135,11 +148,11 @@ class Watch:
         if late > 0 and self.closing == 0:
             self.closing = 1
             for member in self.crew:
-                member.signal(signal.SIGTERM)
+                member.press(signal.SIGTERM)
         if late > _ON_TERM and self.closing == 1:
             self.closing = 2
             for member in self.crew:
-                member.kill()
+                member.press(signal.SIGKILL)
 
     def _report(self) -> int:
         """Print the failure, if there is one, and choose the exit status."""
@@ -154,16 +167,15 @@ class Watch:
     def _failures(self) -> list[Failure]:
         """What each failed rank recorded, or else what its exit says."""
         records = {found.rank: found for found in failure.read(self.run_dir)}
-        failed = (m for m in self.crew if m.status and not self._expected(m.status))
+        failed = (m for m in self.crew if m.status and not self._expected(m))
         found = [records.get(member.rank) or self._unrecorded(member) for member in failed]
         # Ranks that were asked to stop leave one after the other: that loses nobody.
         return [known for known in found if not (self.heard and known.consequence)]
 
-    def _expected(self, status: int) -> bool:
+    def _expected(self, member: Member) -> bool:
         """Whether a rank ended by our own doing."""
         ours = {-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM}
-        pressed = self.closing > 0 or len(self.heard) > 1
-        return self._asked(status) or (pressed and status in ours)
+        return self._asked(member.status) or (member.pressed and member.status in ours)
 
     def _unrecorded(self, member: Member) -> Failure:
         status, now = member.status, member.ended or 0.0
