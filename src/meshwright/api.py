@@ -21,7 +21,8 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
-from meshwright.comm.base import gather_json
+from meshwright.comm.base import Comm, Group, gather_json
+from meshwright.compile.outcome import RESERVED
 from meshwright.compile.watch import watch
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
@@ -30,7 +31,7 @@ from meshwright.launch.contract import Contract, here
 from meshwright.launch.signals import Stop, listen
 from meshwright.launch.worker import ending, guard
 from meshwright.plan.plan import Plan
-from meshwright.plan.toml import parse_plan
+from meshwright.plan.toml import AUTO, parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.folder import choose
@@ -106,6 +107,7 @@ class Run:
         self.dir = Path()
 
     def __enter__(self) -> Self:
+        self._described, self._saved_at = False, time.monotonic()
         with ExitStack() as stack:
             self._contract = contract = here()
             if _on_main_thread():
@@ -115,16 +117,12 @@ class Run:
             if contract.supervised:
                 guard(contract, comm)
             stack.enter_context(ending(contract, comm))
-            plan = plan_of(contract.plan or self._plan, self.job, contract.world.size)
+            plan, notes = _agreed_plan(contract.plan or self._plan, self.job, comm)
             self._session = open_session(
                 self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
             )
             stack.callback(self._session.close)
-            if (contract.plan or self._plan) == "auto" and contract.world.size > 1:
-                self._session.notes.append(
-                    f"plan {plan.text()} chosen: the first of data, zero1, zero2, zero3 whose "
-                    "state fits the memory; time was not compared"
-                )
+            self._session.notes += notes
             self._session.handshake(facts_of(self._session))
             self._open_folder()
             self._stack = stack.pop_all()
@@ -245,6 +243,10 @@ class Run:
 
     def log(self, **values: float) -> None:
         """Add values to the next step's record."""
+        for name in RESERVED & values.keys():
+            raise UsageError(
+                f"run.log({name}=...): records keep that name for themselves; use another name"
+            )
         self._journal.add(values)
 
     def evaluate(
@@ -321,6 +323,23 @@ class _WithMetrics:
         if isinstance(found[-1], Mapping):
             return (*found[:-1], {**found[-1], **more})
         return (*found, more)
+
+
+def _agreed_plan(asked: str | Plan, job: Job, comm: Comm) -> tuple[Plan, list[str]]:
+    """The plan of all ranks, and what to tell the user of its choice.
+
+    `auto` goes by free memory, which differs from rank to rank: all take what the first one chose.
+    """
+    size = comm.world.size
+    plan = plan_of(asked, job, size)
+    if asked != AUTO or size == 1:
+        return plan, []
+    text, *_ = comm.perform(gather_json(plan.text(), Group.world(size), "plan"))
+    told = (
+        f"plan {text} chosen: the first of data, zero1, zero2, zero3 whose state fits the memory; "
+        "time was not compared"
+    )
+    return Plan.parse(text), [told]
 
 
 def plan_of(plan: str | Plan, job: Job, world: int) -> Plan:

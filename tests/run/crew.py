@@ -68,6 +68,9 @@ class _Comm:
         assert answer is None
         return self.meeting.perform(self.world.rank, exchange)
 
+    def abandon(self, reason: str) -> None:
+        """The others see that this rank is gone."""
+
     def close(self) -> None:
         """Nothing to leave."""
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from meshwright.errors import UserCodeError
 
-__all__ = ["normalise"]
+__all__ = ["RESERVED", "normalise"]
+
+RESERVED = frozenset(
+    ("step", "loss", "lr", "samples", "seconds", "time", "gradient_norm", "evaluation", "note")
+)
+"""Names that records of a run keep for themselves."""
 
 
 def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[Any, Any]]]:
@@ -34,6 +39,11 @@ def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[An
 
 
 def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
+    if name in RESERVED:
+        raise UserCodeError(
+            f"the loss returns a metric {name!r}, a name that records keep for themselves; give it "
+            "another name"
+        )
     if isinstance(metric, tuple) and len(metric) == 2:
         for part in metric:
             _require_number(f"metric {name!r}", part)
