@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         **_setting(build),
         "collectives": [{**row.as_json(), "source": nearby(row.source)} for row in rows],
         "memory": [
-            {
-                "rank": rank,
-                "parts": memory_bill(build.lowered(rank, micros).compiled, _slots(build, rank)),
-            }
-            for rank in range(build.mesh.size)
+            {"rank": rank, "parts": parts} for rank, parts in enumerate(_bills(build, micros))
         ],
         "fallbacks": fallbacks(build, micros),
     }
@@ -170,15 +166,31 @@ def _coordinates(build: Build, rank: int, axes: Sequence[Axis]) -> dict[str, int
     return {axis.name: found[axis.name] for axis in axes}
 
 
-def _slots(build: Build, rank: int) -> int:
-    """Bytes of optimizer state on a rank: two slots per trained element is what Adam keeps."""
+def _bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
+    """Memory by part on every rank; ranks whose shards are alike are compiled once."""
+    slots = build.recipe.slots()
+    seen: dict[Any, dict[str, int]] = {}
+    for rank in range(build.mesh.size):
+        shards = _shards(build, rank)
+        ranges = micro_ranges(build.job.batch_size, len(micros))
+        samples = tuple(stop - start for start, stop in (build.samples_of(rank, r) for r in ranges))
+        form = (samples, tuple(shards.values()))
+        if form not in seen:
+            held = sum(shards[name].bytes for name in build.recipe.names if name in shards)
+            seen[form] = memory_bill(build.lowered(rank, micros).compiled, slots * held)
+        yield seen[form]
+
+
+def _shards(build: Build, rank: int) -> dict[str, Value]:
+    """A rank's parts of the parameters that are trained, as the optimizer holds them."""
     coordinates = build.place(rank).coordinates
-    total = 0
+    found = {}
     for name, value in values_of(build.model.parameters, build.dtype).items():
-        if name in build.recipe.names and build.model.parameters[name].requires_grad:
-            shape = local_shape(value.shape, build.states[name].optimizer, build.axes, coordinates)
-            total += build.recipe.slots() * Value(value.dtype, shape).bytes
-    return total
+        if build.model.parameters[name].requires_grad:
+            layout = build.states[name].optimizer
+            shape = local_shape(value.shape, layout, build.axes, coordinates)
+            found[name] = Value(value.dtype, shape)
+    return found
 
 
 def _parameter(build: Build, name: str, value: Value) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""What run.json says of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from meshwright.plan.plan import Plan
+from meshwright.run.build import prepare
+from meshwright.run.describe import describe_run, explain, facts_of
+from tests.run.jobs import alone, job, on_ranks, step
+
+
+def test_every_rank_says_the_same():
+    def body(session):
+        return facts_of(session), describe_run(session, session.take())
+
+    (facts, told), *others = on_ranks(job(), "zero3,data=3", body)
+    assert all(other == (facts, told) for other in others)
+    assert json.loads(json.dumps(told)) == told
+    assert told["plan"] == "zero3,data=3"
+    assert told["mesh"]["axes"] == [["data", 3]]
+    assert [r["coordinates"] for r in told["mesh"]["ranks"]] == [{"data": k} for k in range(3)]
+
+
+def test_what_a_rank_holds_is_what_it_holds():
+    def body(session):
+        step(session)
+        state, rank = session.worker.state, session.worker.rank
+        shapes = {n: list(state.values[f"model/{n}"].shape) for n in session.build.model.parameters}
+        weights = sum(t.nbytes for n, t in state.values.items() if n.startswith("model/"))
+        slots = sum(t.nbytes for s in state.optimizer.state.values() for t in s.values() if t.dim())
+        return rank, shapes, weights, slots, describe_run(session, session.take())
+
+    for rank, shapes, weights, slots, told in on_ranks(job(), "zero3,data=3", body):
+        assert {p["name"]: p["local"][str(rank)] for p in told["parameters"]} == shapes
+        bill = told["memory"][rank]["parts"]
+        assert (bill["weights"], bill["optimizer"]) == (weights, slots)
+
+
+@pytest.mark.parametrize(
+    ("plan", "ops"),
+    [
+        ("data=1", set()),
+        ("data=2", {"all_reduce"}),
+        ("zero1,data=2", {"all_reduce", "reduce_scatter", "all_gather"}),
+        ("zero3,data=2", {"all_reduce", "reduce_scatter", "all_gather"}),
+    ],
+)
+def test_collectives_are_those_of_the_plan(plan, ops):
+    told = explain(job(), Plan.parse(plan), Plan.parse(plan).ranks)
+    assert {row["op"] for row in told["collectives"]} == ops
+    assert all(row["axis"] == "data" and row["bytes"] > 0 for row in told["collectives"])
+
+
+def test_ranks_that_are_alike_are_compiled_once(monkeypatch):
+    """40 ranks of 2 or 3 samples: two lists, not forty."""
+    made = job(batch_size=100, data=lambda: type(job().data())(200))
+    compiled = []
+    build = prepare(made, Plan.parse("data=40"), 40)
+    real = type(build).lowered
+
+    def counted(self, rank, *args, **how):
+        compiled.append(rank)
+        return real(self, rank, *args, **how)
+
+    monkeypatch.setattr(type(build), "lowered", counted)
+    told = explain(made, Plan.parse("data=40"), 40)
+    assert len(told["memory"]) == 40
+    assert set(compiled) == {0, 20}
+
+
+def test_an_eager_run_has_no_collectives_to_tell():
+    session = alone(job(), eager=True)
+    told = describe_run(session, session.take())
+    assert told["eager"] is True
+    assert "collectives" not in told
+    assert facts_of(session)["eager"] == "True"
+
+
+def test_facts_differ_where_runs_would():
+    one = facts_of(alone(job()))
+    for changed in (job(seed=1), job(batch_size=10)):
+        other = facts_of(alone(changed))
+        assert sum(one[key] != other[key] for key in one) == 1
+    wide = dataclasses.replace(job(), model=lambda: torch.nn.Linear(8, 3))
+    assert facts_of(alone(wide))["parameters"] != one["parameters"]
