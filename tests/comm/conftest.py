@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from meshwright.comm.base import World
+from meshwright.comm.meeting import Deadline
 from meshwright.comm.store import Rendezvous
-from meshwright.comm.torchdist import Deadline, TorchDist
+from meshwright.comm.torchdist import TorchDist
 
 
 def free_port() -> int:

@@ -21,7 +21,8 @@ from meshwright.comm.base import (
     gather_json,
 )
 from meshwright.comm.local import collective, run_local
-from meshwright.comm.torchdist import Deadline, TorchDist
+from meshwright.comm.meeting import Deadline
+from meshwright.comm.torchdist import TorchDist
 from meshwright.errors import InternalError, PeerLost, Stalled, UsageError
 
 DTYPES = [

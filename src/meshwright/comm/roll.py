@@ -68,8 +68,19 @@ class Roll:
         roll = cls(store, world, ())
         ranks = range(world.size)
         roll.arrive("card", ranks, seconds, "joining the world")
-        cards = tuple(Card(**json.loads(store.get(f"card/{rank}"))) for rank in ranks)
+        with roll.reaching("joining the world"):
+            cards = tuple(Card(**json.loads(store.get(f"card/{rank}"))) for rank in ranks)
         return cls(store, world, cards)
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """Every rank's card, in rank order."""
+        return self._cards
+
+    def obituary(self, ranks: Sequence[int]) -> str:
+        """As in `rank 1 (pid 123) is gone`."""
+        dead = [card for card in self._cards if card.rank in ranks]
+        return ", ".join(f"rank {card.rank} (pid {card.pid})" for card in dead) + " is gone"
 
     def arrive(self, place: str, ranks: Sequence[int], seconds: float, what: str) -> None:
         """Wait until all `ranks` have set `place/<rank>`.
@@ -88,7 +99,7 @@ class Roll:
                     "see the logs of those ranks, or give more time with --timeout"
                 )
             keys = [f"{place}/{rank}" for rank in missing]
-            with self._reaching(what):
+            with self.reaching(what):
                 await_keys(self._store, keys, min(left, _SLICE))
                 missing = [rank for rank in missing if not self._store.check([f"{place}/{rank}"])]
             if missing:
@@ -100,7 +111,7 @@ class Roll:
 
     def check_news(self, what: str) -> None:
         """Raise PeerLost if some rank has said that it is gone or that somebody is."""
-        with self._reaching(what):
+        with self.reaching(what):
             reason = self._store.get("lost").decode() if self._store.check(["lost"]) else None
         if reason is not None:
             raise PeerLost(f"{what} cannot finish: {reason}")
@@ -118,13 +129,13 @@ class Roll:
         while True:
             dead = [card for card in self._cards if card.alive() is False]
             if dead:
-                return ", ".join(f"rank {card.rank} (pid {card.pid})" for card in dead) + " is gone"
+                return self.obituary([card.rank for card in dead])
             if not self._listen(end):
                 return self._silent()
 
     def waits(self, place: str) -> None:
         """Let others know in which collective this rank has been waiting for a while."""
-        with self._reaching(place):
+        with self.reaching(place):
             self._store.set(f"at/{self._world.rank}", place)
 
     def goes_on(self) -> None:
@@ -148,8 +159,13 @@ class Roll:
         with suppress(DistError):  # then there is nobody left to say it to
             self.sign("left")
             if keeper:
-                keys = [f"left/{card.rank}" for card in self._cards]
-                await_keys(self._store, keys, seconds)
+                self._await_goodbyes(time.monotonic() + seconds)
+
+    def _await_goodbyes(self, end: float) -> None:
+        """Until `end` at most, and not for ranks that have ended without one."""
+        missing = [f"left/{card.rank}" for card in self._cards if card.alive() is not False]
+        while time.monotonic() < end and not await_keys(self._store, missing, _SLICE):
+            missing = [f"left/{card.rank}" for card in self._cards if card.alive() is not False]
 
     def _listen(self, end: float) -> bool:
         """Wait a moment for answers; False when time is up or all have answered."""
@@ -171,8 +187,8 @@ class Roll:
         return f"{named(quiet)} did not answer within {_ANSWER_WITHIN:g} s"
 
     @contextmanager
-    def _reaching(self, what: str) -> Iterator[None]:
-        """Turn the loss of the store into PeerLost."""
+    def reaching(self, what: str) -> Iterator[None]:
+        """Within, the loss of the store is PeerLost: `what` cannot finish."""
         try:
             yield
         except DistError:

@@ -14,30 +14,20 @@ from datetime import timedelta
 from typing import Any, final
 
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]
 
-from meshwright.comm import fingerprint
+from meshwright.comm import driving, fingerprint
 from meshwright.comm.base import Exchange, Group, Handle, Start, Wait, World
 from meshwright.comm.gloo import Link, Pending, connect, start
 from meshwright.comm.ledger import Entry, Ledger, describe
 from meshwright.comm.local import collective
-from meshwright.comm.roll import Roll, named
-from meshwright.comm.store import Rendezvous, open_store, own_address
+from meshwright.comm.meeting import Deadline, Meeting
+from meshwright.comm.store import Rendezvous, own_address
 from meshwright.errors import InternalError, MeshwrightError, PeerLost, Stalled
 
-__all__ = ["Deadline", "TorchDist"]
+__all__ = ["TorchDist"]
 
 _SLICE = timedelta(seconds=0.25)
-_LEAVE_WITHIN = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """Seconds a wait may take: the `first` time at a place (others may compile), and `after`."""
-
-    first: float = 1800.0
-    after: float = 300.0
-
 
 _Place = tuple[str, Group, str]
 
@@ -60,6 +50,7 @@ class TorchDist:
         world: World | None = None,
         wire: _Wire | None = None,
         deadline: Deadline | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._world = world or World()
         self._wire = wire
@@ -68,6 +59,7 @@ class TorchDist:
         self._compared: set[_Place] = set()
         self._numbers: dict[tuple[int, ...], int] = {}
         self.ledger = Ledger(self._world.rank)
+        self.notes = notes
 
     @classmethod
     def connect(
@@ -83,11 +75,12 @@ class TorchDist:
             return cls(world, deadline=deadline)
         if where is None:
             raise InternalError(f"a world of {world.size} ranks needs a place to meet")
-        deadline = deadline or Deadline()
-        store, root = open_store(world, where)
-        roll = Roll.join(store, world, where.seconds)
-        wire = _Wire(world, where, deadline, roll, store, root)
-        return cls(world, wire, deadline)
+        return cls.over(Meeting.open(world, where, deadline or Deadline()))
+
+    @classmethod
+    def over(cls, meeting: Meeting, notes: tuple[str, ...] = ()) -> TorchDist:
+        """Carry the data of ranks that have met; `notes` are for the user to read."""
+        return cls(meeting.world, _Wire(meeting), meeting.deadline, notes)
 
     @property
     def world(self) -> World:
@@ -96,21 +89,14 @@ class TorchDist:
 
     def perform(self, exchange: Exchange, answer: Any = None) -> Any:
         """Drive `exchange` until it returns, and return its value."""
-        try:
-            thing = self._drive(exchange, answer)
-        except StopIteration as end:
-            return end.value
-        raise InternalError(f"the exchange yielded {thing!r}, which is no request")
+        return driving.perform(self, exchange, answer)
 
     def advance(self, exchange: Exchange, answer: Any = None) -> Any:
         """Drive `exchange` until it yields something that is no request, and return that.
 
         If the exchange returns instead, so does this, with its value.
         """
-        try:
-            return self._drive(exchange, answer)
-        except StopIteration as end:
-            return end.value
+        return driving.advance(self, exchange, answer)
 
     def close(self) -> None:
         """Leave the world, once; rank 0, who keeps the store, waits a little for the others."""
@@ -123,28 +109,10 @@ class TorchDist:
         if self._wire is not None:
             self._wire.roll.tell(f"rank {self._world.rank} ended: {reason}")
 
-    def _drive(self, exchange: Exchange, answer: Any) -> Any:
-        """Perform requests until another thing is yielded; StopIteration when it ends."""
-        thing = exchange.send(answer)
-        while isinstance(thing, Start | Wait):
-            try:
-                answer = self._start(thing) if isinstance(thing, Start) else self._wait(thing)
-            except Exception as error:  # noqa: BLE001  the generator decides what to do with it
-                thing = exchange.throw(error)
-            else:
-                thing = exchange.send(answer)
-        return thing
-
-    def _start(self, request: Start) -> Handle:
+    def start(self, request: Start) -> Handle:
+        """Begin a collective."""
         ranks = request.group.ranks
-        if self._world.rank not in ranks:
-            raise InternalError(
-                f"rank {self._world.rank} starts {describe(request)}, "
-                f"whose members are ranks {list(ranks)}"
-            )
-        for tensor in request.tensors:
-            if tensor.device.type != "cpu":
-                raise InternalError(f"{describe(request)} is on {tensor.device}; gloo wants CPU")
+        driving.require_mine(request, self._world.rank)
         entry = self.ledger.enter(request)
         if len(ranks) == 1:
             (answer,) = collective([request])
@@ -172,7 +140,8 @@ class TorchDist:
         except RuntimeError as error:
             raise self._lost(request, error) from error
 
-    def _wait(self, wait: Wait) -> tuple[Tensor, ...]:
+    def wait(self, wait: Wait) -> tuple[Tensor, ...]:
+        """Finish one."""
         token: _Token = wait.handle.token
         if token.pending.works:
             self._settle(wait.handle.request, token)
@@ -235,21 +204,11 @@ class TorchDist:
 
 @final
 class _Wire:
-    """What a world of several ranks shares: the store, the roll, and the connected groups."""
+    """What a world of several ranks shares: where they met, and the connected groups."""
 
-    def __init__(
-        self,
-        world: World,
-        where: Rendezvous,
-        deadline: Deadline,
-        roll: Roll,
-        store: Store,
-        root: TCPStore,
-    ) -> None:
-        self.roll = roll
-        self._world, self._where, self._deadline = world, where, deadline
-        self._store, self._root = store, root
-        self._device = _device(where)
+    def __init__(self, meeting: Meeting) -> None:
+        self.roll, self._meeting = meeting.roll, meeting
+        self._device = _device(meeting.where)
         self._groups: dict[tuple[int, ...], Link] = {}
 
     def group(self, group: Group, what: str) -> Link:
@@ -261,41 +220,26 @@ class _Wire:
 
     def _connect(self, ranks: tuple[int, ...], what: str) -> Link:
         name = "group/" + ",".join(map(str, ranks))
-        self.roll.sign(name)
-        self.roll.arrive(name, ranks, self._deadline.first, what)
+        meeting, deadline = self._meeting, self._meeting.deadline
+        meeting.gather(name, ranks, what)
         # gloo's own limit only ever ends what ours has given up.
-        limit = 2 * max(self._deadline.first, self._deadline.after) + 60
-        index = ranks.index(self._world.rank)
+        limit = 2 * max(deadline.first, deadline.after) + 60
+        index = ranks.index(meeting.world.rank)
         try:
             return connect(
-                PrefixStore(f"gloo/{name}", self._store), index, len(ranks), self._device, limit
+                PrefixStore(f"gloo/{name}", meeting.store), index, len(ranks), self._device, limit
             )
         except RuntimeError as error:
             raise PeerLost(f"{what}: could not connect: {self.roll.gone()} ({error})") from error
 
     def stalled(self, token: _Token, request: Start, seconds: float, last: str) -> Stalled:
-        """The error for a wait past its deadline: who waits where, and who has not come."""
-        rank = self._world.rank
-        others = [other for other in request.group.ranks if other != rank]
-        places = self.roll.whereabouts(others)
-        missing = [other for other in others if places.get(other) != token.place]
-        who = "; ".join(
-            f"{named([other])} " + (f"is in {places[other]}" if other in places else "did not come")
-            for other in missing
-        )
-        reason = (
-            f"{token.place} took more than {seconds:g} s on rank {rank}: "
-            f"{who or 'every member is in it, yet nothing moves'} (last finished here: {last}); "
-            "see the logs of those ranks, or give more time with --timeout"
-        )
-        self.roll.tell(reason)
-        return Stalled(reason)
+        """The error for a wait past its deadline."""
+        return self._meeting.stalled(token.place, request.group.ranks, seconds, last)
 
     def leave(self) -> None:
         """Say goodbye; whoever keeps the store waits for the others' goodbyes."""
         self._groups.clear()
-        keeper = self._world.rank == 0 and not self._where.hosted
-        self.roll.leave(_LEAVE_WITHIN, keeper=keeper)
+        self._meeting.leave()
 
 
 def _place(request: Start) -> _Place:

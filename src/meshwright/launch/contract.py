@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meshwright.comm.base import World
-from meshwright.errors import UsageError
+from meshwright.errors import UsageError, nearest
 
 __all__ = ["Contract", "here", "read", "write"]
 
@@ -26,7 +26,9 @@ STORE_FD = "MESHWRIGHT_STORE_FD"
 TOKEN_FD = "MESHWRIGHT_TOKEN_FD"
 TOKEN_FILE = "MESHWRIGHT_TOKEN_FILE"
 ATTEMPT = "MESHWRIGHT_ATTEMPT"
+COMM = "MESHWRIGHT_COMM"
 
+_COMMS = ("gloo", "shared")
 _TOKEN_BYTES = 256
 _FIRST_PORT, _PORTS = 20_000, 12_000
 
@@ -48,6 +50,7 @@ class Contract:
         hosted: torchrun's agent runs the store.
         attempt: tells restarts of one world apart.
         timeout: seconds for every wait, in place of the defaults.
+        comm: what carries the data, `shared` or `gloo`; None lets `connect` choose.
     """
 
     world: World = field(default_factory=World)
@@ -61,6 +64,7 @@ class Contract:
     hosted: bool = False
     attempt: str = "0"
     timeout: float | None = None
+    comm: str | None = None
 
     @property
     def supervised(self) -> bool:
@@ -109,6 +113,7 @@ def read(environ: Mapping[str, str]) -> Contract:
         "run_dir": Path(environ[RUN_DIR]) if environ.get(RUN_DIR) else None,
         "plan": environ.get(PLAN) or None,
         "timeout": _seconds(environ),
+        "comm": _comm(environ),
     }
     if names is None:
         return Contract(**common)  # type: ignore[arg-type]
@@ -144,6 +149,7 @@ def write(contract: Contract, token_fd: int | None) -> dict[str, str]:
         RUN_DIR: contract.run_dir,
         PLAN: contract.plan,
         TIMEOUT: contract.timeout,
+        COMM: contract.comm,
         ATTEMPT: contract.attempt,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
@@ -301,6 +307,15 @@ def _seconds(environ: Mapping[str, str]) -> float | None:
     if not 0 < seconds < float("inf"):
         raise UsageError(f"{TIMEOUT} is {text!r}; it is a positive number of seconds, such as 300")
     return seconds
+
+
+def _comm(environ: Mapping[str, str]) -> str | None:
+    text = environ.get(COMM) or None
+    if text is not None and text not in _COMMS:
+        raise UsageError(
+            f"{COMM} is {text!r}; {nearest(text, _COMMS)} (unset, ranks of one host share memory)"
+        )
+    return text
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -15,21 +15,20 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NoReturn
 
-from meshwright.comm.torchdist import TorchDist
 from meshwright.errors import InternalError, UserCodeError
-from meshwright.launch.connect import connect
+from meshwright.launch.connect import Connected, connect
 from meshwright.launch.contract import Contract
 from meshwright.launch.failure import describe, record, render, status_of
 
 __all__ = ["end", "ending", "guard", "serve"]
 
 
-def serve(contract: Contract, body: Callable[[TorchDist], int]) -> int:
+def serve(contract: Contract, body: Callable[[Connected], int]) -> int:
     """Join the world, run `body`, leave, and return its exit status; an error ends the process.
 
     For processes that are ranks and nothing else, such as `mw train` under a launcher.
     """
-    comm: TorchDist | None = None
+    comm: Connected | None = None
     try:
         comm = connect(contract)
         status = body(comm)
@@ -41,7 +40,7 @@ def serve(contract: Contract, body: Callable[[TorchDist], int]) -> int:
     return status
 
 
-def guard(contract: Contract, comm: TorchDist) -> None:
+def guard(contract: Contract, comm: Connected) -> None:
     """Let an exception that nobody catches end this process as `end` does.
 
     For a script with its own loop, where our code is not around the user's.
@@ -58,7 +57,7 @@ def guard(contract: Contract, comm: TorchDist) -> None:
 
 
 @contextmanager
-def ending(contract: Contract, comm: TorchDist) -> Iterator[None]:
+def ending(contract: Contract, comm: Connected) -> Iterator[None]:
     """Within, an error that leaves ends this process as `end` does, if others wait for it.
 
     Unwinding further would wait for collectives that no other rank will ever finish.
@@ -73,7 +72,7 @@ def ending(contract: Contract, comm: TorchDist) -> Iterator[None]:
         raise
 
 
-def end(contract: Contract, comm: TorchDist | None, error: BaseException) -> NoReturn:
+def end(contract: Contract, comm: Connected | None, error: BaseException) -> NoReturn:
     """Record `error`, tell the other ranks, and end this process with the error's status."""
     rank = contract.world.rank
     failure = describe(rank, error)
