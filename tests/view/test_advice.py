@@ -31,6 +31,14 @@ def test_an_unverified_run_is_told_to_verify(tmp_path: Path) -> None:
     assert next(iter(found.values())).command == "mw verify gpt.py -n 2 --plan data=2"
 
 
+def test_commands_make_the_same_job_again(tmp_path: Path) -> None:
+    command = "mw train gpt.py -n 2 --steps 9 --set depth=1 --set 'name=a b' --seed 3 --eager"
+    found = advice(tmp_path, run_record(2, 0) | {"command": command}, timed())
+    assert next(iter(found.values())).command == (
+        "mw verify gpt.py -n 2 --plan data=2 --set depth=1 --set 'name=a b' --seed 3"
+    )
+
+
 def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
     assert advice(tmp_path, run_record(1), timed(), verify_record()) == {}
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 
 from meshwright.errors import UsageError
 from meshwright.plan.plan import Plan
 from meshwright.view.runfile import Setup
 
 __all__ = ["changed_plan", "target", "train_command", "verify_command"]
+
+_OF_THE_JOB = ("--set", "--seed")
 
 
 def target(setup: Setup) -> str:
@@ -36,7 +39,18 @@ def _command(verb: str, setup: Setup, plan: str) -> str:
         words += ["-n", str(len(setup.ranks))]
     if plan:
         words += ["--plan", plan]
-    return shlex.join(words)
+    return shlex.join(words + _settings(setup.command))
+
+
+def _settings(command: str) -> list[str]:
+    """The words of the run's own command that make its job what it is."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed: written by hand
+        return []
+    return [
+        word for flag, value in pairwise(words) if flag in _OF_THE_JOB for word in (flag, value)
+    ]
 
 
 def changed_plan(
