@@ -14,6 +14,7 @@ import ipaddress
 import os
 import secrets
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from meshwright.errors import PeerLost, Stalled, UsageError
 __all__ = ["Rendezvous", "await_keys", "is_loopback", "open_store", "own_address"]
 
 _CLIENT_WAIT = 0.5
+_ANSWER_WITHIN = 30.0
 _READ_WITHIN = 2.0
 _FIRST_PAUSE, _LAST_PAUSE = 0.002, 0.1
 
@@ -149,19 +151,43 @@ def _join(world: World, where: Rendezvous) -> TCPStore:
                 f"{where.address}:{where.port} and nobody listens there; "
                 "see whether rank 0 started, and its log"
             )
-    try:
-        return TCPStore(
-            where.address,
-            where.port,
-            world.size,
-            is_master=False,
-            timeout=timedelta(seconds=where.seconds),
-            wait_for_workers=False,
-        )
-    except DistError as error:
-        raise PeerLost(
-            f"rank {world.rank} could not join the store at {where.address}:{where.port}: {error}"
-        ) from None
+    # A socket that our launcher opened answers once rank 0 has started; any other does at once.
+    left = end - time.monotonic()
+    return _client(world, where, left if where.token else min(left, _ANSWER_WITHIN))
+
+
+def _client(world: World, where: Rendezvous, seconds: float) -> TCPStore:
+    """The store's client. Its constructor waits for an answer without end: hence the thread."""
+    found: list[TCPStore | DistError] = []
+
+    def connect() -> None:
+        try:
+            found.append(
+                TCPStore(
+                    where.address,
+                    where.port,
+                    world.size,
+                    is_master=False,
+                    timeout=timedelta(seconds=where.seconds),
+                    wait_for_workers=False,
+                )
+            )
+        except DistError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="joining the store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    there = f"{where.address}:{where.port} (MASTER_ADDR:MASTER_PORT)"
+    match found:
+        case [TCPStore() as store]:
+            return store
+        case [DistError() as error]:
+            raise PeerLost(f"rank {world.rank} could not join the store at {there}: {error}")
+    raise Stalled(
+        f"rank {world.rank} reached {there}, but no store answered there within {seconds:.0f} s; "
+        "see rank 0's log, and whether another program holds the port: choose a free one"
+    )
 
 
 def _answers(address: str, port: int) -> bool:
