@@ -137,9 +137,7 @@ class Program:
     @property
     def digest(self) -> str:
         """A hash of its content, equal on every machine; where ops come from does not count."""
-        bare = [
-            (op.name, _plain(op.args), _settings(op), op.outputs, op.phase) for op in self.ops
-        ]
+        bare = [(op.name, _plain(op.args), _settings(op), op.outputs, op.phase) for op in self.ops]
         content = [[(v.dtype, v.shape) for v in self.values], self.inputs, bare, self.outputs]
         text = json.dumps(content, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

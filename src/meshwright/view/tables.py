@@ -25,9 +25,7 @@ _MOST_BILLS = 16
 _WRAPPED = frozenset({"module", "because", "layout"})
 
 
-def plan_table(
-    run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE
-) -> RenderableType:
+def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) -> RenderableType:
     """What the plan in a decoded `run.json` means: who holds, needs and moves how much.
 
     Args:
