@@ -365,7 +365,7 @@ def test_an_exception_in_the_dataset_names_index_step_and_sample():
 
 def test_samples_that_do_not_fit_together():
     data = [torch.zeros(n) for n in range(1, 8)]
-    with pytest.raises(UserCodeError, match="collating 6 samples of step 0 raised RuntimeError"):
+    with pytest.raises(UserCodeError, match="collating 6 samples of step 1 raised RuntimeError"):
         whole(open_source(data, batch_size=B, seed=0), 0)
 
 
@@ -380,7 +380,7 @@ def test_a_dataset_whose_length_changes():
     source = opened(data)
     whole(source, 0)
     data.length = 19
-    with pytest.raises(UserCodeError, match="has 19 samples at step 1, but had 20"):
+    with pytest.raises(UserCodeError, match="has 19 samples in step 2, but had 20"):
         whole(source, 1)
 
 

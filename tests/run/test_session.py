@@ -175,7 +175,7 @@ def test_pushed_batches_that_do_not_fit_are_refused():
         x = batch["x"].double() if session.worker.rank else batch["x"]
         step(session, {**batch, "x": x})
 
-    with pytest.raises(UserCodeError, match=r"given to run.step\(\) at step 0 has other shapes"):
+    with pytest.raises(UserCodeError, match=r"given to run.step\(\) in step 1 has other shapes"):
         on_ranks(MEAN, "data=2", other_dtype)
 
 

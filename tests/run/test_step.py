@@ -163,14 +163,14 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_the_weights(plan):
         losses(session, bad)
         before = weights(session)
         parts = {n: t.clone() for n, t in session.worker.state.values.items()}
-        with pytest.raises(UserCodeError, match=rf"the loss is nan at step {bad}; nothing of"):
+        with pytest.raises(UserCodeError, match=rf"the loss is nan in step {bad + 1}; nothing of"):
             step(session)
         for name, part in parts.items():
             assert torch.equal(part, session.worker.state.values[name]), name
         return before, weights(session)
 
     with pytest.raises(
-        UserCodeError, match=rf"the loss is nan at step {bad}; nothing of this step"
+        UserCodeError, match=rf"the loss is nan in step {bad + 1}; nothing of this step"
     ):
         on_ranks(made, plan, lambda s: losses(s, bad + 1))
     if plan == "data=1":
@@ -217,5 +217,5 @@ def test_a_batch_in_which_nothing_counts_is_refused():
         return mean_loss(model, batch), (batch["w"] * 0).sum()
 
     session = alone(job(loss=loss))
-    with pytest.raises(UserCodeError, match=r"weight at step 0 is 0.0.*at least one sample"):
+    with pytest.raises(UserCodeError, match=r"weight in step 1 is 0.0.*at least one sample"):
         step(session)

@@ -156,7 +156,7 @@ def test_an_empty_stream():
 
 @pytest.mark.parametrize("size", [3, 5])
 def test_a_batch_of_another_size(size):
-    with pytest.raises(UserCodeError, match=rf"step 1 holds {size} samples.*batch_size=4.*drop_l"):
+    with pytest.raises(UserCodeError, match=rf"step 2 holds {size} samples.*batch_size=4.*drop_l"):
         first(opened(Finite(2, last=size)), 1)
 
 
@@ -168,7 +168,7 @@ def failing():
 def test_an_exception_names_the_step():
     source = opened(failing())
     first(source, 0)
-    with pytest.raises(UserCodeError, match=r"next\(\) raised KeyError at step 1: 'gone'"):
+    with pytest.raises(UserCodeError, match=r"next\(\) raised KeyError in step 2: 'gone'"):
         first(source, 1)
 
 

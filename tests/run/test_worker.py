@@ -91,7 +91,7 @@ def test_data_that_depends_on_the_rank_is_refused():
 
         return Wide()
 
-    with pytest.raises(UserCodeError, match=r"step 0 even when each collates all of it"):
+    with pytest.raises(UserCodeError, match=r"step 1 even when each collates all of it"):
         on_ranks(job(data=data), "data=2", lambda s: losses(s, 1))
 
 

@@ -101,7 +101,7 @@ class Reader:
             return self.data[index]
         except Exception as error:  # the user's dataset may raise anything
             raise UserCodeError(
-                f"dataset[{index}] raised {_said(error)} (step {position // self.batch_size}, "
+                f"dataset[{index}] raised {_said(error)} (step {position // self.batch_size + 1}, "
                 f"sample {position % self.batch_size} of its batch)"
             ) from error
 
@@ -110,7 +110,7 @@ class Reader:
             return self.collate(samples)
         except Exception as error:  # the user's collate may raise anything
             raise UserCodeError(
-                f"collating {len(samples)} samples of step {step} raised {_said(error)}; samples "
+                f"collating {len(samples)} samples of step {step + 1} raised {_said(error)}; samples "
                 f"are of type {type(samples[0]).__name__}; make them alike, or give the job a "
                 "collate function"
             ) from error

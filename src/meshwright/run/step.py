@@ -147,7 +147,7 @@ class StepWork:
         weight = self.totals["weight"]
         if not weight > 0:
             raise UserCodeError(
-                f"the loss's weight at step {self.step} is {weight}, but must be above 0; a batch "
+                f"the loss's weight in step {self.step + 1} is {weight}, but must be above 0; a batch "
                 "needs"
                 " at least one sample (or token) that counts"
             )
@@ -158,7 +158,7 @@ class StepWork:
             what = "the loss" if not math.isfinite(self.totals["loss"]) else "the gradient norm"
             value = self.totals["loss"] if what == "the loss" else self.norm
             raise UserCodeError(
-                f"{what} is {value} at step {self.step}; nothing of this step was applied. Lower "
+                f"{what} is {value} in step {self.step + 1}; nothing of this step was applied. Lower "
                 "the "
                 "learning rate, check the data, or set nonfinite='skip'"
             )

@@ -133,12 +133,15 @@ class Worker:
         self.ahead: Fetched | None = None
         self.ahead_error: Exception | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
+        self.read = False  # something of the source, since it was opened
+        self.unread: int | None = None  # the last step, where the user pushed its batch instead
 
     def fetch(self, step: int) -> Fetched:
         """Load this rank's samples of `step`."""
         assert self.source is not None
         if self.ahead_error is not None:
             raise self.ahead_error
+        self.read, self.unread = True, None
         ranges = micro_ranges(self.build.job.batch_size, self.build.plan.microbatches)
         micros, leaves, digest = [], [], 0
         for start, stop in ranges:
@@ -170,7 +173,7 @@ class Worker:
         if not same:
             shapes = [tuple(t.shape) for t in fetched.leaves[0]]
             raise UserCodeError(
-                f"the batch given to run.step() at step {fetched.step} has other shapes or dtypes "
+                f"the batch given to run.step() in step {fetched.step + 1} has other shapes or dtypes "
                 "on other"
                 f" ranks (here {shapes}); give every rank batches that differ in dim 0 only"
             )
@@ -187,7 +190,7 @@ class Worker:
         same = yield from same_everywhere(fetched.digest, self.group)
         if not same:
             raise UserCodeError(
-                f"ranks disagree about the shapes of the batch of step {step} even when each "
+                f"ranks disagree about the shapes of the batch of step {step + 1} even when each "
                 "collates"
                 " all of it; the dataset or collate must give the same samples on every rank"
             )
@@ -254,6 +257,7 @@ class Worker:
 
     def pushed(self, tree: Any, step: int, *, local: bool) -> Fetched:
         """A batch of the user's own: the global one, or this rank's rows of it."""
+        self.unread = step
         size = self.build.job.batch_size
         ranges = micro_ranges(size, self.build.plan.microbatches)
         mine = [self.build.samples_of(self.rank, r) for r in ranges]
