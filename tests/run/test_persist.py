@@ -16,7 +16,7 @@ from examples import digits, gpt
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.job import Job
 from meshwright.run.checkpoint import newest, open_checkpoint
-from tests.run.jobs import Net, Points, adamw, alone, job, losses, on_ranks, sgd
+from tests.run.jobs import Net, Points, adamw, alone, job, losses, on_ranks, sgd, step
 
 STEP = 20
 
@@ -197,9 +197,9 @@ def test_the_newest_whole_one_is_taken(tmp_path):
         path = again.resume(tmp_path)
         return path, again.step, again.notes, losses(again, 1)
 
-    for path, step, notes, seen in on_ranks(made, "data=2", body):
+    for path, at, notes, seen in on_ranks(made, "data=2", body):
         assert path == newest(tmp_path) == tmp_path / "step-00000002"
-        assert step == 2
+        assert at == 2
         assert any("step-00000003" in note for note in notes)
         assert seen == pytest.approx(losses(alone(made), 3)[2:])
 
@@ -282,6 +282,29 @@ def test_a_stream_is_not_read_again_when_it_has_a_state(tmp_path):
     session.resume(tmp_path)
     losses(session, 1)
     assert opened[0].read <= 2
+
+
+@pytest.mark.parametrize("pushed", [{0, 1, 2, 3}, {1}, {2, 3}, {0, 3}])
+def test_a_streams_place_is_the_step_where_batches_were_pushed_too(pushed, tmp_path):
+    made = job(data=Counter)
+    want = losses(alone(made), 6)
+    batches = list(itertools.islice(Counter(), 4))
+    session = alone(made)
+    for k in range(4):
+        step(session, batches[k] if k in pushed else None, until=4)
+    session.save(tmp_path)
+    again = alone(made)
+    again.resume(tmp_path)
+    again.save(tmp_path)
+    assert losses(again, 2) == pytest.approx(want[4:], rel=1e-6)
+
+
+def test_pushed_batches_need_no_more_of_a_stream_than_it_has(tmp_path):
+    batch = next(Counter())
+    session = alone(job(data=lambda: iter([batch])))
+    for _ in range(3):
+        step(session, batch)
+    assert session.save(tmp_path).name == "step-00000003"
 
 
 def test_what_a_manifest_says(tmp_path):

@@ -77,9 +77,25 @@ def meta_of(worker: Worker, step: int, extra: Mapping[str, Any]) -> dict[str, An
         "seed": job.seed,
         "optimizer": _optimizer_meta(worker),
         "scheduler": scheduler,
-        "data": None if worker.source is None else worker.source.state(step),
+        "data": _data_state(worker, step),
         "extra": dict(extra),
     }
+
+
+def _data_state(worker: Worker, step: int) -> dict[str, Any] | None:
+    """How the data goes on with `step`; None where it begins anew and passes the steps before.
+
+    A stream's place is the step, also where the user pushed batches of their own instead: those it
+    has not read are passed now.
+    """
+    source = worker.source
+    if source is None:
+        return None
+    if source.length is None and not worker.read:
+        return None
+    if source.length is None and worker.unread is not None:
+        source.size(worker.unread)
+    return source.state(step)
 
 
 def _require_json(extra: Mapping[str, Any]) -> None:
@@ -160,6 +176,7 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
         worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
     if worker.source is not None and meta["data"] is not None:
         worker.source.restore(meta["data"])
+        worker.read = True
     return dict(meta["extra"])
 
 
