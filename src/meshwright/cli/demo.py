@@ -38,7 +38,7 @@ _WIDTH: Final = 96
 
 def demo(
     *,
-    steps: Annotated[int, typer.Option(min=1, metavar="K", help="Of the training.")] = 800,
+    steps: Annotated[int, typer.Option(min=1, metavar="K", help="Of the training.")] = 700,
 ) -> Task:
     """Train a byte-level GPT on two processes, verify it against one device, write its report."""
     return partial(_demo, steps)
