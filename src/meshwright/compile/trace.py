@@ -51,6 +51,10 @@ class Places:
     phase: dict[str, Phase] = field(default_factory=dict)
 
 
+_CHECKS = {torch.ops.aten._linalg_check_errors.default}
+"""Ops that only raise, which a program of data flow has no place for."""
+
+
 class Tagger(TorchDispatchMode):
     """Notes, for each op traced under it, its phase, module and user source line."""
 
@@ -66,6 +70,8 @@ class Tagger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _CHECKS:
+            return None
         mode = get_proxy_mode()
         assert mode is not None
         graph = mode.tracer.graph
