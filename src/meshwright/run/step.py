@@ -147,9 +147,8 @@ class StepWork:
         weight = self.totals["weight"]
         if not weight > 0:
             raise UserCodeError(
-                f"the loss's weight in step {self.step + 1} is {weight}, but must be above 0; a batch "
-                "needs"
-                " at least one sample (or token) that counts"
+                f"the loss's weight in step {self.step + 1} is {weight}, but must be above 0; a "
+                "batch needs at least one sample (or token) that counts"
             )
         if self.policy.clip_norm is not None:
             self.norm = math.sqrt(self.totals["norm2"]) / (weight * float(self.scale))
@@ -158,9 +157,8 @@ class StepWork:
             what = "the loss" if not math.isfinite(self.totals["loss"]) else "the gradient norm"
             value = self.totals["loss"] if what == "the loss" else self.norm
             raise UserCodeError(
-                f"{what} is {value} in step {self.step + 1}; nothing of this step was applied. Lower "
-                "the "
-                "learning rate, check the data, or set nonfinite='skip'"
+                f"{what} is {value} in step {self.step + 1}; nothing of this step was applied. "
+                "Lower the learning rate, check the data, or set nonfinite='skip'"
             )
         self.skipped = not finite and self.policy.nonfinite == "skip"
 

@@ -173,9 +173,9 @@ class Worker:
         if not same:
             shapes = [tuple(t.shape) for t in fetched.leaves[0]]
             raise UserCodeError(
-                f"the batch given to run.step() in step {fetched.step + 1} has other shapes or dtypes "
-                "on other"
-                f" ranks (here {shapes}); give every rank batches that differ in dim 0 only"
+                f"the batch given to run.step() in step {fetched.step + 1} has other shapes or "
+                f"dtypes on other ranks (here {shapes}); give every rank batches that differ in "
+                "dim 0 only"
             )
 
     def _whole(self, step: int) -> Generator[Any, Any, Fetched]:
