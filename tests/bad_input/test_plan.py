@@ -1,0 +1,93 @@
+"""Plans that cannot be: for the world, the batch, by their names, in text and in TOML."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bad_input.jobs import write_job
+
+VERBS = ("train", "verify", "plan")
+
+
+@pytest.fixture(autouse=True)
+def job_file(folder):
+    write_job(folder / "job.py")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_plan_of_more_ranks_than_there_are(mw, folder, verb):
+    mw(verb, "job.py", "--plan", "data=3,pipeline=2", "-n", 4).fails(
+        2, "plan asks for data=3 x pipeline=2 = 6 ranks, but the world has 4", "start 6 ranks"
+    )
+    assert not (folder / "runs").exists()
+
+
+def test_a_plan_that_does_not_divide_the_world(mw):
+    mw("train", "job.py", "--plan", "tensor=2", "-n", 3).fails(2, "tensor=2", "3")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("zero4", ("'zero4'", "did you mean 'zero3'?")),
+        ("micrbatches=2", ("'micrbatches'", "did you mean 'microbatches'?")),
+        ("data=two", ("data takes a whole number", "'two'")),
+        ("data=0", ("data=0", "from 1")),
+        ("data=1,data=2", ("sets data twice",)),
+        ("plans/none.toml", ("plans/none.toml cannot be read", "No such file")),
+    ],
+)
+def test_a_plan_that_says_nothing(mw, verb, plan, words):
+    mw(verb, "job.py", "--plan", plan).fails(2, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data = 1\nmicrobatch = 2\n", ("unknown key 'microbatch'", "did you mean 'microbatches'?")),
+        ("data = '1'\n", ("data takes a whole number", "not '1'")),
+        ("data = true\n", ("data takes a whole number",)),
+        ("data == 1\n", ("is not TOML", "line 1")),
+        ("data = 1\ndata = 1\n", ("is not TOML",)),
+    ],
+)
+def test_a_plan_file_with_a_mistake(mw, folder, text, words):
+    (folder / "plan.toml").write_text(text)
+    mw("train", "job.py", "--plan", "plan.toml").fails(2, "plan.toml", *words)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("microbatches=9", ("microbatches=9", "batch_size=8", "use microbatches=8 or fewer")),
+        ("precision=float16", ("precision=float16", "this version runs precision=float32 only")),
+    ],
+)
+def test_a_plan_that_this_job_or_version_cannot_have(mw, plan, words):
+    mw("train", "job.py", "--plan", plan).fails(2, *words)
+
+
+def test_a_batch_of_fewer_samples_than_ranks(mw, folder):
+    write_job(folder / "job.py", batch_size="2")
+    words = ("batch_size=2 has fewer samples than data=4 has ranks", "use data=2 or fewer")
+    mw("verify", "job.py", "-n", 4).fails(2, *words)
+    mw("plan", "job.py", "-n", 4).fails(2, *words)
+
+
+def test_a_plan_that_the_environment_contradicts(mw, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_PLAN", "zero1")
+    mw("train", "job.py", "--plan", "zero3").fails(2, "MESHWRIGHT_PLAN is 'zero1'", "unset it")
+
+
+def test_what_eager_cannot_do(mw):
+    mw("train", "job.py", "--plan", "zero1", "--eager").fails(2, "zero=1", "use zero=0")
+
+
+def test_batch_norm_in_micro_batches(mw, folder):
+    write_job(
+        folder / "job.py",
+        model="lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))",
+        normalize_over="4",
+    )
+    mw("train", "job.py").fails(2, "normalize_over=4", "microbatches=2")
