@@ -240,6 +240,7 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
         return x
 
     notes: list[str] = []
+    module: Any = None
     try:
         with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit, write=write):
             module = factory()
@@ -254,6 +255,7 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
             f"the model factory reads tensor values ({type(error).__name__}), so each rank builds"
             " the whole model once before it keeps its shards"
         )
+    if notes:  # outside of the handler: what it raises now is the user's own error, nothing else
         with seeded(seed):
             module = factory()
     if not isinstance(module, nn.Module):

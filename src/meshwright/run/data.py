@@ -249,6 +249,8 @@ def open_source(
     Raises:
         UserCodeError: the data is none of these, is empty, or holds fewer samples than a batch.
     """
+    if isinstance(data, type):
+        raise _no_data(f"the class {data.__name__}", data)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         if data.batch_size is not None or data.batch_sampler is not None:
             return _from_loader(data, batch_size, seed, collate, training=training)
@@ -349,10 +351,14 @@ def _require_stream(data: Any) -> None:
         )
     if isinstance(data, Iterable) and not isinstance(data, Mapping | str | bytes):
         return
+    raise _no_data(str(data if data is None else kind), data)
+
+
+def _no_data(what: str, data: Any) -> UserCodeError:
     hint = "; call it, so that its result is returned" if callable(data) else ""
-    raise UserCodeError(
-        f"data() returned {data if data is None else kind}, but must return a map-style dataset, a "
-        f"DataLoader over one, or an iterable of global batches{hint}"
+    return UserCodeError(
+        f"data() returned {what}, but must return a map-style dataset, a DataLoader over one, or "
+        f"an iterable of global batches{hint}"
     )
 
 
