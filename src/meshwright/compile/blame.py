@@ -36,8 +36,11 @@ _NO_VALUES = (".numpy() is not supported", "Cannot access data pointer", "Cannot
 
 
 @contextmanager
-def blamed() -> Iterator[None]:
+def blamed(whose: str = "the model or loss") -> Iterator[None]:
     """Within, the user's code is traced.
+
+    Args:
+        whose: what runs, in messages.
 
     Raises:
         NotTraceable: the code does what no program can; names the user's line and `--eager`.
@@ -57,7 +60,8 @@ def blamed() -> Iterator[None]:
             raise  # a bug of ours, whoever called
         if any(text in str(error) for text in _NO_VALUES):
             raise NotTraceable(_untraceable(error, "takes a tensor's values (.numpy())")) from error
-        whose = "the model or loss" if any(map(is_user_file, files)) else "backward of the loss"
+        if not any(map(is_user_file, files)):
+            whose = "backward of the loss"
         raise UserCodeError(f"{whose} raised {type(error).__name__}: {error}") from error
 
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from meshwright.compile.draw import draw, draw_op, fill, fill_op, position_operand
+from meshwright.compile.blame import blamed
 from meshwright.compile.random import RandomMode
 from meshwright.compile.settings import default_dtype
 from meshwright.compile.stale import python_seeded
@@ -241,23 +242,24 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
 
     notes: list[str] = []
     module: Any = None
-    try:
-        with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit, write=write):
-            module = factory()
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedOperatorException,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        notes.append(
-            f"the model factory reads tensor values ({type(error).__name__}), so each rank builds"
-            " the whole model once before it keeps its shards"
-        )
-    if notes:  # outside of the handler: what it raises now is the user's own error, nothing else
-        with seeded(seed):
-            module = factory()
+    with blamed("model()"):
+        try:
+            with python_seeded(seed), _recordable(), mode, tape, RandomMode(emit, write=write):
+                module = factory()
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            UnsupportedOperatorException,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            notes.append(
+                f"the model factory reads tensor values ({type(error).__name__}), so each rank "
+                "builds the whole model once before it keeps its shards"
+            )
+        if notes:  # outside of the handler: what it raises now is the user's own error, alone
+            with seeded(seed):
+                module = factory()
     if not isinstance(module, nn.Module):
         raise UserCodeError(
             f"model() returned {type(module).__name__}, but must return a torch.nn.Module"

@@ -81,9 +81,9 @@ def describe(rank: int, error: BaseException) -> Failure:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was added to `error` on its way."""
+    """What was added to `error` on its way, a line each; longer notes are for the log."""
     found: list[str] = vars(error).get("__notes__", [])
-    return found
+    return [note for note in found if "\n" not in note.strip()]
 
 
 def _said(error: BaseException) -> str:

@@ -163,8 +163,8 @@ class MapSource:
         now = len(self._reader.data)
         if now != self._reader.length:
             raise UserCodeError(
-                f"the dataset has {now} samples in step {step + 1}, but had {self._reader.length} when "
-                "the run began, and the order of samples depends on it; keep its length"
+                f"the dataset has {now} samples in step {step + 1}, but had {self._reader.length} "
+                "when the run began, and the order of samples depends on it; keep its length"
             )
 
 

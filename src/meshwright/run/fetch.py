@@ -110,8 +110,8 @@ class Reader:
             return self.collate(samples)
         except Exception as error:  # the user's collate may raise anything
             raise UserCodeError(
-                f"collating {len(samples)} samples of step {step + 1} raised {_said(error)}; samples "
-                f"are of type {type(samples[0]).__name__}; make them alike, or give the job a "
+                f"collating {len(samples)} samples of step {step + 1} raised {_said(error)}; "
+                f"samples are of type {type(samples[0]).__name__}; make them alike, or give the job a "
                 "collate function"
             ) from error
 
@@ -181,7 +181,9 @@ class Workers:
         self._expected = next(self._foreseen, None)
         if isinstance(answer, _Failed):
             failure = UserCodeError(answer.message)
-            failure.add_note(answer.details)
+            where, _, whole = answer.details.partition("\n")
+            failure.add_note(where)
+            failure.add_note(whole)
             raise failure
         return Loaded(*answer)
 
@@ -196,7 +198,11 @@ class _Remote:
         try:
             return self._reader.load(request)
         except MeshwrightError as error:
-            return _Failed(str(error), "in a data worker process:\n" + traceback.format_exc())
+            raised = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+            line = f"{raised.filename}:{raised.lineno} in {raised.name}: {raised.line}"
+            return _Failed(
+                str(error), f"in a data worker process, {line}\n" + traceback.format_exc()
+            )
 
 
 def _repeated(step: int, pattern: tuple[Request, ...], last: int | None) -> Iterator[Request]:

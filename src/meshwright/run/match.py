@@ -60,7 +60,7 @@ def compare(
     renamed = {own: name for name, own in saved.items()}
     problems = [
         *_shape_problems(weights, model, sources),
-        *_missing_problems(fresh, list(saved), sources),
+        *_missing_problems(fresh, list(saved), sources, tied),
         *_extra_problems([renamed[own] for own in unused], list(model)),
     ]
     if problems:
@@ -109,7 +109,7 @@ def _shape_problems(weights: _Shapes, model: _Shapes, sources: Mapping[str, str]
 
 
 def _missing_problems(
-    fresh: tuple[str, ...], saved: list[str], sources: Mapping[str, str]
+    fresh: tuple[str, ...], saved: list[str], sources: Mapping[str, str], tied: Mapping[str, str]
 ) -> list[str]:
     modules, layers = {name.rpartition(".")[0] for name in saved}, _layers(saved)
     wrong = [
@@ -120,7 +120,9 @@ def _missing_problems(
     if not wrong:
         return []
     hint = f" ({nearest(wrong[0], saved)})" if saved else ""
-    return [f"the weights lack {_some(wrong)}{hint}"]
+    others = [f"{other} is tied to {kept}" for other, kept in tied.items() if kept in wrong]
+    either = f" ({', '.join(others)}: either name will do)" if others else ""
+    return [f"the weights lack {_some(wrong)}{hint}{either}"]
 
 
 def _extra_problems(extra: list[str], model: list[str]) -> list[str]:

@@ -112,8 +112,8 @@ class Stream:
         if not allowed:
             rule = "be" if self._training else "be at most"
             raise UserCodeError(
-                f"the stream's batch of step {step + 1} holds {size} samples on dim 0, but must {rule} "
-                f"the global batch of batch_size={self._batch_size}; yield whole global batches "
+                f"the stream's batch of step {step + 1} holds {size} samples on dim 0, but must "
+                f"{rule} the global batch of batch_size={self._batch_size}; yield whole global batches "
                 f"(in a DataLoader: batch_size={self._batch_size}, drop_last=True), or set the "
                 f"job's batch_size"
             )
@@ -129,8 +129,8 @@ class Stream:
             if again is iterator or self._barren > 1:
                 raise UserCodeError(
                     f"the data ended after {self._next} batches and cannot be read again, but step "
-                    f"{self._next + 1} needs one; yield more, return an object that can be iterated "
-                    "anew, or train fewer steps"
+                    f"{self._next + 1} needs one; yield more, return an object that can be "
+                    "iterated anew, or train fewer steps"
                 )
             self.notes.append(f"the data ended after {self._next} batches and starts again")
             self._iterator = iterator = again
