@@ -124,5 +124,5 @@ def test_an_error_of_the_factory_is_the_users():
     def factory():
         raise RuntimeError("no such layer")
 
-    with pytest.raises(RuntimeError, match="no such layer"):
+    with pytest.raises(UserCodeError, match=r"model\(\) raised RuntimeError: no such layer"):
         blueprint(factory, 0)

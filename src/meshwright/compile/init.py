@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from meshwright.compile.draw import draw, draw_op, fill, fill_op, position_operand
 from meshwright.compile.blame import blamed
+from meshwright.compile.draw import draw, draw_op, fill, fill_op, position_operand
 from meshwright.compile.random import RandomMode
 from meshwright.compile.settings import default_dtype
 from meshwright.compile.stale import python_seeded

@@ -111,8 +111,8 @@ class Reader:
         except Exception as error:  # the user's collate may raise anything
             raise UserCodeError(
                 f"collating {len(samples)} samples of step {step + 1} raised {_said(error)}; "
-                f"samples are of type {type(samples[0]).__name__}; make them alike, or give the job a "
-                "collate function"
+                f"samples are of type {type(samples[0]).__name__}; make them alike, or give the "
+                "job a collate function"
             ) from error
 
 

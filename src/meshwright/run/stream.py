@@ -113,9 +113,9 @@ class Stream:
             rule = "be" if self._training else "be at most"
             raise UserCodeError(
                 f"the stream's batch of step {step + 1} holds {size} samples on dim 0, but must "
-                f"{rule} the global batch of batch_size={self._batch_size}; yield whole global batches "
-                f"(in a DataLoader: batch_size={self._batch_size}, drop_last=True), or set the "
-                f"job's batch_size"
+                f"{rule} the global batch of batch_size={self._batch_size}; yield whole global "
+                f"batches (in a DataLoader: batch_size={self._batch_size}, drop_last=True), or set "
+                "the job's batch_size"
             )
         return size
 
