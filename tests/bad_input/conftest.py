@@ -38,7 +38,9 @@ class Outcome:
         assert self.status == status, self.err
         for word in words:
             assert word in self.said, (word, self.err)
-        failure = re.search(r"^(mw: |ranks? [\d, ]+failed: |rank \d+ \(pid )", self.err, re.MULTILINE)
+        failure = re.search(
+            r"^(mw: |ranks? [\d, ]+failed: |rank \d+ \(pid )", self.err, re.MULTILINE
+        )
         assert failure is not None, self.err
         assert len(self.err[failure.start() :].strip().splitlines()) <= 12, self.err
         assert "Traceback" not in self.err, self.err

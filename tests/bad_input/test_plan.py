@@ -45,7 +45,10 @@ def test_a_plan_that_says_nothing(mw, verb, plan, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("data = 1\nmicrobatch = 2\n", ("unknown key 'microbatch'", "did you mean 'microbatches'?")),
+        (
+            "data = 1\nmicrobatch = 2\n",
+            ("unknown key 'microbatch'", "did you mean 'microbatches'?"),
+        ),
         ("data = '1'\n", ("data takes a whole number", "not '1'")),
         ("data = true\n", ("data takes a whole number",)),
         ("data == 1\n", ("is not TOML", "line 1")),
