@@ -22,6 +22,7 @@ from meshwright import api
 from meshwright.comm.base import World
 from meshwright.errors import StorageError, UsageError, UserCodeError
 from meshwright.launch.contract import Contract
+from meshwright.launch.local import launch
 from tests.run.crew import crew
 from tests.run.jobs import Points, alone, job, losses, weighted_loss
 
@@ -409,3 +410,15 @@ def test_other_signals_do_the_same(number):
     assert caught.value.code == 128 + number
     stopped(number)
     assert mw.train(job(), steps=4, run_dir="r", quiet=True)["steps"] == 4
+
+
+@pytest.mark.mp
+def test_two_runs_one_after_the_other_on_two_ranks(capfd):
+    path = script(
+        "for name in ('a', 'b'):\n"
+        "    mw.train(job(), steps=2, plan='zero2', run_dir=name, quiet=True)\n"
+    )
+    status = launch(2, [sys.executable, str(path)], run_dir=Path("r"))
+    assert status == 0, capfd.readouterr().err
+    first, second = lines("a"), lines("b")
+    assert [r["loss"] for r in first if "loss" in r] == [r["loss"] for r in second if "loss" in r]

@@ -33,6 +33,10 @@ _READ_WITHIN = 2.0
 _FIRST_PAUSE, _LAST_PAUSE = 0.002, 0.1
 
 
+_KEPT: dict[tuple[str, int, int], tuple[TCPStore, int]] = {}
+"""(address, port, rank) -> the store that this process has open there, and how often it met."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Where and how the ranks of one start meet.
@@ -57,14 +61,21 @@ class Rendezvous:
 
 
 def open_store(world: World, where: Rendezvous) -> tuple[Store, TCPStore]:
-    """Open the store and prove the token; returns this job's private part, and the whole.
+    """Open the store and prove the token; returns this meeting's private part, and the whole.
+
+    A process that meets again (a second run in one script) finds the store that it kept open, and
+    a part of it that nobody has used.
 
     Raises:
         UsageError: the address does not resolve, the port is taken, or tokens differ.
         Stalled: no store answered in `where.seconds`.
     """
-    root = _serve(world, where) if world.rank == 0 and not where.hosted else _join(world, where)
-    prefix = f"meshwright/{where.attempt}/{world.epoch}"
+    place = (where.address, where.port, world.rank)
+    root, meetings = _KEPT.pop(place, (None, 0))
+    if root is None:
+        root = _serve(world, where) if world.rank == 0 and not where.hosted else _join(world, where)
+    _KEPT[place] = root, meetings + 1
+    prefix = f"meshwright/{where.attempt}/{world.epoch}/{meetings}"
     if where.token is not None:
         _challenge(PrefixStore(f"{prefix}/hello", root), world, where.token, where.seconds)
         prefix = _proof(where.token, "store", prefix)
