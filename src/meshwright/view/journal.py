@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, final
 
-from meshwright.errors import UsageError
+from meshwright.errors import StorageError, UsageError
 from meshwright.run.loggers import JsonLines, TensorBoard
 from meshwright.run.session import Record
 from meshwright.view.console import Console
@@ -29,13 +29,23 @@ class Journal:
     def __init__(
         self,
         folder: Path | None = None,
+        own: Sequence[Logger] = (),
         loggers: Sequence[Logger] = (),
         console: Console | None = None,
         closing: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """Without a folder nothing is written."""
-        self._folder, self._loggers = folder, tuple(loggers)
+        """Without a folder nothing is written.
+
+        Args:
+            folder: of the run.
+            own: loggers into the folder, without which training goes on.
+            loggers: the user's.
+            console: the display.
+            closing: what closes `own`.
+        """
+        self._folder, self._own, self._loggers = folder, tuple(own), tuple(loggers)
         self._console, self._closing = console, tuple(closing)
+        self._warned: set[int] = set()
         self._info: dict[str, Any] = {}
         self._added: dict[str, Any] = {}
 
@@ -81,22 +91,39 @@ class Journal:
     def close(self, status: str) -> None:
         """Say in run.json how the run ended, and close the files."""
         if self._info:
-            with suppress(OSError):  # a full disk must not hide how it ended
+            with suppress(StorageError):  # a full disk must not hide how it ended
                 self._write(status)
         if self._console is not None:
             self._console.close()
         for close in self._closing:
-            close()
+            with suppress(OSError):
+                close()
 
     def _log(self, line: dict[str, Any]) -> None:
+        for logger in self._own:
+            try:
+                logger(line)
+            except (OSError, StorageError) as error:
+                self._warn(logger, error)
         for logger in self._loggers:
             logger(line)
 
+    def _warn(self, logger: Logger, error: Exception) -> None:
+        """A full disk ends no training: it is told once, and later lines are tried again."""
+        if id(logger) not in self._warned and self._console is not None:
+            self._console.note(f"{error}; training goes on without these lines")
+        self._warned.add(id(logger))
+
     def _write(self, status: str) -> None:
         assert self._folder is not None
-        aside = self._folder / ".run.json"
-        aside.write_text(json.dumps({**self._info, "status": status}, indent=1))
-        aside.replace(self._folder / "run.json")
+        aside, path = self._folder / ".run.json", self._folder / "run.json"
+        try:
+            aside.write_text(json.dumps({**self._info, "status": status}, indent=1))
+            aside.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; free the disk, or use another --run-dir"
+            ) from error
 
 
 def open_journal(folder: Path, step: int, loggers: Sequence[Logger], *, quiet: bool) -> Journal:
@@ -115,7 +142,7 @@ def open_journal(folder: Path, step: int, loggers: Sequence[Logger], *, quiet: b
         board = TensorBoard(folder / "tensorboard", resumed_at=step)
         own.append(board)
         closing.append(board.close)
-    return Journal(folder, (*own, *loggers), None if quiet else Console(), closing)
+    return Journal(folder, own, loggers, None if quiet else Console(), closing)
 
 
 def line_of(record: Record) -> dict[str, Any]:
