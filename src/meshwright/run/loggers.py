@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -80,19 +81,37 @@ class TensorBoard:
                 "`pip install meshwright[tensorboard]`"
             ) from error
         purge = None if resumed_at is None else resumed_at + 1
+        self._folder = Path(folder)
+        self._told = threading.excepthook
+        threading.excepthook = self._failed
         self._writer: Any = SummaryWriter(os.fspath(folder), purge_step=purge)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Write a record."""
+        """Write a record.
+
+        Raises:
+            StorageError: the disk refused this record or, more likely, one before.
+        """
         step = int(record.get("step", 0))
-        for name, value in flattened(record).items():
-            self._writer.add_scalar(name, value, step)
-        if "note" in record:
-            self._writer.add_text("note", str(record["note"]), step)
+        try:
+            for name, value in flattened(record).items():
+                self._writer.add_scalar(name, value, step)
+            if "note" in record:
+                self._writer.add_text("note", str(record["note"]), step)
+        except OSError as error:
+            raise _cannot_write(self._folder, error) from error
 
     def close(self) -> None:
         """Write what is pending and close."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._told
+
+    def _failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises again at the next call, which is where it is told."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._told(failure)
 
 
 class Wandb:
