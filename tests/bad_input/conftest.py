@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -52,6 +53,12 @@ class Outcome:
         for word in words:
             assert word in self.said, (word, self.err)
         return self.said
+
+
+def step_losses(run: Path) -> list[float]:
+    """The losses that a run logged."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
 def running(folder: Path) -> list[str]:

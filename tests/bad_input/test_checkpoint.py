@@ -147,7 +147,7 @@ class Data(Data):
     def __getitem__(self, index):
         Data.seen += 1
         if Data.seen == 17:  # read ahead in step 2
-            room(60_000)
+            room(int(os.environ["ROOM"]))
         if Data.seen == 33 and "LIFT" in os.environ:
             room(resource.RLIM_INFINITY)
         return super().__getitem__(index)
@@ -159,12 +159,15 @@ class Data(Data):
 def test_a_full_disk_warns_while_training_and_fails_the_last_save(start, folder):
     write_job(folder / "job.py", FULL, model="lambda: Model(width=4000)", steps="6")
     words = ("train", "job.py", "--checkpoint-every", 1, "--run-dir")
-    lifted = start(*words, "lifted", environ={"LIFT": "1"})
-    full = start(*words, "full")
+    lifted = start(*words, "lifted", environ={"ROOM": "60000", "LIFT": "1"})
+    full = start(*words, "full", environ={"ROOM": "0"})
     done = ended(lifted)
     done.works("checkpoint of step 2 was not saved, training goes on", "File too large", "step 6/6")
     assert (folder / "lifted" / "checkpoints" / "step-00000006").is_dir()
     done = ended(full)
     said = done.fails(74, "saving the checkpoint of step 6 failed: rank 0", "File too large")
     assert "checkpoint of step 2 was not saved, training goes on" in said
+    for name in ("full/metrics.jsonl", "full/tensorboard"):
+        assert said.count(f"cannot write {name}: File too large") == 1
+    assert "step 6/6" in said
     assert [p.name for p in (folder / "full" / "checkpoints").iterdir()] == ["step-00000001"]

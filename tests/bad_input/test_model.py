@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from tests.bad_input.conftest import step_losses
+
 READS = """
 class Model(Model):
     def forward(self, x):
@@ -14,18 +16,13 @@ class Model(Model):
 """
 
 
-def step_losses(folder):
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-
-
 @pytest.mark.parametrize("condition", ["x.sum().item() > 0", "x.sum() > 0", "float(x[0, 0]) > 0"])
 def test_a_model_that_reads_values_is_told_its_line_and_trains_eagerly(train, folder, condition):
     extra = READS.format(condition=condition)
     said = train(extra=extra).fails(71, "NotTraceable", "reads a tensor's value", "--eager")
     assert f"in forward scale = 2.0 if {condition} else 1.0" in said
     train("--eager", "--run-dir", "run", extra=extra).works("step 3/3")
-    losses = step_losses(folder)
+    losses = step_losses(folder / "run")
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
@@ -90,7 +87,7 @@ def test_a_loss_that_becomes_nan_keeps_the_last_checkpoint(train, mw, folder, ho
     words = ("--run-dir", "run", "--checkpoint-every", 1, *how)
     done = train(*words, extra=extra, steps="8")
     done.fails(71, "the loss is nan in step 4", "nothing of this step was applied", "nonfinite")
-    assert len(step_losses(folder)) == 3
+    assert len(step_losses(folder / "run")) == 3
     kept = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000001", "step-00000002", "step-00000003"]
     good = extra.replace('float("nan")', "0.0")
