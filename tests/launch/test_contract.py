@@ -169,3 +169,11 @@ def test_a_token_file_must_be_private(tmp_path):
 def test_run_dir_and_plan_are_read_in_a_world_of_one_too():
     contract = read({"MESHWRIGHT_RUN_DIR": "runs/a", "MESHWRIGHT_PLAN": "zero1"})
     assert (contract.run_dir, contract.plan) == (Path("runs/a"), "zero1")
+
+
+def test_what_carries_the_data_can_be_chosen():
+    assert read({}).comm is None
+    assert read(TORCHRUN | {"MESHWRIGHT_COMM": "gloo"}).comm == "gloo"
+    assert read(TORCHRUN | {"MESHWRIGHT_COMM": "shared"}).comm == "shared"
+    with pytest.raises(UsageError, match="MESHWRIGHT_COMM is 'shred'; did you mean 'shared'"):
+        read(TORCHRUN | {"MESHWRIGHT_COMM": "shred"})

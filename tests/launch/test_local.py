@@ -67,7 +67,15 @@ def test_ranks_meet_and_rank_0_speaks(ranks):
     assert nothing_runs(done.run_dir)
 
 
-def test_all_listening_sockets_are_on_loopback(ranks):
+@pytest.mark.parametrize(
+    ("comm", "kept", "other"),
+    [
+        ("gloo", ["127.0.0.1", "127.0.0.1"], ["127.0.0.1"]),  # the store's and gloo's
+        ("shared", ["127.0.0.1"], []),  # the store's
+    ],
+)
+def test_all_listening_sockets_are_on_loopback(ranks, monkeypatch, comm, kept, other):
+    monkeypatch.setenv("MESHWRIGHT_COMM", comm)
     done = ranks(
         2,
         """
@@ -80,8 +88,8 @@ def test_all_listening_sockets_are_on_loopback(ranks):
         """,
     )
     assert done.status == 0, done.err
-    assert done.out == "['127.0.0.1', '127.0.0.1']\n"  # the store's and gloo's
-    assert done.log(1) == "['127.0.0.1']\n"
+    assert done.out == f"{kept}\n"
+    assert done.log(1) == f"{other}\n"
 
 
 def test_a_failing_rank_is_told_once_with_the_users_line(ranks):

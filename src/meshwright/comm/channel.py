@@ -25,7 +25,7 @@ from meshwright.comm.segment import HEADER, Segment
 
 __all__ = ["SLOTS", "Bells", "Channel", "Meaning", "Need", "Stream", "size_of"]
 
-SLOTS = 8
+SLOTS = 4
 _LINE = 64
 _WORD = 8
 _TEXT = 256  # bytes, in a slot's header
@@ -105,7 +105,10 @@ class Meaning:
 class Stream:
     """One sequence of rounds: this member's own counters, and those of its peers."""
 
-    __slots__ = ("_bells", "_mine", "_peers", "_words", "next", "posted", "posts", "taken", "takes")
+    __slots__ = (
+        "_bells", "_mine", "_peers", "_words", "everyone", "next", "posted", "posts", "taken",
+        "takes",
+    )  # fmt: skip
 
     def __init__(
         self, words: memoryview, base: int, me: int, ranks: Sequence[int], bells: Bells
@@ -116,6 +119,7 @@ class Stream:
         self._mine = base + me * _MEMBER
         self._peers = tuple(ranks[member] for member in others)
         self.posts = {member: base + member * _MEMBER for member in others}
+        self.everyone = tuple(self.posts.values())
         self.takes = tuple(base + member * _MEMBER + 2 * _WORDS for member in others)
         self.posted = self.taken = 0  # rounds so far, of this member
         self.next: int | None = 0  # the next round that no collective has yet, None while unknown
@@ -125,14 +129,17 @@ class Stream:
         if number != self.posted:
             return False
         words, least = self._words, number - SLOTS + 1
-        return all(words[word] >= least for word in self.takes) if least > 0 else True
+        for word in self.takes:  # noqa: SIM110  half as slow as all(...), and on every path
+            if words[word] < least:
+                return False
+        return True
 
     def may_take(self, number: int, words_of: Sequence[int]) -> bool:
         """Whether it is round `number`'s turn, and the senders with these words have posted it."""
         if number != self.taken:
             return False
         words = self._words
-        for word in words_of:  # noqa: SIM110  half as slow as all(...), and on every path
+        for word in words_of:  # noqa: SIM110  as above
             if words[word] <= number:
                 return False
         return True
@@ -199,6 +206,15 @@ class Channel:
                 self._views.clear()
             known = self._views[key] = self.segment.data[offset : offset + size].view(dtype)
         return known
+
+    def operands(self, number: int, tensor: Tensor) -> list[Tensor]:
+        """Every member's tensor of a round that one round holds: like `tensor`, this member's."""
+        size, dtype, shape = tensor.nbytes, tensor.dtype, tensor.shape
+        parts = [tensor] * self.size
+        for member in self.others:
+            part = self.view(self.input(member, number), size, dtype)
+            parts[member] = part if len(shape) == 1 else part.view(shape)
+        return parts
 
     def announce(self, number: int, meaning: Meaning, rounds: int, counts: Sequence[int]) -> None:
         """Before posting a collective's first round: what it is, how long, bytes for each."""

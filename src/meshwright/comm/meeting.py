@@ -5,7 +5,7 @@ Also what every driver says and does alike: deadlines, who is late, and leaving.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -56,15 +56,23 @@ class Meeting:
         store, root = open_store(world, where)
         return cls(world, where, deadline, store, root, Roll.join(store, world, where.seconds))
 
-    def gather(self, name: str, ranks: Sequence[int], what: str) -> None:
+    def gather(
+        self,
+        name: str,
+        ranks: Sequence[int],
+        what: str,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Wait until all `ranks` have come to the place `name`, on the way to doing `what`.
+
+        `meanwhile` is called again and again until then.
 
         Raises:
             Stalled: somebody has not come by the first deadline.
             PeerLost: somebody is gone.
         """
         self.roll.sign(name)
-        self.roll.arrive(name, ranks, self.deadline.first, what)
+        self.roll.arrive(name, ranks, self.deadline.first, what, meanwhile)
 
     def put(self, key: str, text: str, what: str) -> None:
         """Leave a text in the store, on the way to doing `what`.

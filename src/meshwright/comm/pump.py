@@ -35,7 +35,7 @@ _REDUCE: dict[Reduction, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made at every collective
 class Call:
     """A collective as its generator needs it: dense tensors, and what they mean.
 
@@ -118,9 +118,10 @@ def even(size: int, limit: int) -> int:
     return max(1, -(-size // rounds // LINE)) * LINE
 
 
-def fold(parts: Sequence[Tensor], how: Reduction, out: Tensor) -> None:
-    """Reduce `parts` in their order into `out`."""
+def fold(parts: Sequence[Tensor], how: Reduction, out: Tensor | None = None) -> Tensor:
+    """Reduce `parts` in their order, into `out` if given."""
     add = _REDUCE[how]
-    add(parts[0], parts[1], out=out)
+    total = add(parts[0], parts[1], out=out)
     for part in parts[2:]:
-        add(out, part, out=out)
+        add(total, part, out=total)
+    return total

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from meshwright.errors import PeerLost, Stalled
 __all__ = ["Card", "Roll", "named", "own_card"]
 
 _SLICE = 0.25
+_BUSY = 0.005
 _ANSWER_WITHIN = 1.0
 
 
@@ -82,8 +83,22 @@ class Roll:
         dead = [card for card in self._cards if card.rank in ranks]
         return ", ".join(f"rank {card.rank} (pid {card.pid})" for card in dead) + " is gone"
 
-    def arrive(self, place: str, ranks: Sequence[int], seconds: float, what: str) -> None:
+    def arrive(
+        self,
+        place: str,
+        ranks: Sequence[int],
+        seconds: float,
+        what: str,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Wait until all `ranks` have set `place/<rank>`.
+
+        Args:
+            place: where to.
+            ranks: who.
+            seconds: how long.
+            what: on the way to doing what; for messages.
+            meanwhile: called again and again, for what must go on while this rank waits here.
 
         Raises:
             Stalled: after `seconds`; names the ranks that have not come.
@@ -100,8 +115,10 @@ class Roll:
                 )
             keys = [f"{place}/{rank}" for rank in missing]
             with self.reaching(what):
-                await_keys(self._store, keys, min(left, _SLICE))
+                await_keys(self._store, keys, min(left, _BUSY if meanwhile else _SLICE))
                 missing = [rank for rank in missing if not self._store.check([f"{place}/{rank}"])]
+            if meanwhile is not None:
+                meanwhile()
             if missing:
                 self.check_news(what)
 

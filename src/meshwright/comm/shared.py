@@ -58,6 +58,7 @@ class _Recipe:
     group: _Group
     meaning: Meaning
     place: _Place
+    bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -147,13 +148,12 @@ class Shared:
 
         The tensors of `request` must stay as they are until it has been waited for.
         """
-        tensors = tuple(map(_dense, request.tensors))
         recipe = self._recipes.get(_key(request)) or self._recipe(request)
-        entry = self.ledger.enter(request)
         if recipe is None:
             (answer,) = collective([request])
-            return Handle(request, _Running(request, entry, answer=answer))
-        group = recipe.group
+            return Handle(request, _Running(request, self.ledger.enter(request), answer=answer))
+        tensors = tuple([_dense(tensor) for tensor in request.tensors])
+        group, entry = recipe.group, self.ledger.enter(request, recipe.bytes)
         group.calls += 1
         fresh = not recipe.place.seen
         steps = begin(Call(group.channel, request, tensors, recipe.meaning, self._pool, fresh))
@@ -182,7 +182,7 @@ class Shared:
             return None
         group = self._groups.get(ranks)
         if group is None:
-            channel = self._alive().channel(ranks, describe(request))
+            channel = self._alive().channel(ranks, describe(request), self._go_on)
             group = self._groups[ranks] = _Group(channel)
         words = fingerprint.text(request).encode(errors="replace")
         words = words[: fingerprint.BYTES].ljust(fingerprint.BYTES, b"\0")
@@ -190,7 +190,8 @@ class Shared:
         place = self._places.setdefault((request.op, request.group, request.label), _Place())
         if len(self._recipes) >= _RECIPES:
             self._recipes.clear()
-        recipe = _Recipe(group, Meaning(words, digest), place)
+        brought = sum(tensor.nbytes for tensor in request.tensors)
+        recipe = _Recipe(group, Meaning(words, digest), place, brought)
         self._recipes[_key(request)] = recipe
         return recipe
 
@@ -211,13 +212,11 @@ class Shared:
 
     def _spun(self, running: _Running) -> bool:
         """Whether the collective ends within moments, where there are cores enough to look."""
+        self._go_on()
         end = time.perf_counter() + self._spin
-        while True:
+        while running.steps is not None and time.perf_counter() < end:
             self._go_on()
-            if running.steps is None:
-                return True
-            if time.perf_counter() >= end:
-                return False
+        return running.steps is None
 
     def _sleep(self, running: _Running) -> None:
         """Sleep and go on by turns until the collective is done, with an eye on the others."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar, final
 
 from meshwright.comm import futex
-from meshwright.comm.channel import Bells, Channel, size_of
+from meshwright.comm.channel import SLOTS, Bells, Channel, size_of
 from meshwright.comm.meeting import Meeting
 from meshwright.comm.pidfd import Peers
 from meshwright.comm.roll import named
@@ -74,8 +74,10 @@ class Ground:
             raise
         return cls(meeting, bells, peers, everyone)
 
-    def channel(self, ranks: tuple[int, ...], what: str) -> Channel:
+    def channel(self, ranks: tuple[int, ...], what: str, meanwhile: Callable[[], None]) -> Channel:
         """The channel of these ranks, all of which are about to do `what`.
+
+        While they are not all there, `meanwhile` keeps going what they may be waiting for.
 
         Raises:
             Stalled: some member does not come.
@@ -85,7 +87,7 @@ class Ground:
         if ranks == self.everyone.ranks:
             return self.everyone
         try:
-            return _channel(self.meeting, ranks, self.bells, what)
+            return _channel(self.meeting, ranks, self.bells, what, meanwhile)
         except NoRoom as error:
             raise OutOfMemory(
                 f"{what}: no shared memory for {named(ranks)}: {error}; "
@@ -108,11 +110,15 @@ def _problem(meeting: Meeting) -> str | None:
 
 def _capacity(members: int) -> int:
     """Bytes of a slot, so that all members' slots fit in the room."""
-    return max(min(_CAPACITY, _ROOM // (8 * members)), 4096, 64 * members)
+    return max(min(_CAPACITY, _ROOM // (SLOTS * members)), 4096, 64 * members)
 
 
 def _channel(
-    meeting: Meeting, ranks: tuple[int, ...], bells: Bells, what: str = _JOINING
+    meeting: Meeting,
+    ranks: tuple[int, ...],
+    bells: Bells,
+    what: str = _JOINING,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Channel:
     """The channel of these ranks.
 
@@ -121,12 +127,17 @@ def _channel(
     """
     capacity = _capacity(len(ranks))
     name = ",".join(map(str, ranks))
-    segment = _common(meeting, name, ranks, size_of(len(ranks), capacity), what)
+    segment = _common(meeting, name, ranks, size_of(len(ranks), capacity), what, meanwhile)
     return Channel(segment, ranks.index(meeting.world.rank), ranks, bells, capacity)
 
 
 def _common(
-    meeting: Meeting, name: str, ranks: Sequence[int], size: int, what: str = _JOINING
+    meeting: Meeting,
+    name: str,
+    ranks: Sequence[int],
+    size: int,
+    what: str = _JOINING,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Segment:
     """A segment that the first of `ranks` makes and the others attach to.
 
@@ -142,13 +153,13 @@ def _common(
         except NoRoom as error:
             card = f"!{error}"
         meeting.put(f"{place}/card", card, what)
-    meeting.gather(place, ranks, what)
+    meeting.gather(place, ranks, what, meanwhile)
     card = meeting.get(f"{place}/card", what)
     if card.startswith("!"):
         raise NoRoom(card[1:])
     segment = made or Segment.attach(card)
     # The maker may end soon, and nobody else can be asked for it.
-    meeting.gather(f"{place}/attached", ranks, what)
+    meeting.gather(f"{place}/attached", ranks, what, meanwhile)
     return segment
 
 

@@ -51,15 +51,15 @@ def connect(contract: Contract) -> Connected:
             raise UsageError(
                 f"{COMM} is 'shared', but {reason}; unset it, or use {COMM}=gloo"
             ) from None
-        asked = contract.comm != "shared"
+        asked = contract.comm == "gloo"
         notes = () if asked else (f"collectives go through gloo: {reason}",)
         return TorchDist.over(meeting, notes)
 
 
 def _refusal(comm: str | None, world: World) -> str | None:
     """Why this rank does not want to share memory."""
-    if comm != "shared":
-        return f"{COMM} is {comm!r}"
+    if comm == "gloo":
+        return f"{COMM} is 'gloo'"
     if comm is None and world.local_size < world.size:
         return f"{world.local_size} of {world.size} ranks are on this host"
     return None
