@@ -23,6 +23,7 @@ from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Table
 from meshwright.program.layout import chunk
+from meshwright.program.program import Program
 from meshwright.run.build import Build, Lowered, has_batch_norm
 from meshwright.run.data import Source
 from meshwright.run.step import Policy
@@ -73,9 +74,9 @@ class EagerWorker(Worker):
         return self.list
 
     @override
-    def digest(self, fetched: Fetched) -> str:
-        """There is no program to compare."""
-        return "eager"
+    def programs(self, fetched: Fetched) -> tuple[Program, ...]:
+        """There is none to compare."""
+        return ()
 
     @override
     def work(self, fetched: Fetched, upcoming: int | None) -> AheadWork:

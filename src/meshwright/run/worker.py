@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from meshwright.comm.base import Group, all_reduce
-from meshwright.comm.handshake import agree
 from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import region
+from meshwright.program.program import Program
+from meshwright.run.agreement import same_programs
 from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
@@ -221,11 +222,11 @@ class Worker:
         key = tuple(micro.key for micro in fetched.micros)
         if key not in self.agreed:
             self.agreed.add(key)
-            yield from agree({"traced program": self.digest(fetched)}, self.group)
+            yield from same_programs(self.programs(fetched), self.group)
 
-    def digest(self, fetched: Fetched) -> str:
-        """One hash over the traced programs of a batch's micro-batches."""
-        return "-".join(self.build.unit(micro).program.digest for micro in fetched.micros)
+    def programs(self, fetched: Fetched) -> tuple[Program, ...]:
+        """The traced programs of a batch's micro-batches."""
+        return tuple(self.build.unit(micro).program for micro in fetched.micros)
 
     def work(self, fetched: Fetched, upcoming: int | None) -> AheadWork:
         """What the executor is sent for one step."""
