@@ -185,3 +185,11 @@ def test_values_out_of_range_while_training(train, folder, ids, labels, at, word
 )
 def test_factories_that_make_something_else(train, pieces, words):
     train(**pieces).fails(71, *words)
+
+
+def test_more_memory_than_there_is(train):
+    large = "lambda: nn.Sequential(nn.Linear(4, 10**13), nn.Linear(10**13, 1))"
+    train(model=large).fails(72, "OutOfMemory: the model's state needs", "start more ranks")
+    loss = "lambda m, b: m(b['x']).mean() * torch.ones(10**13).sum()"
+    said = train("--plan", "data=1", loss=loss).fails(72, "can't allocate memory", "ones in the")
+    assert "job.py:" in said

@@ -28,7 +28,7 @@ def test_a_log_line_is_what_a_terminal_shows_in_the_end(drawn, seen):
     assert plain(drawn) == seen
 
 
-@given(st.text(st.characters(min_codepoint=32)))
+@given(st.text(st.characters(min_codepoint=32, codec="utf-8")))
 def test_text_without_codes_is_left_as_it_is(text):
     assert plain(text.encode()) == text.encode()
 
