@@ -70,7 +70,9 @@ def ratio(a: list[float], b: list[float]) -> str:
     return "{:6.2f} [{:.2f}, {:.2f}]".format(*found)
 
 
-def work(rank: int, n: int, ports: tuple[int, int], ops: list[str], sizes: list[int], rounds: int):
+def work(
+    rank: int, n: int, ports: tuple[int, int], ops: list[str], sizes: list[int], rounds: int
+) -> None:
     torch.set_num_threads(1)
     world, deadline = World(rank, n, rank, n), Deadline(120.0, 120.0)
     meetings = [Meeting.open(world, Rendezvous("127.0.0.1", p), deadline) for p in ports]
