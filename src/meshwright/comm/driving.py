@@ -65,11 +65,10 @@ def _drive(performer: Performer, exchange: Exchange, answer: Any) -> Any:
 
 
 def require_mine(request: Start, rank: int) -> None:
-    """See that this rank may start `request`, and brings what such a request has.
+    """See that this rank may start `request`.
 
     Raises:
-        InternalError: it is no member, a tensor is not on the CPU, there are too few or too many,
-            or one is not of the shape that `request.shapes` gives this rank.
+        InternalError: it is no member, or a tensor is not on the CPU.
     """
     ranks = request.group.ranks
     if rank not in ranks:
@@ -79,19 +78,3 @@ def require_mine(request: Start, rank: int) -> None:
     for tensor in request.tensors:
         if tensor.device.type != "cpu":
             raise InternalError(f"{describe(request)} is on {tensor.device}, and must be on CPU")
-    wanted = _COUNTS.get(request.op, len(ranks))
-    if len(request.tensors) != wanted:
-        raise InternalError(
-            f"{describe(request)} takes {wanted} tensors of each rank, and rank {rank} brings "
-            f"{len(request.tensors)}"
-        )
-    if request.op in {"all_gather", "permute"} and request.shapes:
-        shape, told = tuple(request.tensors[0].shape), tuple(request.shapes[ranks.index(rank)])
-        if shape != told:
-            raise InternalError(
-                f"{describe(request)}: rank {rank} brings {list(shape)}, and its request says "
-                f"{list(told)}"
-            )
-
-
-_COUNTS = {"all_reduce": 1, "all_gather": 1, "broadcast": 1, "permute": 1, "barrier": 0}

@@ -18,19 +18,7 @@ from meshwright.comm.base import Reduction, Start
 from meshwright.comm.channel import SLOTS, Channel, Meaning, Need
 from meshwright.comm.pool import Pool
 
-__all__ = [
-    "LINE",
-    "REDUCE",
-    "Act",
-    "Call",
-    "Steps",
-    "compare",
-    "even",
-    "fold",
-    "meet",
-    "move",
-    "pump",
-]
+__all__ = ["LINE", "Act", "Call", "Steps", "compare", "even", "fold", "move", "pump"]
 
 Steps = Generator[Need | None, None, tuple[Tensor, ...]]
 Act = Callable[[int, int], None]
@@ -40,7 +28,7 @@ move = ctypes.memmove
 """`move(to, source, count)` copies bytes between addresses, without holding the interpreter."""
 
 LINE = 64
-REDUCE: dict[Reduction, Callable[..., Tensor]] = {
+_REDUCE: dict[Reduction, Callable[..., Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
     "min": torch.minimum,
@@ -116,32 +104,6 @@ def pump(
             yield (stream.takes, first + posted - SLOTS + 1) if turn else None
 
 
-def meet(call: Call, fill: Callable[[int], None]) -> Generator[Need | None, None, int]:
-    """One round that holds everything: `pump` in few words, for most collectives are small.
-
-    Args:
-        call: whose round it is.
-        fill: given the round's number in the channel, copies in.
-
-    Returns:
-        The round's number, once all have posted it; the caller takes what it needs, and releases.
-    """
-    channel, stream = call.channel, call.channel.inputs
-    while stream.next is None:
-        yield None
-    number = stream.next
-    stream.next = number + 1
-    while not stream.may_post(number):
-        yield stream.takes, number - SLOTS + 1
-    channel.announce(number, call.meaning, 1, ())
-    fill(number)
-    stream.publish()
-    while not stream.may_take(number, stream.everyone):
-        yield stream.everyone, number + 1
-    compare(call, number, channel.others)
-    return number
-
-
 def compare(call: Call, number: int, members: Sequence[int]) -> None:
     """See that these members mean the same collective as this one."""
     channel = call.channel
@@ -158,7 +120,7 @@ def even(size: int, limit: int) -> int:
 
 def fold(parts: Sequence[Tensor], how: Reduction, out: Tensor | None = None) -> Tensor:
     """Reduce `parts` in their order, into `out` if given."""
-    add = REDUCE[how]
+    add = _REDUCE[how]
     total = add(parts[0], parts[1], out=out)
     for part in parts[2:]:
         add(total, part, out=total)

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from meshwright.comm.channel import SLOTS, Channel
-from meshwright.comm.pump import LINE, REDUCE, Act, Call, Steps, even, fold, meet, move, pump
+from meshwright.comm.pump import LINE, Act, Call, Steps, compare, even, fold, move, pump
 from meshwright.comm.shares import reduce_in_shares
 from meshwright.errors import InternalError
 
 __all__ = ["begin"]
 
-# Up to so many bytes every member reduces everything itself, at once: one phase less to wait for.
+# Up to here every member reduces everything itself: one phase less to wait for.
 _DIRECT = 1 << 15
-_PAIR = 1 << 18
+_PAIR = 1 << 17
 
 
 def begin(call: Call) -> Steps:
@@ -32,87 +32,62 @@ def begin(call: Call) -> Steps:
 
 def _all_reduce(call: Call) -> Steps:
     size = call.tensors[0].nbytes
-    pair = call.channel.size == 2
-    if size <= min(_PAIR if pair else _DIRECT, call.channel.capacity):
+    if size <= (_PAIR if call.channel.size == 2 else _DIRECT):
         return _reduce_at_once(call)
-    return _reduce_directly(call) if pair else reduce_in_shares(call)
+    return _reduce_directly(call) if call.channel.size == 2 else reduce_in_shares(call)
 
 
 def _reduce_at_once(call: Call) -> Steps:
-    """Every member reduces all inputs, in one round."""
-    channel, (tensor,) = call.channel, call.tensors
-    size = tensor.nbytes
-
-    def fill(number: int) -> None:
-        move(channel.address(channel.input(channel.me, number)), tensor.data_ptr(), size)
-
-    number = yield from meet(call, fill)
-    parts = [tensor] * channel.size
-    for member in channel.others:
-        slot = channel.input(member, number)
-        parts[member] = channel.view(slot, size, tensor.dtype, tensor.shape)
+    """What `_reduce_directly` does, in one round and with few words: most reductions are small."""
+    channel, stream = call.channel, call.channel.inputs
+    (tensor,) = call.tensors
+    while stream.next is None:
+        yield None
+    number = stream.next
+    stream.next = number + 1
+    while not stream.may_post(number):
+        yield stream.takes, number - SLOTS + 1
+    channel.announce(number, call.meaning, 1, ())
+    move(channel.address(channel.input(channel.me, number)), tensor.data_ptr(), tensor.nbytes)
+    stream.publish()
+    while not stream.may_take(number, stream.everyone):
+        yield stream.everyone, number + 1
+    compare(call, number, channel.others)
+    parts = channel.operands(number, tensor)
     total = fold(parts, call.request.reduce)
-    channel.inputs.release()
+    stream.release()
     return (total,)
 
 
 def _reduce_directly(call: Call) -> Steps:
-    """Each of two members reduces all of both inputs, a piece at a time."""
-    channel, add = call.channel, REDUCE[call.request.reduce]
-    (tensor,), (peer,) = call.tensors, channel.others
+    """Every member reduces all inputs."""
+    channel, how = call.channel, call.request.reduce
+    (tensor,) = call.tensors
     dtype, source, size = tensor.dtype, tensor.data_ptr(), tensor.nbytes
     piece = even(size, channel.capacity)
-    rounds, last = -(-size // piece), size % piece or piece
+    rounds = max(1, -(-size // piece))
     mine = tensor.view(-1).split(piece // dtype.itemsize)
     total = call.pool.empty(tensor.shape, dtype)
     totals = total.view(-1).split(piece // dtype.itemsize)
-    slots = [channel.address(channel.input(channel.me, number)) for number in range(SLOTS)]
-    theirs = [channel.view(channel.input(peer, number), piece, dtype) for number in range(SLOTS)]
 
     def post(k: int, number: int) -> None:
-        move(slots[number % SLOTS], source + k * piece, last if k == rounds - 1 else piece)
+        count = min(piece, size - k * piece)
+        move(channel.address(channel.input(channel.me, number)), source + k * piece, count)
 
     def take(k: int, number: int) -> None:
-        own, part = mine[k], theirs[number % SLOTS]
-        if k == rounds - 1:
-            part = part[: own.numel()]
-        if peer:  # in group order: sums of NaN tell the difference
-            add(own, part, out=totals[k])
-        else:
-            add(part, own, out=totals[k])
+        parts = [
+            mine[k]
+            if member == channel.me
+            else channel.view(channel.input(member, number), mine[k].nbytes, dtype)
+            for member in range(channel.size)
+        ]
+        fold(parts, how, totals[k])
 
     yield from pump(call, rounds, post, take)
     return (total,)
 
 
 def _reduce_scatter(call: Call) -> Steps:
-    limit = min(_DIRECT, _part(call.channel))
-    small = max(tensor.nbytes for tensor in call.tensors) <= limit
-    return _scatter_at_once(call) if small else _scatter_in_pieces(call)
-
-
-def _scatter_at_once(call: Call) -> Steps:
-    channel, tensors, me = call.channel, call.tensors, call.channel.me
-    share = _part(channel)
-
-    def fill(number: int) -> None:
-        slot = channel.address(channel.input(me, number))
-        for member in channel.others:
-            tensor = tensors[member]
-            move(slot + _place(me, member) * share, tensor.data_ptr(), tensor.nbytes)
-
-    number = yield from meet(call, fill)
-    mine = tensors[me]
-    parts = [mine] * channel.size
-    for member in channel.others:
-        slot = channel.input(member, number) + _place(member, me) * share
-        parts[member] = channel.view(slot, mine.nbytes, mine.dtype, mine.shape)
-    total = fold(parts, call.request.reduce)
-    channel.inputs.release()
-    return (total,)
-
-
-def _scatter_in_pieces(call: Call) -> Steps:
     channel, how, me = call.channel, call.request.reduce, call.channel.me
     share, tensors = _part(channel), call.tensors
     dtype, shape = tensors[me].dtype, tensors[me].shape
@@ -140,38 +115,11 @@ def _scatter_in_pieces(call: Call) -> Steps:
 
 
 def _all_gather(call: Call) -> Steps:
+    channel, me = call.channel, call.channel.me
     (tensor,) = call.tensors
-    shapes = call.request.shapes or (tuple(tensor.shape),) * call.channel.size
-    counts = [math.prod(shape) for shape in shapes]
-    if max(counts) * tensor.dtype.itemsize <= min(_DIRECT, call.channel.capacity):
-        return _gather_at_once(call, shapes, counts)
-    return _gather_in_pieces(call, shapes, counts)
-
-
-def _gather_at_once(call: Call, shapes: Sequence[tuple[int, ...]], counts: Sequence[int]) -> Steps:
-    channel, (tensor,) = call.channel, call.tensors
-    dtype = tensor.dtype
-
-    def fill(number: int) -> None:
-        slot = channel.address(channel.input(channel.me, number))
-        move(slot, tensor.data_ptr(), tensor.nbytes)
-
-    number = yield from meet(call, fill)
-    parts = [tensor] * channel.size
-    for member in channel.others:
-        slot = channel.input(member, number)
-        size = counts[member] * dtype.itemsize
-        parts[member] = channel.view(slot, size, dtype, shapes[member])
-    answers = tuple([part.clone() for part in parts])
-    channel.inputs.release()
-    return answers
-
-
-def _gather_in_pieces(
-    call: Call, shapes: Sequence[tuple[int, ...]], counts: Sequence[int]
-) -> Steps:
-    channel, me, (tensor,) = call.channel, call.channel.me, call.tensors
     piece, dtype, source = channel.capacity, tensor.dtype, tensor.data_ptr()
+    shapes = call.request.shapes or (tuple(tensor.shape),) * channel.size
+    counts = [math.prod(shape) for shape in shapes]
     whole = call.pool.empty((sum(counts),), dtype)
     sizes = [count * dtype.itemsize for count in counts]
     starts = [whole.data_ptr() + start for start in itertools.accumulate([0, *sizes])]
@@ -260,8 +208,10 @@ def _exchange(call: Call, outgoing: tuple[Tensor, ...], shapes: Sequence[tuple[i
 
 
 def _barrier(call: Call) -> Steps:
-    yield from meet(call, lambda _: None)
-    call.channel.inputs.release()
+    def nothing(_k: int, _number: int) -> None:
+        pass
+
+    yield from pump(call, 1, nothing, nothing)
     return ()
 
 

@@ -8,6 +8,7 @@ ranks say about one another is in the store.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -91,8 +92,7 @@ class Shared:
         self._running: list[_Running] = []
         self._pool = Pool()
         # Where ranks outnumber cores, whoever spins keeps another from doing its work.
-        size = self._world.size
-        self._spin = _SPIN if ground.bells.cores(size) >= size else 0.0
+        self._spin = _SPIN if len(os.sched_getaffinity(0)) >= self._world.size else 0.0
         self.ledger = Ledger(self._world.rank)
         self.notes: tuple[str, ...] = ()
 
