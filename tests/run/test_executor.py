@@ -147,3 +147,15 @@ def test_an_error_of_a_request_is_thrown_in_where_it_was_made():
     with pytest.raises(ConnectionError):
         exchange.throw(ConnectionError())
     assert step.asked[-1] == "told"
+
+
+def test_every_instruction_is_stamped_and_the_times_add_up():
+    program = doubled_sum()
+    machine = execute(program, FUNCTIONS, {"model/w": torch.zeros(())}, PLACE)
+    next(machine)
+    done = machine.send(Recording())
+    assert len(done.stamps) == len(program.body) + 1
+    assert list(done.stamps) == sorted(done.stamps)
+    timing = done.timing
+    total = timing.data + timing.compute + timing.communication + timing.update
+    assert total == pytest.approx(done.stamps[-1] - done.stamps[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -41,25 +42,35 @@ class Timing:
     communication: float = 0.0
     update: float = 0.0
 
-    def add(self, kind: Kind, seconds: float) -> None:
-        """Count the time of one instruction."""
-        match kind:
-            case "Load":
-                self.data += seconds
-            case "Run":
-                self.compute += seconds
-            case "Start" | "Wait" | "Agree":
-                self.communication += seconds
-            case _:
-                self.update += seconds
+    @classmethod
+    def of(cls, body: Sequence[Instruction], stamps: Sequence[float]) -> Timing:
+        """The sums over a step's instructions; `stamps` as of `Committed`."""
+        timing = cls()
+        for instruction, (began, ended) in zip(body, pairwise(stamps), strict=True):
+            match instruction.kind:
+                case "Load":
+                    timing.data += ended - began
+                case "Run":
+                    timing.compute += ended - began
+                case "Start" | "Wait" | "Agree":
+                    timing.communication += ended - began
+                case _:
+                    timing.update += ended - began
+        return timing
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Yielded when a step is done (`result` None: ready for the first one)."""
+    """Yielded when a step is done (`result` None: ready for the first one).
+
+    Attributes:
+        stamps: `time.perf_counter()` before each instruction of the body and after the last; in a
+            step that is profiled this is all that is known of time, and in others it costs no more.
+    """
 
     result: Any = None
     timing: Timing = field(default_factory=Timing)
+    stamps: Sequence[float] = ()
 
 
 class Step(Protocol):
@@ -98,17 +109,17 @@ def execute(
     machine = _Machine(program, functions, values, place)
     step: Step | None = yield Committed()
     while step is not None:
-        timing, result = Timing(), None
+        result = None
+        stamps = [time.perf_counter()]
         for instruction in program.body:
-            before = time.perf_counter()
             if instruction.kind in _ASKING:
                 yield from _ASKING[instruction.kind](machine, instruction, step)
             elif instruction.kind == "Commit":
                 result = step.commit(values)
             else:
                 _ACTING[instruction.kind](machine, instruction, step)
-            timing.add(instruction.kind, time.perf_counter() - before)
-        step = yield Committed(result, timing)
+            stamps.append(time.perf_counter())
+        step = yield Committed(result, Timing.of(program.body, stamps), stamps)
 
 
 @dataclass(frozen=True, slots=True)
