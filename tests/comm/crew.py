@@ -22,7 +22,7 @@ from meshwright.errors import MeshwrightError
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
 from tests.comm.conftest import free_port
-from tests.comm.traffic import same, starts
+from tests.comm.traffic import many_buckets, same, starts
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.comm.crew"])
@@ -65,6 +65,14 @@ def back_to_back(comm: Shared, seed: int, calls: int, late: bool) -> None:
             pause(dice)
         got = comm.perform(one(table[me]))
         assert same(got, collective(table)[me]), (k, table[me].op, table[me].tensors)
+
+
+def buckets(comm: Shared) -> None:
+    """Several tensors at a time."""
+    me = comm.world.rank
+    for k, table in enumerate(many_buckets(comm.world.size)):
+        got = comm.perform(one(table[me]))
+        assert same(got, collective(table)[me]), (k, table[me].op, len(table[me].tensors))
 
 
 def in_flight(comm: Shared, seed: int, calls: int, groups: list[tuple[int, ...]]) -> None:
@@ -186,6 +194,7 @@ BODIES = {
     body.__name__: body
     for body in (
         back_to_back,
+        buckets,
         in_flight,
         until_broken,
         meaning,

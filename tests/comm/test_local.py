@@ -21,6 +21,7 @@ from meshwright.comm.base import (
 )
 from meshwright.comm.local import LocalWorld, collective, run_local
 from meshwright.errors import InternalError, Stalled
+from tests.comm.traffic import BUCKETED, bucket, same
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 NUMPY = {"sum": np.sum, "max": np.max, "min": np.min}
@@ -110,6 +111,23 @@ def test_answers_are_the_receivers_own():
             tensor.fill_(-1)
         assert all(torch.equal(a, b) for a, b in zip(second, before, strict=True)), op
         assert all(torch.equal(a, b) for a, b in zip(mine, kept, strict=True)), op
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_bucket_is_its_tensors_one_by_one(n):
+    for op in BUCKETED:
+        table = bucket(Group.world(n), 5, op, [4, 0, 9])
+        for member, answers in enumerate(collective(table)):
+            for j in range(3):
+                alone = collective([_only(start, j, 3) for start in table])[member]
+                assert same(answers[j::3], alone), (op, j)
+
+
+def _only(start, j, k):
+    """The collective on the j-th tensors of a bucket alone."""
+    return Start(
+        start.op, start.group, start.tensors[j::k], start.reduce, start.shapes[j::k], start.root
+    )
 
 
 def test_reductions_run_in_group_order():

@@ -34,6 +34,12 @@ def test_ranks_that_come_late_at_random_change_nothing(crew, n):
     crew.answers(range(n))
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_buckets_are_the_local_drivers_to_the_last_bit(crew, n):
+    crew.start(n, "buckets")
+    crew.answers(range(n))
+
+
 def test_many_may_be_under_way_over_many_groups(crew):
     pairs = [list(pair) for pair in itertools.combinations(range(4), 2)]
     groups = [(0, 1, 2, 3), (0, 1, 2), *map(tuple, pairs)]

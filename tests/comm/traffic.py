@@ -101,6 +101,71 @@ def starts(group: Group, seed: int, op: str | None = None) -> list[Start]:
     ]
 
 
+BUCKETED = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+
+def bucket(group: Group, seed: int, op: str, sizes: list[int], dtype=torch.float32) -> list[Start]:
+    """One collective on a bucket of tensors of about these sizes: the Start of each member."""
+    dice, n = random.Random(seed), len(group.ranks)
+
+    def shape(size):
+        return (size,) if size % 2 else (2, size // 2)
+
+    def tensors(shapes, *key):
+        return tuple(numbers(s, dtype, hash((seed, key, j)) % 2**31) for j, s in enumerate(shapes))
+
+    def uneven():
+        return tuple(shape(dice.randrange(size + 1)) for size in sizes)
+
+    if op == "all_reduce":
+        shapes = [shape(size) for size in sizes]
+        return [Start(op, group, tensors(shapes, k), label="bucket") for k in range(n)]
+    if op == "all_gather":
+        even = tuple(shape(size) for size in sizes)
+        lists = [even] * n if seed % 2 else [uneven() for _ in range(n)]
+        whole = tuple(s for shapes in lists for s in shapes)
+        return [
+            Start(op, group, tensors(lists[k], k), shapes=whole, label="bucket") for k in range(n)
+        ]
+    if op == "reduce_scatter":
+        flat = [s for _ in range(n) for s in uneven()]
+        return [Start(op, group, tensors(flat, k), label="bucket") for k in range(n)]
+    table = [[uneven() for _ in range(n)] for _ in range(n)]
+    return [
+        Start(
+            op,
+            group,
+            tensors([s for shapes in table[k] for s in shapes], k),
+            shapes=tuple(s for sender in table for s in sender[k]),
+            label="bucket",
+        )
+        for k in range(n)
+    ]
+
+
+def many_buckets(n: int) -> list[list[Start]]:
+    """Mixed shapes, many small tensors, empty ones, and pieces that tensors straddle."""
+    group, dice = Group.world(n), random.Random(n)
+    lists = [
+        [7],
+        [0],
+        [0, 0, 0],
+        [3, 0, 5, 0],
+        [0, 40_000, 1, 200_001, 0, 90_000, 0],
+        [dice.randrange(1001) for _ in range(300)],
+        [600_000, 17, 900_001],
+    ]
+    calls = [
+        bucket(group, 100 * k + turn, op, sizes)
+        for k, sizes in enumerate(lists)
+        for op in BUCKETED
+        for turn in range(2)
+    ]
+    for k, dtype in enumerate(DTYPES):
+        calls += [bucket(group, k, op, [5, 1, 0, 3000], dtype) for op in BUCKETED]
+    return calls
+
+
 def same(got, want):
     """Whether answers are alike to the last bit, NaN and all."""
     return len(got) == len(want) and all(

@@ -68,16 +68,20 @@ class Group:
 class Start:
     """Begin a collective over `group`; the answer is a `Handle`.
 
-    Every member passes its own `tensors`; what `Wait` answers is a tuple:
+    Every member passes its own `tensors`, k of one dtype where they come in buckets; lists for
+    members go member after member, k for each. What `Wait` answers is a tuple:
 
-    * `all_reduce`: (tensor,) -> (reduced,)
-    * `all_gather`: (tensor,) -> one tensor per member; `shapes` names each member's shape
-      (members may differ)
-    * `reduce_scatter`: one tensor per member -> (my chunk, reduced,)
-    * `all_to_all`: one tensor per member -> one tensor per member, with `shapes` as received
+    * `all_reduce`: k tensors -> k reduced
+    * `all_gather`: k tensors -> k per member; `shapes`, k per member, names each member's (members
+      may differ; without it all are like mine)
+    * `reduce_scatter`: k tensors per member -> my k chunks, reduced
+    * `all_to_all`: k tensors per member -> k per member, with `shapes` as received
     * `broadcast`: (tensor,) -> (the tensor of member `root`,)
     * `permute`: (tensor,) -> (the tensor of the member whose index is `root` before mine,)
     * `barrier`: () -> ()
+
+    Answers may be views of one another's memory, end to end: those of an `all_gather`, member 0's
+    j-th, member 1's j-th and so on, for each j.
 
     `label` says what it serves (a parameter, a source line): for the ledger and for errors.
     """

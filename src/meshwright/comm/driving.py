@@ -65,10 +65,11 @@ def _drive(performer: Performer, exchange: Exchange, answer: Any) -> Any:
 
 
 def require_mine(request: Start, rank: int) -> None:
-    """See that this rank may start `request`.
+    """See that this rank may start `request`, and brings what such a request has.
 
     Raises:
-        InternalError: it is no member, or a tensor is not on the CPU.
+        InternalError: it is no member, a tensor is not on the CPU, there are too few or too many,
+            of several dtypes, or one is not of the shape that `request.shapes` gives it.
     """
     ranks = request.group.ranks
     if rank not in ranks:
@@ -78,3 +79,34 @@ def require_mine(request: Start, rank: int) -> None:
     for tensor in request.tensors:
         if tensor.device.type != "cpu":
             raise InternalError(f"{describe(request)} is on {tensor.device}, and must be on CPU")
+    problem = _misfit(request, ranks.index(rank))
+    if problem:
+        raise InternalError(f"{describe(request)}: rank {rank} brings {problem}")
+
+
+def _misfit(request: Start, index: int) -> str | None:
+    """What is wrong with what member `index` brings."""
+    op, tensors, shapes, members = (
+        request.op, request.tensors, request.shapes, len(request.group.ranks),
+    )  # fmt: skip
+    count = len(tensors)
+    if op in _ONE or op == "barrier":
+        if count != (op in _ONE):
+            return f"{count} tensors, and {op} takes {int(op in _ONE)}"
+    elif not count or (op in _PER_MEMBER and count % members):
+        per = f", as many for each of {members} members" if op in _PER_MEMBER else ""
+        return f"{count} tensors, and {op} takes at least one{per}"
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"tensors of several dtypes: {', '.join(sorted(dtypes))}"
+    if op in _TELLING and shapes:
+        mine = [tuple(tensor.shape) for tensor in tensors]
+        told = [tuple(shape) for shape in shapes[index * count : (index + 1) * count]]
+        if mine != told:
+            return f"shapes {mine}, and its request says {told}"
+    return None
+
+
+_ONE = frozenset({"broadcast", "permute"})
+_PER_MEMBER = frozenset({"reduce_scatter", "all_to_all"})
+_TELLING = frozenset({"all_gather", "permute"})

@@ -8,6 +8,7 @@ label, all members compare what they are about to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -36,16 +37,25 @@ def text(request: Start) -> str:
         else:
             parts += [f"{dtype}{list(tensor.shape)}" for tensor in request.tensors]
     if request.op == "all_gather":
-        parts += [str(list(shape)) for shape in request.shapes]
+        shapes = request.shapes or [tensor.shape for tensor in request.tensors]
+        parts += [str(list(shape)) for shape in shapes]
     label = f" ({request.label})" if request.label else ""
     return _cut(" ".join(parts), label)
 
 
 def _cut(what: str, label: str) -> str:
-    """Cut to `BYTES`, so that a long list of shapes leaves the label to be read."""
-    room = BYTES - len(label.encode(errors="replace"))
-    return (what.encode(errors="replace")[: max(room, 0)] + label.encode(errors="replace")).decode(
-        errors="ignore"
+    """Cut to `BYTES`, so that a long list of shapes leaves the label to be read.
+
+    A digest stands for what is cut: buckets may differ in their last shape only.
+    """
+    room, data = BYTES - len(label.encode(errors="replace")), what.encode(errors="replace")
+    if len(data) > room:
+        tail = f" .. #{blake2b(data, digest_size=4).hexdigest()}".encode()
+        data = data[: max(room - len(tail), 0)] + tail
+    return (
+        (data.decode(errors="ignore") + label)
+        .encode(errors="replace")[:BYTES]
+        .decode(errors="ignore")
     )
 
 

@@ -7,8 +7,9 @@ Everything that only moves data moves bytes, so every dtype goes.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
 from meshwright.comm.base import Reduction, Start
+from meshwright.comm.cargo import views
 
 __all__ = ["Link", "Pending", "connect", "start"]
 
@@ -81,38 +83,44 @@ def start(link: Link, request: Start) -> Pending:
 
 
 def _all_reduce(link: Link, request: Start) -> Pending:
-    (tensor,) = request.tensors
-    size = link.size
-    moved = size * tensor.numel() * tensor.element_size()
+    shapes, flat = [tensor.shape for tensor in request.tensors], _flat(request.tensors)
+    moved = link.size * flat.nbytes
     # gloo's max and min lose NaN; torch's keep it, as one device would.
-    ring = request.reduce == "sum" and tensor.dtype in _RING_DTYPES and moved > _GATHER_LIMIT
+    ring = request.reduce == "sum" and flat.dtype in _RING_DTYPES and moved > _GATHER_LIMIT
     if ring:
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        return Pending((link.gloo.allreduce([total]),), lambda: (total,))
-    works, parts = _gather_equal(link, tensor)
-    return Pending(works, lambda: (_reduced(parts, request.reduce),))
+        return Pending((link.gloo.allreduce([flat]),), lambda: views(flat, shapes))
+    works, parts = _gather_equal(link, flat)
+    return Pending(works, lambda: views(_reduced(parts, request.reduce), shapes))
 
 
 def _all_gather(link: Link, request: Start) -> Pending:
-    (tensor,) = request.tensors
-    size = link.size
-    shapes = request.shapes or (tuple(tensor.shape),) * size
-    if len(set(shapes)) == 1:
-        works, parts = _gather_equal(link, tensor)
-        return Pending(works, lambda: parts)
-    mine = tensor.detach().contiguous()
-    parts = tuple(
-        mine if member == link.index else torch.empty(shape, dtype=tensor.dtype)
-        for member, shape in enumerate(shapes)
-    )
-    works = _broadcasts(link, enumerate(parts))
-    return Pending(works, lambda: tuple(p.clone() if p is mine else p for p in parts))
+    tensors, k = request.tensors, len(request.tensors)
+    shapes = request.shapes or tuple([tuple(tensor.shape) for tensor in tensors]) * link.size
+    theirs = [shapes[member * k : (member + 1) * k] for member in range(link.size)]
+    counts = [sum(map(math.prod, member)) for member in theirs]
+    mine = _flat(tensors)
+    if len(set(counts)) == 1:
+        works, parts = _gather_equal(link, mine)
+    else:
+        parts = tuple(
+            mine if member == link.index else mine.new_empty(count)
+            for member, count in enumerate(counts)
+        )
+        works = _broadcasts(link, enumerate(parts))
+
+    def finish() -> tuple[Tensor, ...]:
+        pairs = zip(parts, theirs, strict=True)
+        return tuple(itertools.chain.from_iterable(views(part, member) for part, member in pairs))
+
+    return Pending(works, finish)
 
 
 def _reduce_scatter(link: Link, request: Start) -> Pending:
-    mine = tuple(request.tensors[link.index].shape)
-    exchange = _exchange(link, request.tensors, (mine,) * len(request.tensors))
-    return Pending(exchange.works, lambda: (_reduced(exchange.finish(), request.reduce),))
+    tensors, k = request.tensors, len(request.tensors) // link.size
+    mine = [tuple(tensor.shape) for tensor in tensors[link.index * k : (link.index + 1) * k]]
+    flat = tuple(_flat(tensors[m * k : (m + 1) * k]) for m in range(link.size))
+    exchange = _exchange(link, flat, (tuple(flat[link.index].shape),) * link.size)
+    return Pending(exchange.works, lambda: views(_reduced(exchange.finish(), request.reduce), mine))
 
 
 def _all_to_all(link: Link, request: Start) -> Pending:
@@ -172,27 +180,23 @@ def _broadcasts(link: Link, parts: Iterable[tuple[int, Tensor]]) -> tuple[Work, 
     return tuple(works)
 
 
-def _exchange(
-    link: Link, outgoing: Iterable[Tensor], shapes: tuple[tuple[int, ...], ...]
-) -> Pending:
-    """Send one tensor to each member and receive one of each of `shapes` from each."""
-    sent = [_bytes(tensor) for tensor in outgoing]
-    like = next(iter(outgoing))
-    sizes = [math.prod(shape) * like.element_size() for shape in shapes]
+def _exchange(link: Link, outgoing: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Pending:
+    """Send as many tensors to each member, and receive tensors of `shapes`, as many from each."""
+    sent, k = [_bytes(tensor) for tensor in outgoing], len(outgoing) // link.size
+    sizes = [math.prod(shape) * outgoing[0].element_size() for shape in shapes]
     received = torch.empty(sum(sizes), dtype=torch.uint8)
     work = link.gloo.alltoall_base(
-        received, torch.cat(sent), sizes, [part.numel() for part in sent]
+        received,
+        torch.cat(sent),
+        _by_member(sizes, k),
+        _by_member([part.numel() for part in sent], k),
     )
+    return Pending((work,), lambda: views(received.view(outgoing[0].dtype), shapes))
 
-    def finish() -> tuple[Tensor, ...]:
-        parts = received.split(sizes)
-        return tuple(
-            # A view with another dtype needs its offset aligned; uneven parts of bytes may not be.
-            part.clone().view(like.dtype).view(shape)
-            for part, shape in zip(parts, shapes, strict=True)
-        )
 
-    return Pending((work,), finish)
+def _by_member(sizes: Sequence[int], k: int) -> list[int]:
+    """The sum of every member's `k` sizes."""
+    return [sum(sizes[place : place + k]) for place in range(0, len(sizes), k)]
 
 
 def _reduced(parts: tuple[Tensor, ...], how: Reduction) -> Tensor:
@@ -206,6 +210,11 @@ def _reduced(parts: tuple[Tensor, ...], how: Reduction) -> Tensor:
         else:
             torch.minimum(total, part, out=total)
     return total
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of the tensors, end to end."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -147,13 +147,13 @@ def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
         case "barrier":
             return [() for _ in members]
         case "all_reduce":
-            return [(_reduce([s.tensors[0] for s in starts], first.reduce),) for _ in members]
+            return [_reduced([s.tensors for s in starts], first.reduce) for _ in members]
         case "reduce_scatter":
-            return [(_reduce([s.tensors[k] for s in starts], first.reduce),) for k in members]
+            return [_reduced([_of(k, s) for s in starts], first.reduce) for k in members]
         case "all_gather":
-            return [tuple(s.tensors[0].clone() for s in starts) for _ in members]
+            return [tuple(t.clone() for s in starts for t in s.tensors) for _ in members]
         case "all_to_all":
-            return [tuple(s.tensors[k].clone() for s in starts) for k in members]
+            return [tuple(t.clone() for s in starts for t in _of(k, s)) for k in members]
         case "broadcast":
             return [(starts[first.root].tensors[0].clone(),) for _ in members]
         case "permute":
@@ -168,7 +168,9 @@ def _compare_shapes(starts: Sequence[Start]) -> None:
         if first.op in ("all_reduce", "reduce_scatter"):
             wanted = [(tuple(t.shape), t.dtype) for t in first.tensors]
         elif first.op == "all_gather" and first.shapes:
-            wanted = [(tuple(first.shapes[index]), first.tensors[0].dtype)]
+            k = len(first.tensors)
+            shapes = first.shapes[index * k : (index + 1) * k]
+            wanted = [(tuple(shape), first.tensors[0].dtype) for shape in shapes]
         else:
             continue
         if brought != wanted:
@@ -177,6 +179,17 @@ def _compare_shapes(starts: Sequence[Start]) -> None:
                 f" {first.group.ranks[index]} brings {brought}, but rank {first.group.ranks[0]}"
                 f" expects {wanted}"
             )
+
+
+def _of(member: int, start: Start) -> tuple[Tensor, ...]:
+    """What `start` has for a member, of a list that goes member after member."""
+    k = len(start.tensors) // len(start.group.ranks)
+    return start.tensors[member * k : (member + 1) * k]
+
+
+def _reduced(buckets: Sequence[tuple[Tensor, ...]], how: str) -> tuple[Tensor, ...]:
+    """The reduction of every place of the members' buckets."""
+    return tuple(_reduce(parts, how) for parts in zip(*buckets, strict=True))
 
 
 def _reduce(tensors: Sequence[Tensor], how: str) -> Tensor:

@@ -6,7 +6,6 @@ resumed later; its return value is its answer.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
@@ -18,14 +17,11 @@ from meshwright.comm.base import Reduction, Start
 from meshwright.comm.channel import SLOTS, Channel, Meaning, Need
 from meshwright.comm.pool import Pool
 
-__all__ = ["LINE", "Act", "Call", "Steps", "compare", "even", "fold", "move", "pump"]
+__all__ = ["LINE", "Act", "Call", "Steps", "compare", "even", "fold", "pump"]
 
 Steps = Generator[Need | None, None, tuple[Tensor, ...]]
 Act = Callable[[int, int], None]
 """Given a round's place in the collective and its number in the channel, copies in or out."""
-
-move = ctypes.memmove
-"""`move(to, source, count)` copies bytes between addresses, without holding the interpreter."""
 
 LINE = 64
 _REDUCE: dict[Reduction, Callable[..., Tensor]] = {

@@ -7,14 +7,14 @@ reducing and copying out overlap between ranks. Sums add up in group order, so t
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from meshwright.comm.cargo import Cargo, move, views
 from meshwright.comm.channel import SLOTS, Channel
-from meshwright.comm.pump import LINE, Act, Call, Steps, compare, even, fold, move, pump
+from meshwright.comm.pump import LINE, Act, Call, Steps, compare, even, fold, pump
 from meshwright.comm.shares import reduce_in_shares
 from meshwright.errors import InternalError
 
@@ -31,7 +31,7 @@ def begin(call: Call) -> Steps:
 
 
 def _all_reduce(call: Call) -> Steps:
-    size = call.tensors[0].nbytes
+    size = sum([tensor.nbytes for tensor in call.tensors])
     if size <= (_PAIR if call.channel.size == 2 else _DIRECT):
         return _reduce_at_once(call)
     return _reduce_directly(call) if call.channel.size == 2 else reduce_in_shares(call)
@@ -39,8 +39,8 @@ def _all_reduce(call: Call) -> Steps:
 
 def _reduce_at_once(call: Call) -> Steps:
     """What `_reduce_directly` does, in one round and with few words: most reductions are small."""
-    channel, stream = call.channel, call.channel.inputs
-    (tensor,) = call.tensors
+    channel, stream, how = call.channel, call.channel.inputs, call.request.reduce
+    cargo = Cargo(call.tensors)
     while stream.next is None:
         yield None
     number = stream.next
@@ -48,99 +48,95 @@ def _reduce_at_once(call: Call) -> Steps:
     while not stream.may_post(number):
         yield stream.takes, number - SLOTS + 1
     channel.announce(number, call.meaning, 1, ())
-    move(channel.address(channel.input(channel.me, number)), tensor.data_ptr(), tensor.nbytes)
+    cargo.load(channel.address(channel.input(channel.me, number)), 0, cargo.size)
     stream.publish()
     while not stream.may_take(number, stream.everyone):
         yield stream.everyone, number + 1
     compare(call, number, channel.others)
-    parts = channel.operands(number, tensor)
-    total = fold(parts, call.request.reduce)
+    if len(call.tensors) == 1:
+        answers: tuple[Tensor, ...] = (fold(channel.operands(number, call.tensors[0]), how),)
+    else:
+        total = fold(channel.operands(number, cargo.part(0, cargo.size)), how)
+        answers = views(total, [tensor.shape for tensor in call.tensors])
     stream.release()
-    return (total,)
+    return answers
 
 
 def _reduce_directly(call: Call) -> Steps:
     """Every member reduces all inputs."""
     channel, how = call.channel, call.request.reduce
-    (tensor,) = call.tensors
-    dtype, source, size = tensor.dtype, tensor.data_ptr(), tensor.nbytes
+    cargo, dtype = Cargo(call.tensors), call.tensors[0].dtype
+    size = cargo.size
     piece = even(size, channel.capacity)
     rounds = max(1, -(-size // piece))
-    mine = tensor.view(-1).split(piece // dtype.itemsize)
-    total = call.pool.empty(tensor.shape, dtype)
-    totals = total.view(-1).split(piece // dtype.itemsize)
+    total = call.pool.empty((size // dtype.itemsize,), dtype)
+    totals = total.split(piece // dtype.itemsize)
 
     def post(k: int, number: int) -> None:
-        count = min(piece, size - k * piece)
-        move(channel.address(channel.input(channel.me, number)), source + k * piece, count)
+        slot = channel.address(channel.input(channel.me, number))
+        cargo.load(slot, k * piece, min((k + 1) * piece, size))
 
     def take(k: int, number: int) -> None:
-        parts = [
-            mine[k]
-            if member == channel.me
-            else channel.view(channel.input(member, number), mine[k].nbytes, dtype)
-            for member in range(channel.size)
-        ]
-        fold(parts, how, totals[k])
+        fold(
+            channel.operands(number, cargo.part(k * piece, min((k + 1) * piece, size))),
+            how,
+            totals[k],
+        )
 
     yield from pump(call, rounds, post, take)
-    return (total,)
+    return views(total, [tensor.shape for tensor in call.tensors])
 
 
 def _reduce_scatter(call: Call) -> Steps:
     channel, how, me = call.channel, call.request.reduce, call.channel.me
-    share, tensors = _part(channel), call.tensors
-    dtype, shape = tensors[me].dtype, tensors[me].shape
-    rounds = max(1, -(-max(tensor.nbytes for tensor in tensors) // share))
-    mine = tensors[me].view(-1).split(share // dtype.itemsize)
-    total = call.pool.empty(shape, dtype)
-    totals = total.view(-1).split(share // dtype.itemsize)
+    share, cargoes = _part(channel), _cargoes(call.tensors, channel.size)
+    dtype, mine = call.tensors[0].dtype, cargoes[me]
+    rounds = max(1, -(-max(cargo.size for cargo in cargoes) // share))
+    total = call.pool.empty((mine.size // dtype.itemsize,), dtype)
+    totals = total.split(share // dtype.itemsize)
 
     def take(k: int, number: int) -> None:
-        if k < len(mine):
+        if k < len(totals):
+            own = mine.part(k * share, k * share + totals[k].nbytes)
             parts = [
-                mine[k]
+                own
                 if member == me
                 else channel.view(
-                    channel.input(member, number) + _place(member, me) * share,
-                    mine[k].nbytes,
-                    dtype,
+                    channel.input(member, number) + _place(member, me) * share, own.nbytes, dtype
                 )
                 for member in range(channel.size)
             ]
             fold(parts, how, totals[k])
 
-    yield from pump(call, rounds, _sending(channel, tensors, share), take)
-    return (total,)
+    yield from pump(call, rounds, _sending(channel, cargoes, share), take)
+    return views(total, [tensor.shape for tensor in _of(call.tensors, me, channel.size)])
 
 
 def _all_gather(call: Call) -> Steps:
-    channel, me = call.channel, call.channel.me
-    (tensor,) = call.tensors
-    piece, dtype, source = channel.capacity, tensor.dtype, tensor.data_ptr()
-    shapes = call.request.shapes or (tuple(tensor.shape),) * channel.size
-    counts = [math.prod(shape) for shape in shapes]
-    whole = call.pool.empty((sum(counts),), dtype)
-    sizes = [count * dtype.itemsize for count in counts]
-    starts = [whole.data_ptr() + start for start in itertools.accumulate([0, *sizes])]
-    rounds = max(1, -(-max(sizes) // piece))
+    channel, me, tensors = call.channel, call.channel.me, call.tensors
+    piece, cargo, k = channel.capacity, Cargo(tensors), len(tensors)
+    shapes = call.request.shapes or tuple([tuple(t.shape) for t in tensors]) * channel.size
+    # The parts of one tensor lie side by side: where they are rows, together they are the whole.
+    order = [member * k + j for j in range(k) for member in range(channel.size)]
+    whole = call.pool.empty((sum(map(math.prod, shapes)),), tensors[0].dtype)
+    laid = dict(zip(order, views(whole, [shapes[place] for place in order]), strict=True))
+    answers = tuple([laid[place] for place in range(len(order))])
+    targets = _cargoes(answers, channel.size)
+    rounds = max(1, -(-max(target.size for target in targets) // piece))
 
-    def post(k: int, number: int) -> None:
-        count = min(piece, sizes[me] - k * piece)
-        if count > 0:
-            slot = channel.address(channel.input(me, number))
-            move(slot, source + k * piece, count)
-            move(starts[me] + k * piece, slot, count)
+    def post(r: int, number: int) -> None:
+        low, high = r * piece, min((r + 1) * piece, cargo.size)
+        slot = channel.address(channel.input(me, number))
+        cargo.load(slot, low, high)
+        targets[me].unload(slot, low, high)
 
-    def take(k: int, number: int) -> None:
+    def take(r: int, number: int) -> None:
         for member in channel.others:
-            count = min(piece, sizes[member] - k * piece)
-            if count > 0:
-                slot = channel.address(channel.input(member, number))
-                move(starts[member] + k * piece, slot, count)
+            slot = channel.address(channel.input(member, number))
+            targets[member].unload(slot, r * piece, min((r + 1) * piece, targets[member].size))
 
     yield from pump(call, rounds, post, take)
-    return tuple(part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True))
+    return answers
 
 
 def _broadcast(call: Call) -> Steps:
@@ -183,26 +179,27 @@ def _permute(call: Call) -> Steps:
 
 
 def _exchange(call: Call, outgoing: tuple[Tensor, ...], shapes: Sequence[tuple[int, ...]]) -> Steps:
-    """Send one tensor to each member and receive one of each of `shapes` from each."""
+    """Send as many tensors to each member, and receive tensors of `shapes`, as many from each."""
     channel, me, share = call.channel, call.channel.me, _part(call.channel)
-    dtype = outgoing[me].dtype
-    answers = tuple(call.pool.empty(shape, dtype) for shape in shapes)
-    answers[me].copy_(outgoing[me].view(answers[me].shape))
-    targets = [answer.data_ptr() for answer in answers]
-    sizes = [answer.nbytes for answer in answers]
-    rounds = max(1, -(-max(tensor.nbytes for tensor in outgoing) // share))
+    whole = call.pool.empty((sum(map(math.prod, shapes)),), outgoing[0].dtype)
+    answers = views(whole, shapes)
+    for answer, own in zip(
+        _of(answers, me, channel.size), _of(outgoing, me, channel.size), strict=True
+    ):
+        answer.copy_(own.view(answer.shape))
+    sources, targets = _cargoes(outgoing, channel.size), _cargoes(answers, channel.size)
+    rounds = max(1, -(-max(source.size for source in sources) // share))
 
     def take(k: int, number: int) -> None:
         for member in channel.others:
+            target = targets[member]
             if k == 0:
-                _expect(call, member, number, sizes[member])
-            count = min(share, sizes[member] - k * share)
-            if count > 0:
-                slot = channel.input(member, number) + _place(member, me) * share
-                move(targets[member] + k * share, channel.address(slot), count)
+                _expect(call, member, number, target.size)
+            slot = channel.input(member, number) + _place(member, me) * share
+            target.unload(channel.address(slot), k * share, min((k + 1) * share, target.size))
 
-    post = _sending(channel, outgoing, share)
-    counts = [tensor.nbytes for tensor in outgoing]
+    post = _sending(channel, sources, share)
+    counts = [source.size for source in sources]
     yield from pump(call, rounds, post, take, channel.others, counts)
     return answers
 
@@ -237,22 +234,28 @@ def _expect(call: Call, member: int, number: int, size: int) -> None:
         )
 
 
-def _sending(channel: Channel, tensors: Sequence[Tensor], share: int) -> Act:
-    """Post: each member's piece of `tensors`, in its place of the slot."""
+def _sending(channel: Channel, cargoes: Sequence[Cargo], share: int) -> Act:
+    """Post: each member's piece of its cargo, in its place of the slot."""
     me = channel.me
-    sends = [
-        (_place(me, member) * share, tensors[member].data_ptr(), tensors[member].nbytes)
-        for member in channel.others
-    ]
 
     def post(k: int, number: int) -> None:
         slot = channel.address(channel.input(me, number))
-        for place, source, size in sends:
-            count = min(share, size - k * share)
-            if count > 0:
-                move(slot + place, source + k * share, count)
+        for member in channel.others:
+            cargo, place = cargoes[member], _place(me, member) * share
+            cargo.load(slot + place, k * share, min((k + 1) * share, cargo.size))
 
     return post
+
+
+def _of(tensors: tuple[Tensor, ...], member: int, members: int) -> tuple[Tensor, ...]:
+    """What is a member's, of a list that goes member after member."""
+    k = len(tensors) // members
+    return tensors[member * k : (member + 1) * k]
+
+
+def _cargoes(tensors: tuple[Tensor, ...], members: int) -> list[Cargo]:
+    """The cargo of each member, of a list that goes member after member."""
+    return [Cargo(_of(tensors, member, members)) for member in range(members)]
 
 
 def _part(channel: Channel) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import final
 
+from meshwright.comm.cargo import Cargo, move, views
 from meshwright.comm.channel import SLOTS, Need
-from meshwright.comm.pump import LINE, Call, Steps, compare, even, fold, move
+from meshwright.comm.pump import LINE, Call, Steps, compare, even, fold
 
 __all__ = ["reduce_in_shares", "shares"]
 
@@ -23,7 +24,7 @@ def reduce_in_shares(call: Call) -> Steps:
     while work.taken < work.rounds:
         if not (work.collect() or work.reduce() or work.post()):
             yield work.need()
-    return (work.total,)
+    return views(work.total, [tensor.shape for tensor in call.tensors])
 
 
 @final
@@ -31,13 +32,12 @@ class _Work:
     """One all-reduce under way: how many rounds this member has posted, reduced and taken."""
 
     def __init__(self, call: Call) -> None:
-        (tensor,) = call.tensors
         self.call, self.channel = call, call.channel
-        self.flat, self.source, self.dtype = tensor.view(-1), tensor.data_ptr(), tensor.dtype
-        self.total = call.pool.empty(tensor.shape, tensor.dtype)
+        self.cargo, self.dtype = Cargo(call.tensors), call.tensors[0].dtype
+        self.total = call.pool.empty((self.cargo.size // self.dtype.itemsize,), self.dtype)
         self.target = self.total.data_ptr()
         members = self.channel.size
-        self.pieces = shares(tensor.nbytes, self.channel.share * members, members)
+        self.pieces = shares(self.cargo.size, self.channel.share * members, members)
         self.rounds = len(self.pieces)
         inputs, results = self.channel.inputs, self.channel.results
         assert inputs.next is not None
@@ -59,7 +59,7 @@ class _Work:
         slot, start = channel.address(channel.input(me, number)), bounds[0]
         for low, high in ((start, bounds[me]), (bounds[me + 1], bounds[-1])):
             if high > low:
-                move(slot + low - start, self.source + low, high - low)
+                self.cargo.load(slot + low - start, low, high)
         channel.inputs.publish()
         self.posted += 1
         return True
@@ -86,8 +86,7 @@ class _Work:
 
     def _fold(self, low: int, high: int, place: int, number: int, then: int) -> None:
         """Reduce bytes `low` to `high`, which are at `place` in the others' slots."""
-        channel, dtype, size = self.channel, self.dtype, self.dtype.itemsize
-        own = self.flat[low // size : high // size]
+        channel, dtype, own = self.channel, self.dtype, self.cargo.part(low, high)
         parts = [
             own
             if member == channel.me
