@@ -133,6 +133,7 @@ class Worker:
         self.flags: dict[str, bool] = {}
         self.ahead: Fetched | None = None
         self.ahead_error: Exception | None = None
+        self.observer: Callable[[int, Lowered, Committed], None] | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
         self.read = False  # something of the source, since it was opened
         self.unread: int | None = None  # the last step, where the user pushed its batch instead
@@ -209,6 +210,8 @@ class Worker:
         lowered = self.lowered(fetched)
         work = self.work(fetched, upcoming)
         committed: Committed = yield from self.run(lowered, work)
+        if self.observer is not None:
+            self.observer(fetched.step, lowered, committed)
         if self.ahead is not None and work.digests_differ and not work.failed_ahead:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
