@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from meshwright.compile.draw import draw, draw_op, philox, position_operand
+from meshwright.compile.draw import draw, draw_op, keep, philox, position_operand
 from meshwright.compile.random import _HANDLERS, RandomMode
 from meshwright.errors import NotTraceable
 
 aten = torch.ops.aten
-kinds = st.sampled_from(["uniform", "normal", "integers"])
+KEPT = keep(0.7, torch.float32)
+MASK = [1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0]
+kinds = st.sampled_from(["uniform", "normal", "integers", KEPT])
+wide = st.sampled_from(["uniform", "normal", "integers"])  # two numbers are hardly ever equal
 
 
 def where(first=0, *, seed=7, step=3, microbatch=0):
@@ -61,7 +64,7 @@ def test_a_sample_is_drawn_the_same_under_any_split(kind, case, cuts, first):
         assert torch.equal(by_rank, by_microbatch)
 
 
-@given(kind=kinds, case=shapes(0))
+@given(kind=wide, case=shapes(0))
 def test_samples_differ_from_one_another(kind, case):
     size, sample = case
     whole = samples_first(draw(kind, size(6), 0, sample, 0, where()), sample).reshape(6, -1)
@@ -70,9 +73,9 @@ def test_samples_differ_from_one_another(kind, case):
 
 @given(kind=kinds, seed=st.integers(-(2**63), 2**63 - 1))
 def test_any_seed_is_a_stream_of_its_own(kind, seed):
-    first = draw(kind, [4, 8], 0, (0, 1, 1), 0, where(seed=seed))
-    again = draw(kind, [4, 8], 0, (0, 1, 1), 0, where(seed=seed))
-    other = draw(kind, [4, 8], 0, (0, 1, 1), 0, where(seed=seed ^ 1))
+    first = draw(kind, [4, 80], 0, (0, 1, 1), 0, where(seed=seed))
+    again = draw(kind, [4, 80], 0, (0, 1, 1), 0, where(seed=seed))
+    other = draw(kind, [4, 80], 0, (0, 1, 1), 0, where(seed=seed ^ 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -120,13 +123,70 @@ def test_uniform_numbers_are_spread_evenly_over_samples_and_within():
     assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 0.15
 
 
+DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_is_zeros_and_ones_and_the_same_in_every_dtype(dtype):
+    found = draw(keep(0.7, dtype), [500, 20], 0, (0, 1, 1), 0, where())
+    assert found.dtype == dtype
+    assert torch.equal(found.float(), draw(KEPT, [500, 20], 0, (0, 1, 1), 0, where()))
+    assert set(found.float().unique().tolist()) == {0.0, 1.0}
+    assert found.double().mean() == pytest.approx(0.7, abs=5 * (0.21 / 10_000) ** 0.5)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-3, 0.3 / 256, 0.5, 0.9, 255.7 / 256, 1.0])
+@pytest.mark.parametrize("sample", [None, (0, 1, 1)])
+def test_a_mask_keeps_with_its_probability_to_more_than_a_byte(p, sample):
+    """The first byte cannot tell 0.3/256 from 0: what follows decides."""
+    count = 400_000
+    found = draw(keep(p, torch.bool), [1000, 400], 0, sample, 0, where())
+    assert found.double().mean() == pytest.approx(p, abs=5 * (p * (1 - p) / count) ** 0.5)
+
+
+def test_a_larger_probability_keeps_what_a_smaller_one_keeps():
+    """One number is behind a mask: a byte first, further bits where that decides nothing."""
+    shares = [0.0, 0.2, 0.2001, 0.20010001, 0.7, 0.9, 1.0]
+    masks = [draw(keep(p, torch.bool), [64, 999], 0, (0, 1, 1), 0, where()) for p in shares]
+    assert all(bool((fewer <= more).all()) for fewer, more in pairwise(masks))
+
+
+def test_masks_of_neighbours_and_of_later_bytes_are_independent():
+    drawn = draw(KEPT, [500, 200], 0, (0, 1, 1), 0, where()).numpy()
+    pairs = [
+        (drawn[:-1], drawn[1:]),
+        (drawn[:, :-1], drawn[:, 1:]),
+        (drawn[:, :-32], drawn[:, 32:]),
+    ]
+    for one, other in pairs:
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 / one.size**0.5
+
+
+def test_shares_of_another_length_draw_other_numbers():
+    """Else a long sample and a later short one would have the same mask."""
+    long = draw("uniform", [1, 64], 0, (0, 1, 1), 0, where(10)).ravel()
+    short = draw("uniform", [30, 32], 0, (0, 1, 1), 0, where(0)).ravel()
+    assert not set(long.tolist()) & set(short.tolist())
+
+
+@pytest.mark.parametrize(("kind", "streams"), [("uniform", 1), ("integers", 1), (KEPT, 2)])
+def test_all_samples_are_drawn_in_one_go(monkeypatch, kind, streams):
+    """What a Python loop over samples costs is most of it where samples are small."""
+    made, philox_ = [], np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **k: made.append(1) or philox_(**k))
+    draw(kind, [4096, 64], 0, (0, 1, 1), 0, where())
+    assert len(made) == streams
+
+
 def test_the_stream_is_philox():
     """Pinned, so that a checkpoint of today draws the same numbers tomorrow."""
     raw = philox(1, 2, (3, 4)).bit_generator.random_raw(2).tolist()
     reference = np.random.Philox(key=[1, 2], counter=[0, 0, 3, 4]).random_raw(2).tolist()
     assert raw == reference
     found = draw("uniform", [2], 0, (0, 1, 1), 0, where(5, seed=11))
-    assert found.tolist() == pytest.approx([0.6265274882316589, 0.5129351019859314], abs=0)
+    mask = draw(KEPT, [1, 16], 0, (0, 1, 1), 0, where(5, seed=11)).int().ravel().tolist()
+    assert mask == MASK
+    assert found.tolist() == pytest.approx([0.9360330104827881, 0.642219603061676], abs=0)
 
 
 @given(kind=kinds, case=shapes(0))
@@ -229,7 +289,7 @@ def test_draws_are_numbered_in_order():
         torch.rand(2, 3)
         F.dropout(torch.ones(4), 0.5)
         torch.randint(3, (5,))
-    assert seen == [("uniform", [2, 3], 0), ("uniform", [4], 1), ("integers", [5], 2)]
+    assert seen == [("uniform", [2, 3], 0), ("keep 0.5 float32", [4], 1), ("integers", [5], 2)]
     assert counting.count == 3
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from meshwright.compile.draw import keep
 from meshwright.errors import NotTraceable
 
 __all__ = ["RandomMode"]
@@ -126,11 +127,15 @@ aten = torch.ops.aten
 
 
 def _bernoulli_in_place(draw: Draw, x: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
-    return x.copy_((draw("uniform", x.shape) < p).to(x.dtype))
+    if isinstance(p, Tensor):
+        return x.copy_((draw("uniform", x.shape) < p).to(x.dtype))
+    return x.copy_(draw(keep(p, x.dtype), x.shape))
 
 
 def _bernoulli(draw: Draw, x: Tensor, p: float | None = None, **_: Any) -> Tensor:
-    return (draw("uniform", x.shape) < (x if p is None else p)).to(x.dtype)
+    if p is None:
+        return (draw("uniform", x.shape) < x).to(x.dtype)
+    return draw(keep(p, x.dtype), x.shape)
 
 
 def _native_dropout(
@@ -138,8 +143,8 @@ def _native_dropout(
 ) -> tuple[Tensor, Tensor]:
     if not train or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    keep = draw("uniform", x.shape) < 1 - p
-    return x * keep.to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0), keep
+    kept = draw(keep(1 - p, torch.bool), x.shape)
+    return x * kept.to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0), kept
 
 
 _BITS = {torch.float16: 11, torch.bfloat16: 8}
