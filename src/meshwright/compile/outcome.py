@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meshwright.errors import UserCodeError
@@ -29,12 +30,12 @@ def normalise(found: Any, samples: int) -> tuple[Tensor, Any, dict[str, tuple[An
         metrics, found = found[-1], found[:-1]
         found = found[0] if len(found) == 1 else found
     if isinstance(found, tuple) and len(found) == 2:
-        total, weight = found
+        total, weight = map(_wide, found)
         _require_scalar("the loss's sum", total)
         _require_number("the loss's weight", weight)
     else:
         _require_scalar("the loss", found)
-        total, weight = found * samples, samples
+        total, weight = _wide(found) * samples, samples
     return total, weight, {name: _metric(name, m, samples) for name, m in metrics.items()}
 
 
@@ -47,9 +48,15 @@ def _metric(name: str, metric: Any, samples: int) -> tuple[Any, Any]:
     if isinstance(metric, tuple) and len(metric) == 2:
         for part in metric:
             _require_number(f"metric {name!r}", part)
-        return metric
+        return _wide(metric[0]), _wide(metric[1])
     _require_number(f"metric {name!r}", metric)
-    return metric * samples, samples
+    return _wide(metric) * samples, samples
+
+
+def _wide(value: Any) -> Any:
+    """Sums over samples are not kept in 16 bits."""
+    short = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if short else value
 
 
 def _require_number(what: str, value: Any) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from meshwright.compile.draw import keep
+from meshwright.compile.precision import promoted
 from meshwright.errors import NotTraceable
 
 __all__ = ["RandomMode"]
@@ -60,7 +60,7 @@ class RandomMode(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.promote:
-            args, kwargs = _promoted(func, args, kwargs)
+            args, kwargs = promoted(func, args, kwargs)
         if self.write is not None and func in _SPANS:
             kind, scale, shift = _SPANS[func](*args[1:], **kwargs)
             self.count += 1
@@ -77,37 +77,6 @@ class RandomMode(TorchDispatchMode):
                 " draw; use torch.rand, randn, bernoulli, dropout or one built on them"
             )
         return func(*args, **kwargs)
-
-
-_LOW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _promoted(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments in float64: dtypes asked for, and tensors that the code brought along.
-
-    What the op writes to stays as it is.
-    """
-    if kwargs.get("dtype") in _LOW:
-        kwargs = {**kwargs, "dtype": torch.float64}
-    leaves = pytree.tree_leaves((args, kwargs))
-    if not any(isinstance(leaf, Tensor) and leaf.dtype in _LOW for leaf in leaves):
-        return args, kwargs
-    names = [a.name for a in func._schema.arguments]
-    written = {
-        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    }
-
-    def up(name: str, value: Any) -> Any:
-        if name in written:
-            return value
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.to(torch.float64) if t.dtype in _LOW else t, value
-        )
-
-    raised = tuple(up(name, value) for name, value in zip(names, args, strict=False))
-    return raised, {name: up(name, value) for name, value in kwargs.items()}
 
 
 def _deterministic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -151,11 +120,12 @@ _BITS = {torch.float16: 11, torch.bfloat16: 8}
 
 
 def _uniform(draw: Draw, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Numbers in [0, 1); short dtypes would round the largest up to 1."""
-    u = draw("uniform", size)
-    if dtype in _BITS:
-        u = torch.floor(u * 2 ** _BITS[dtype]) / 2 ** _BITS[dtype]
-    return u.to(dtype)
+    """Numbers in [0, 1); what a short dtype would round up to 1 becomes the largest below.
+
+    In float64 the same ops change nothing, so that a program in bf16 can be verified there.
+    """
+    u = draw("uniform", size).to(dtype)
+    return torch.where(u < 1, u, 1 - 2.0 ** -_BITS[dtype]) if dtype in _BITS else u
 
 
 def _exponential(draw: Draw, size: Sequence[int], dtype: torch.dtype) -> Tensor:

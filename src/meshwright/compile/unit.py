@@ -24,6 +24,7 @@ from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
+from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
 from meshwright.compile.settings import default_dtype, straight_checkpoint, unvalidated
 from meshwright.compile.stale import not_stale
@@ -83,6 +84,7 @@ class _How:
 
     samples: int
     dtype: torch.dtype | None
+    precision: str
     training: bool
     predict: bool
 
@@ -94,6 +96,7 @@ def trace_unit(
     samples: int,
     *,
     dtype: torch.dtype | None = None,
+    precision: str = "float32",
     training: bool = True,
     predict: bool = False,
 ) -> Unit:
@@ -105,6 +108,7 @@ def trace_unit(
         example: the form of the batch.
         samples: in the micro-batch, over all ranks.
         dtype: floating tensors' dtype instead of their own (float64 to verify).
+        precision: of a plan; what the forward and its backward compute in.
         training: with gradients, in training mode; else forward only, in evaluation mode.
         predict: `loss` returns tensors per sample, which the program gives as `output/*`.
 
@@ -112,7 +116,7 @@ def trace_unit(
         NotTraceable: naming the user's line and the way out.
         UserCodeError: the loss is of a wrong form, or the forward changes what the trace bakes in.
     """
-    how = _How(samples, dtype, training, predict)
+    how = _How(samples, dtype, precision, training, predict)
     first, run = _trace(model, loss, example, how, 0)
     again, _ = _trace(model, loss, example, how, 1)
     if first.digest != again.digest:
@@ -154,7 +158,7 @@ def _trace(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
         program = require_kept(program)
-    return program, run
+    return program if how.precision == "float32" else with_shared_casts(program), run
 
 
 def _first_difference(one: Program, other: Program) -> str:
@@ -237,7 +241,8 @@ def _unit(
         watching(watched),
         torch.set_grad_enabled(training),
     ):
-        found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
+        with computing(how.precision):
+            found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
         unwritten = kept(model, inputs)
         outputs: dict[str, Tensor] = {}
         if how.predict:

@@ -16,6 +16,7 @@ from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
 from meshwright.program.rules import Rule, shard_of
+from meshwright.program.widen import with_wide_sums
 
 __all__ = ["COLLECTIVES", "Local", "partition"]
 
@@ -62,7 +63,8 @@ def partition(
         for name, value in program.outputs
     )
     local = Program(tuple(writer.values), inputs, tuple(writer.ops), delivered)
-    return Local(local, tuple(writer.origin))
+    local, copies = with_wide_sums(local)
+    return Local(local, (*writer.origin, *(writer.origin[value] for value in copies)))
 
 
 class _Writer:

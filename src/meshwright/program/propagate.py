@@ -102,7 +102,7 @@ class _Search:
             if len(inputs) != 1 or inputs[0] not in place or len(op.results) != 1:
                 continue
             rule, shard = self.rules[number], place[inputs[0]]
-            if not rule.linear:
+            if not rule.linear and op.base != "aten._to_copy":
                 continue
             if not isinstance(shard, Shard):
                 place[op.results[0]] = shard

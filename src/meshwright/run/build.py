@@ -17,6 +17,7 @@ from meshwright.comm.base import Group
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint, blueprint
 from meshwright.compile.lower import Segment, lower
+from meshwright.compile.precision import promoting
 from meshwright.compile.unit import Unit, trace_unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
@@ -92,6 +93,11 @@ class Build:
         """Axes of the (only) stage mesh."""
         return self.mesh.stages[0].axes
 
+    @property
+    def promotes(self) -> bool:
+        """Whether programs are traced in the plan's precision and run promoted to `dtype`."""
+        return self.dtype is not None and self.plan.precision != "float32"
+
     def values(self) -> dict[str, Value]:
         """Dtype and global shape of every parameter."""
         return values_of(self.model.parameters, self.dtype)
@@ -110,7 +116,13 @@ class Build:
         key = (micro.key, self._identity(function), tuple(sorted(how.items())))
         if key not in self.units:
             self.units[key] = trace_unit(
-                self.model, function, micro.example, micro.samples, dtype=self.dtype, **how
+                self.model,
+                function,
+                micro.example,
+                micro.samples,
+                dtype=None if self.promotes else self.dtype,
+                precision=self.plan.precision,
+                **how,
             )
         return self.units[key]
 
@@ -130,7 +142,9 @@ class Build:
             programs = [unit.program for unit in units]
             compiled = assemble(programs, self.axes, place.coordinates, self.states)
             functions = tuple(
-                lower(segment, place.coordinates, self.dtype)
+                promoting(lower(segment, place.coordinates))
+                if self.promotes
+                else lower(segment, place.coordinates, self.dtype)
                 for segment in compiled.instructions.segments
             )
             constants = {name: t for unit in units for name, t in unit.constants.items()}

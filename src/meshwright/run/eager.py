@@ -18,6 +18,7 @@ from typing_extensions import override
 from meshwright.comm.base import all_gather, all_reduce
 from meshwright.compile.init import seeded
 from meshwright.compile.outcome import normalise
+from meshwright.compile.precision import computing
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
@@ -95,7 +96,7 @@ class EagerWorker(Worker):
     ) -> Generator[Any, Any, Result]:
         """Evaluate or predict one batch: this rank's samples, sums and rows from all."""
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), computing(self.build.plan.precision):
             found = (forward or self.build.job.loss)(self.module, tree)
         self.module.train()
         counted = size >= len(self.group.ranks) or self.rank == self.group.ranks[0]
@@ -156,12 +157,11 @@ def _list(build: Build, rank: int, microbatches: int) -> Lowered:
         if build.mesh.size > 1
     }
     reduce = move_program(moves, build.axes, place.coordinates)
-    gather = move_program({}, build.axes, place.coordinates)
     body += move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
-    return Lowered(Compiled(lists, (), reduce, gather), ())
+    return Lowered(Compiled(lists, (), (reduce,)), ())
 
 
 def _sums(total: Tensor, weight: Any, metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ class _EagerWork(AheadWork):
             hash((worker.build.job.seed, fetched.firsts[microbatch], worker.rank)) % 2**63
         )
         watched = Watched()
-        with watching(watched):
+        with watching(watched), computing(worker.build.plan.precision):
             found = worker.build.job.loss(worker.module, micro.example.build(leaves))
         values |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
         total, weight, metrics = normalise(found, leaves[0].shape[0])

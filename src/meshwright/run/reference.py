@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from meshwright.compile.draw import SampleDim, draw, position_operand
 from meshwright.compile.init import Blueprint, seeded
 from meshwright.compile.outcome import normalise
+from meshwright.compile.precision import computing
 from meshwright.compile.random import RandomMode
 from meshwright.compile.settings import default_dtype, straight_checkpoint
 from meshwright.job import Job
@@ -40,7 +41,7 @@ class Snapshot:
 class Reference:
     """Runs the job eagerly, one step at a time, on whole tensors."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a reference depends on
         self,
         job: Job,
         names: Blueprint,
@@ -49,6 +50,7 @@ class Reference:
         draws: Callable[[Any, int], Sequence[SampleDim | None]],
         dtype: torch.dtype | None,
         *,
+        precision: str = "float32",
         flipped: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -61,11 +63,14 @@ class Reference:
             microbatches: of the plan.
             draws: (micro-batch, samples in it) -> each random op's sample dim.
             dtype: float64, or None for the model's own.
+            precision: of the plan: the code runs under autocast, as users would; in float64, where
+                nothing is rounded, its creations keep torch's default dtype until they are used.
             flipped: samples in the opposite order, draws too: same sums in another order.
             start: weights to begin with instead of the factory's, by global name.
         """
         self.job, self.names, self.source, self.dtype = job, names, source, dtype
         self.microbatches, self.draws, self.flipped = microbatches, draws, flipped
+        self.precision = precision
         with seeded(job.seed):
             self.model = job.model()
         if start:
@@ -118,8 +123,11 @@ class Reference:
 
         # Not around the fetch: datasets make the same samples on both sides.
         mode = RandomMode(emit, promote=self.dtype == torch.float64)
-        with default_dtype(self.dtype), straight_checkpoint(), mode:
-            found = self.job.loss(self.model, tree)
+        exact = self.dtype is not None  # then nothing is rounded, and autocast has no part in it
+        default = self.dtype if self.precision == "float32" else None
+        with default_dtype(default), straight_checkpoint(), mode:
+            with computing("float32" if exact else self.precision):
+                found = self.job.loss(self.model, tree)
             total, weight, _ = normalise(found, stop - start)
             (total / self.job.batch_size).backward()
         return float(total.detach()), float(weight)

@@ -50,9 +50,8 @@ def reference_for(build: Build, source: Source, **how: Any) -> Reference:
     def draws(tree: Any, samples: int) -> Sequence[SampleDim | None]:
         return build.unit(Micro(example_of(tree)[0], samples)).draws
 
-    return Reference(
-        build.job, build.model, source, build.plan.microbatches, draws, build.dtype, **how
-    )
+    how = {"microbatches": build.plan.microbatches, "precision": build.plan.precision, **how}
+    return Reference(build.job, build.model, source, draws=draws, dtype=build.dtype, **how)
 
 
 def verify_rank(

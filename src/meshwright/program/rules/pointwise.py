@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshwright.program.program import ITEMSIZE
 from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum
 
 __all__ = ["RULES", "pointwise"]
@@ -48,10 +49,9 @@ def pointwise(view: OpView) -> Rule:
     """`..., ... -> ...` for any number of operands and results."""
     name = view.op.base.removeprefix("aten.")
     linear = [g for g in _LINEAR.get(name, ()) if all(p < len(view.operands) for p in g)]
+    linear = [g for g in linear if not any(_narrows(view, p) for p in g)]
     if name in ("add", "sub", "rsub") and len(view.operands) == 1:
         linear = []  # x + 1 is not linear
-    if name == "_to_copy" and not _floating(view):
-        linear = []
     if name == "div" and dict(view.op.kwargs).get("rounding_mode") is not None:
         linear = []
     if name == "where" and len(view.operands) == 3:
@@ -59,9 +59,16 @@ def pointwise(view: OpView) -> Rule:
     return einsum(view, ["..."] * len(view.operands), ["..."] * len(view.results), linear=linear)
 
 
-def _floating(view: OpView) -> bool:
-    """Rounding to integers is not linear."""
-    return "int" not in view.results[0].dtype and view.results[0].dtype != "bool"
+def _narrows(view: OpView, place: int) -> bool:
+    """Rounding is not linear: partial sums are paid for before it, in the wider dtype."""
+    before, after = view.operands[place].dtype, view.results[0].dtype
+    if before == after or _counts(before):
+        return before != after and _counts(after)
+    return _counts(after) or ITEMSIZE[after] <= ITEMSIZE[before]
+
+
+def _counts(dtype: str) -> bool:
+    return "int" in dtype or dtype == "bool"
 
 
 RULES: dict[str, RuleMaker] = dict.fromkeys(

@@ -1,0 +1,118 @@
+"""Precision: what computes in bf16 while all that stays from step to step is float32.
+
+A unit of `precision=bf16` is traced with the user's code under `torch.autocast`, whose policy
+users know: products in bf16, sums that need it in float32. Weights, gradients, accumulators,
+optimizer and buffers keep their dtype, so the casts between are ops of the Program.
+
+To verify such a program in float64, it is run as it is with every cast, creation and 16- or 32-bit
+tensor promoted: same ops, same layouts, same collectives, without the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from meshwright.program.program import Op, Program, map_refs, without_dead_ops
+
+__all__ = ["Promoting", "computing", "lacks_bf16", "promoted", "promoting", "with_shared_casts"]
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def computing(precision: str) -> Iterator[None]:
+    """Run user code in the dtype of a plan's `precision`; the backward is to run outside.
+
+    A parameter is cast once however often it is read: autocast keeps its casts until the end of the
+    outermost region, which is here and now.
+    """
+    if precision == "float32":
+        yield
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+def lacks_bf16() -> bool:
+    """Whether this processor has to emulate bf16."""
+    has: Mapping[str, Any] = torch.cpu.get_capabilities()
+    return not any(there for name, there in has.items() if "bf16" in name)
+
+
+def with_shared_casts(program: Program) -> Program:
+    """The program in which a value that several ops read in another dtype is cast once.
+
+    Autocast shares the casts of parameters only: a layer's input, read by three projections, would
+    be cast three times. Within a phase, so that nothing more is kept for the backward.
+    """
+    seen: dict[Any, int] = {}
+    same: dict[int, int] = {}
+    ops: list[Op] = []
+    for op in program.ops:
+        args, kwargs = map_refs((op.args, op.kwargs), lambda v: same.get(v, v))
+        op = replace(op, args=args, kwargs=kwargs)  # noqa: PLW2901
+        if op.base == "aten._to_copy":
+            known = seen.setdefault((op.phase, args, kwargs), op.results[0])
+            if known != op.results[0]:
+                same[op.results[0]] = known
+                continue
+        ops.append(op)
+    outputs = tuple((name, same.get(value, value)) for name, value in program.outputs)
+    return without_dead_ops(replace(program, ops=tuple(ops), outputs=outputs))
+
+
+class Promoting(TorchDispatchMode):
+    """Every op under it computes in float64 what it would in a shorter floating dtype."""
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = promoted(func, args, kwargs or {})
+        return func(*args, **kwargs)
+
+
+def promoting(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+    """The function with all its ops promoted to float64."""
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        with Promoting():  # type: ignore[no-untyped-call]
+            return function(*tensors)
+
+    return run
+
+
+def promoted(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in float64: dtypes asked for, and tensors that the code brought along.
+
+    What the op writes to stays as it is.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    if not any((x.dtype if isinstance(x, Tensor) else x) in _LOW for x in leaves):
+        return args, kwargs
+    schema = func._schema.arguments  # noqa: SLF001 - torch offers no other way to its names
+    names = [a.name for a in schema]
+    written = {a.name for a in schema if a.alias_info is not None and a.alias_info.is_write}
+
+    def raised(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(torch.float64) if leaf.dtype in _LOW else leaf
+        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
+
+    def up(name: str, value: Any) -> Any:
+        return value if name in written else pytree.tree_map(raised, value)
+
+    found = tuple(up(name, value) for name, value in zip(names, args, strict=False))
+    return found, {name: up(name, value) for name, value in kwargs.items()}
