@@ -68,6 +68,22 @@ def test_a_killed_rank_is_named_within_a_second(crew, n, size):
         assert at - when < 1.0
 
 
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_two_hundred_kills_at_random_moments_are_each_named_within_a_second(crew):
+    dice = random.Random(SEED)
+    for k in range(200):
+        n, size = dice.choice([2, 3, 4]), dice.choice([10, 5_000, 300_000, 3_000_000])
+        crew.start(n, "until_broken", size=size, seed=k)
+        crew.joined(range(n))
+        time.sleep(dice.random() / 5)
+        victim = dice.randrange(n)
+        pid, when = crew.kill(victim), time.time()
+        for at, kind, said in crew.answers([rank for rank in range(n) if rank != victim]):
+            assert (kind, at - when < 1.0) == ("PeerLost", True), (k, said, at - when)
+            assert f"rank {victim} (pid {pid}) is gone" in said, k
+
+
 def test_the_keeper_of_the_store_is_named_too(crew):
     crew.start(2, "until_broken", size=1000, seed=1)
     crew.joined(range(2))

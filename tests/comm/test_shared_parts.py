@@ -149,6 +149,20 @@ def test_the_first_word_on_who_is_lost_stands():
     assert second.news() == first.news() == "rank 1 (pid 5) is gone: é"
 
 
+def test_cores_are_counted_once_however_ranks_are_bound():
+    first, second = bells(2)
+    first.declare({0})
+    second.declare({3})
+    assert first.cores(2) == second.cores(2) == 2
+    second.declare({0})
+    assert first.cores(2) == 1
+    first.declare(range(1000))
+    assert second.cores(2) == 256
+    second.ring([0])
+    first.doze()
+    assert second.cores(2) == 256, "bells lie beside"
+
+
 def test_this_machine_can_be_served():
     assert futex.problem() is None
 

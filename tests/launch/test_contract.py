@@ -177,3 +177,15 @@ def test_what_carries_the_data_can_be_chosen():
     assert read(TORCHRUN | {"MESHWRIGHT_COMM": "shared"}).comm == "shared"
     with pytest.raises(UsageError, match="MESHWRIGHT_COMM is 'shred'; did you mean 'shared'"):
         read(TORCHRUN | {"MESHWRIGHT_COMM": "shred"})
+
+
+def test_open_mpi_may_number_the_ranks_of_one_host_otherwise():
+    found = read(
+        {
+            "OMPI_COMM_WORLD_RANK": "1",
+            "OMPI_COMM_WORLD_SIZE": "3",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+        }
+    )
+    assert found.world == World(1, 3, 2, 3)

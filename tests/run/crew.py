@@ -63,6 +63,7 @@ class _Comm:
     def __init__(self, meeting: _Meeting, rank: int) -> None:
         self.meeting = meeting
         self.world = World(rank, meeting.size, rank, meeting.size)
+        self.notes = ()
 
     def perform(self, exchange: Any, answer: Any = None) -> Any:
         assert answer is None

@@ -120,6 +120,10 @@ class Comm(Protocol):
     def world(self) -> World:
         """Which rank this is, of how many."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about how data travels."""
+
     def perform(self, exchange: Exchange, answer: Any = None) -> Any:
         """Drive `exchange` until it returns, and return its value."""
 

@@ -13,7 +13,7 @@ such streams, so that the two phases of an all-reduce need not alternate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -31,6 +31,7 @@ _WORD = 8
 _TEXT = 256  # bytes, in a slot's header
 _WORDS = _LINE // _WORD
 _VIEWS = 4096
+_CORES = 256  # bits in the second half of a bell's line; more cores share bits
 # The processor fetches lines in pairs, so what two processes write lies two lines apart.
 _MEMBER = 4 * _WORDS
 
@@ -53,6 +54,21 @@ class Bells:
     def bytes(size: int) -> int:
         """Bytes for a world of `size` ranks."""
         return HEADER + size * _LINE + _WORD + 1024
+
+    def declare(self, cores: Collection[int]) -> None:
+        """Say on which cores this rank may run."""
+        mask = sum(1 << core for core in {core % _CORES for core in cores})
+        start = HEADER + self._rank * _LINE + _LINE // 2
+        self.segment.memory[start : start + _CORES // 8] = mask.to_bytes(_CORES // 8, "little")
+
+    def cores(self, size: int) -> int:
+        """On how many cores the ranks may run, all together, once all have declared theirs."""
+        starts = [HEADER + rank * _LINE + _LINE // 2 for rank in range(size)]
+        masks = [self.segment.memory[start : start + _CORES // 8] for start in starts]
+        union = 0
+        for mask in masks:
+            union |= int.from_bytes(mask, "little")
+        return union.bit_count()
 
     def doze(self) -> None:
         """Announce that this rank is about to sleep; then look once more, then `sleep`."""
@@ -183,7 +199,7 @@ class Channel:
         first += self.size * SLOTS * capacity
         self._results = [first + m * SLOTS * self.share for m in range(self.size)]
         self._start = start
-        self._views: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._views: dict[Hashable, Tensor] = {}
 
     def input(self, member: int, number: int) -> int:
         """Offset of a member's slot of `capacity` bytes for round `number` of `inputs`."""
@@ -197,23 +213,25 @@ class Channel:
         """Where in this process's memory an offset is."""
         return self._start + offset
 
-    def view(self, offset: int, size: int, dtype: torch.dtype) -> Tensor:
-        """`size` bytes at `offset` as a flat tensor."""
-        key = (offset, size, dtype)
+    def view(
+        self, offset: int, size: int, dtype: torch.dtype, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """`size` bytes at `offset` as a tensor, flat or of a shape; kept, since slots return."""
+        key = (offset, size, dtype, shape)
         known = self._views.get(key)
         if known is None:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
-            known = self._views[key] = self.segment.data[offset : offset + size].view(dtype)
+            flat = self.segment.data[offset : offset + size].view(dtype)
+            known = self._views[key] = flat if shape is None else flat.view(tuple(shape))
         return known
 
-    def operands(self, number: int, tensor: Tensor) -> list[Tensor]:
-        """Every member's tensor of a round that one round holds: like `tensor`, this member's."""
-        size, dtype, shape = tensor.nbytes, tensor.dtype, tensor.shape
-        parts = [tensor] * self.size
+    def operands(self, number: int, mine: Tensor) -> list[Tensor]:
+        """Every member's tensor of a round, each at its slot's start: all are like `mine`."""
+        parts = [mine] * self.size
         for member in self.others:
-            part = self.view(self.input(member, number), size, dtype)
-            parts[member] = part if len(shape) == 1 else part.view(shape)
+            slot = self.input(member, number)
+            parts[member] = self.view(slot, mine.nbytes, mine.dtype, mine.shape)
         return parts
 
     def announce(self, number: int, meaning: Meaning, rounds: int, counts: Sequence[int]) -> None:

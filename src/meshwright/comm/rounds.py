@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from meshwright.comm import atonce
+from meshwright.comm.atonce import part, place
 from meshwright.comm.cargo import Cargo, move, views
-from meshwright.comm.channel import SLOTS, Channel
-from meshwright.comm.pump import LINE, Act, Call, Steps, compare, even, fold, pump
+from meshwright.comm.channel import Channel
+from meshwright.comm.pump import Act, Call, Steps, even, fold, pump
 from meshwright.comm.shares import reduce_in_shares
 from meshwright.errors import InternalError
 
@@ -22,7 +24,7 @@ __all__ = ["begin"]
 
 # Up to here every member reduces everything itself: one phase less to wait for.
 _DIRECT = 1 << 15
-_PAIR = 1 << 17
+_PAIR = 1 << 18
 
 
 def begin(call: Call) -> Steps:
@@ -32,34 +34,10 @@ def begin(call: Call) -> Steps:
 
 def _all_reduce(call: Call) -> Steps:
     size = sum([tensor.nbytes for tensor in call.tensors])
-    if size <= (_PAIR if call.channel.size == 2 else _DIRECT):
-        return _reduce_at_once(call)
-    return _reduce_directly(call) if call.channel.size == 2 else reduce_in_shares(call)
-
-
-def _reduce_at_once(call: Call) -> Steps:
-    """What `_reduce_directly` does, in one round and with few words: most reductions are small."""
-    channel, stream, how = call.channel, call.channel.inputs, call.request.reduce
-    cargo = Cargo(call.tensors)
-    while stream.next is None:
-        yield None
-    number = stream.next
-    stream.next = number + 1
-    while not stream.may_post(number):
-        yield stream.takes, number - SLOTS + 1
-    channel.announce(number, call.meaning, 1, ())
-    cargo.load(channel.address(channel.input(channel.me, number)), 0, cargo.size)
-    stream.publish()
-    while not stream.may_take(number, stream.everyone):
-        yield stream.everyone, number + 1
-    compare(call, number, channel.others)
-    if len(call.tensors) == 1:
-        answers: tuple[Tensor, ...] = (fold(channel.operands(number, call.tensors[0]), how),)
-    else:
-        total = fold(channel.operands(number, cargo.part(0, cargo.size)), how)
-        answers = views(total, [tensor.shape for tensor in call.tensors])
-    stream.release()
-    return answers
+    pair = call.channel.size == 2
+    if size <= min(_PAIR if pair else _DIRECT, call.channel.capacity):
+        return atonce.reduce(call)
+    return _reduce_directly(call) if pair else reduce_in_shares(call)
 
 
 def _reduce_directly(call: Call) -> Steps:
@@ -77,19 +55,23 @@ def _reduce_directly(call: Call) -> Steps:
         cargo.load(slot, k * piece, min((k + 1) * piece, size))
 
     def take(k: int, number: int) -> None:
-        fold(
-            channel.operands(number, cargo.part(k * piece, min((k + 1) * piece, size))),
-            how,
-            totals[k],
-        )
+        mine = cargo.part(k * piece, min((k + 1) * piece, size))
+        fold(channel.operands(number, mine), how, totals[k])
 
     yield from pump(call, rounds, post, take)
     return views(total, [tensor.shape for tensor in call.tensors])
 
 
 def _reduce_scatter(call: Call) -> Steps:
+    limit = min(_DIRECT, part(call.channel))
+    sizes = [tensor.nbytes for tensor in call.tensors]
+    small = len(sizes) == call.channel.size and max(sizes) <= limit
+    return atonce.scatter(call) if small else _scatter_in_pieces(call)
+
+
+def _scatter_in_pieces(call: Call) -> Steps:
     channel, how, me = call.channel, call.request.reduce, call.channel.me
-    share, cargoes = _part(channel), _cargoes(call.tensors, channel.size)
+    share, cargoes = part(channel), _cargoes(call.tensors, channel.size)
     dtype, mine = call.tensors[0].dtype, cargoes[me]
     rounds = max(1, -(-max(cargo.size for cargo in cargoes) // share))
     total = call.pool.empty((mine.size // dtype.itemsize,), dtype)
@@ -102,7 +84,7 @@ def _reduce_scatter(call: Call) -> Steps:
                 own
                 if member == me
                 else channel.view(
-                    channel.input(member, number) + _place(member, me) * share, own.nbytes, dtype
+                    channel.input(member, number) + place(member, me) * share, own.nbytes, dtype
                 )
                 for member in range(channel.size)
             ]
@@ -113,9 +95,18 @@ def _reduce_scatter(call: Call) -> Steps:
 
 
 def _all_gather(call: Call) -> Steps:
+    tensors, channel = call.tensors, call.channel
+    shapes = call.request.shapes or tuple([tuple(t.shape) for t in tensors]) * channel.size
+    counts = [math.prod(shape) for shape in shapes]
+    limit = min(_DIRECT, channel.capacity)
+    if len(tensors) == 1 and max(counts) * tensors[0].dtype.itemsize <= limit:
+        return atonce.gather(call, shapes, counts)
+    return _gather_in_pieces(call, shapes)
+
+
+def _gather_in_pieces(call: Call, shapes: Sequence[tuple[int, ...]]) -> Steps:
     channel, me, tensors = call.channel, call.channel.me, call.tensors
     piece, cargo, k = channel.capacity, Cargo(tensors), len(tensors)
-    shapes = call.request.shapes or tuple([tuple(t.shape) for t in tensors]) * channel.size
     # The parts of one tensor lie side by side: where they are rows, together they are the whole.
     order = [member * k + j for j in range(k) for member in range(channel.size)]
     whole = call.pool.empty((sum(map(math.prod, shapes)),), tensors[0].dtype)
@@ -180,7 +171,7 @@ def _permute(call: Call) -> Steps:
 
 def _exchange(call: Call, outgoing: tuple[Tensor, ...], shapes: Sequence[tuple[int, ...]]) -> Steps:
     """Send as many tensors to each member, and receive tensors of `shapes`, as many from each."""
-    channel, me, share = call.channel, call.channel.me, _part(call.channel)
+    channel, me, share = call.channel, call.channel.me, part(call.channel)
     whole = call.pool.empty((sum(map(math.prod, shapes)),), outgoing[0].dtype)
     answers = views(whole, shapes)
     for answer, own in zip(
@@ -195,21 +186,13 @@ def _exchange(call: Call, outgoing: tuple[Tensor, ...], shapes: Sequence[tuple[i
             target = targets[member]
             if k == 0:
                 _expect(call, member, number, target.size)
-            slot = channel.input(member, number) + _place(member, me) * share
+            slot = channel.input(member, number) + place(member, me) * share
             target.unload(channel.address(slot), k * share, min((k + 1) * share, target.size))
 
     post = _sending(channel, sources, share)
     counts = [source.size for source in sources]
     yield from pump(call, rounds, post, take, channel.others, counts)
     return answers
-
-
-def _barrier(call: Call) -> Steps:
-    def nothing(_k: int, _number: int) -> None:
-        pass
-
-    yield from pump(call, 1, nothing, nothing)
-    return ()
 
 
 _STEPS: dict[str, Callable[[Call], Steps]] = {
@@ -219,7 +202,7 @@ _STEPS: dict[str, Callable[[Call], Steps]] = {
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
     "permute": _permute,
-    "barrier": _barrier,
+    "barrier": atonce.barrier,
 }
 
 
@@ -241,8 +224,8 @@ def _sending(channel: Channel, cargoes: Sequence[Cargo], share: int) -> Act:
     def post(k: int, number: int) -> None:
         slot = channel.address(channel.input(me, number))
         for member in channel.others:
-            cargo, place = cargoes[member], _place(me, member) * share
-            cargo.load(slot + place, k * share, min((k + 1) * share, cargo.size))
+            cargo, target = cargoes[member], slot + place(me, member) * share
+            cargo.load(target, k * share, min((k + 1) * share, cargo.size))
 
     return post
 
@@ -256,13 +239,3 @@ def _of(tensors: tuple[Tensor, ...], member: int, members: int) -> tuple[Tensor,
 def _cargoes(tensors: tuple[Tensor, ...], members: int) -> list[Cargo]:
     """The cargo of each member, of a list that goes member after member."""
     return [Cargo(_of(tensors, member, members)) for member in range(members)]
-
-
-def _part(channel: Channel) -> int:
-    """Bytes of a slot that are for one member, when each gets something else."""
-    return channel.capacity // (channel.size - 1) // LINE * LINE
-
-
-def _place(sender: int, receiver: int) -> int:
-    """Which part of the sender's slot is for `receiver`; nobody sends to itself."""
-    return receiver if receiver < sender else receiver - 1

@@ -8,7 +8,6 @@ ranks say about one another is in the store.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from meshwright.errors import InternalError, PeerLost
 
 __all__ = ["Shared"]
 
-_SPIN = 100e-6
+_SPIN, _VAIN = 30e-6, 6
 _LOOK, _ASK = 0.05, 0.25
 _RECIPES = 4096
 
@@ -92,7 +91,9 @@ class Shared:
         self._running: list[_Running] = []
         self._pool = Pool()
         # Where ranks outnumber cores, whoever spins keeps another from doing its work.
-        self._spin = _SPIN if len(os.sched_getaffinity(0)) >= self._world.size else 0.0
+        size = self._world.size
+        self._spin = _SPIN if ground.bells.cores(size) >= size else 0.0
+        self._vain = self._unspun = 0
         self.ledger = Ledger(self._world.rank)
         self.notes: tuple[str, ...] = ()
 
@@ -211,11 +212,28 @@ class Shared:
             self._running = [running for running in self._running if running.steps is not None]
 
     def _spun(self, running: _Running) -> bool:
-        """Whether the collective ends within moments, where there are cores enough to look."""
-        self._go_on()
+        """Whether the collective ends within moments, where there are cores enough to look.
+
+        After looking in vain it looks less often: another program may want the core, and then
+        the peer may be waiting for just this one.
+        """
+        if self._ended(running):
+            return True
+        if self._unspun:
+            self._unspun -= 1
+            return False
         end = time.perf_counter() + self._spin
-        while running.steps is not None and time.perf_counter() < end:
-            self._go_on()
+        while time.perf_counter() < end:
+            if self._ended(running):
+                self._vain = 0
+                return True
+        self._vain = min(self._vain + 1, _VAIN)
+        self._unspun = (1 << self._vain) - 1
+        return False
+
+    def _ended(self, running: _Running) -> bool:
+        """Go on, and tell whether the collective is done."""
+        self._go_on()
         return running.steps is None
 
     def _sleep(self, running: _Running) -> None:
@@ -242,12 +260,12 @@ class Shared:
         bells = self._alive().bells
         bells.doze()
         try:
-            self._go_on()  # what came before others could see that this rank sleeps
-            if running.steps is not None:
-                bells.sleep()
+            if self._ended(running):  # by what came before others could see that this rank sleeps
+                return True
+            bells.sleep()
         finally:
             bells.rise()
-        return running.steps is None
+        return False
 
     def _look_after(self, running: _Running) -> None:
         """Raise PeerLost if a rank has ended that the collective needs, or somebody says so."""

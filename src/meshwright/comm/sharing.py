@@ -68,6 +68,7 @@ class Ground:
             size = Bells.bytes(world.size)
             segment = _agreed(meeting, "bells", lambda: _common(meeting, "bells", ranks, size))
             bells = Bells(segment, world.rank, world.size)
+            bells.declare(os.sched_getaffinity(0))
             everyone = _agreed(meeting, "room", lambda: _channel(meeting, ranks, bells))
         except BaseException:
             peers.close()

@@ -179,7 +179,9 @@ def _world(names: _Names, environ: Mapping[str, str]) -> World:
             f"{names.rank}={rank} and {names.size}={size}: ranks go from 0 to {names.size} - 1"
         )
     local_rank, local_size = _local(names, rank, size, environ)
-    if local_rank >= local_size or local_size > size or local_rank > rank:
+    # Open MPI numbers the ranks of one host in an order of its own.
+    ahead = local_rank > rank and local_size < size
+    if local_rank >= local_size or local_size > size or ahead:
         raise UsageError(
             f"local rank {local_rank} of {local_size} on this host does not fit rank {rank} of "
             f"{size}; set {names.local_rank} and {names.local_size or names.local_rank}, or neither"
