@@ -122,7 +122,7 @@ class Run:
                 self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
             )
             stack.callback(self._session.close)
-            self._session.notes += notes
+            self._session.notes += [*comm.notes, *notes]
             self._session.handshake(facts_of(self._session))
             self._open_folder()
             self._stack = stack.pop_all()
