@@ -64,7 +64,10 @@ def test_a_plan_file_with_a_mistake(mw, folder, text, words):
     ("plan", "words"),
     [
         ("microbatches=9", ("microbatches=9", "batch_size=8", "use microbatches=8 or fewer")),
-        ("precision=float16", ("precision=float16", "this version runs precision=float32 only")),
+        (
+            "precision=float16",
+            ("precision=float16", "runs precision=float32 or precision=bf16 only"),
+        ),
     ],
 )
 def test_a_plan_that_this_job_or_version_cannot_have(mw, plan, words):

@@ -82,8 +82,25 @@ sizes = st.integers(1, 40)
             Plan(data=1, precision="bfloat16"),
             Facts(1),
             (
-                "plan asks for precision=bfloat16, but this version runs precision=float32 only; "
-                "drop precision"
+                "plan asks for precision=bfloat16, but this version runs precision=float32 or "
+                "precision=bf16 only; write precision=bf16"
+            ),
+        ),
+        (
+            Plan(data=1, precision="fp16"),
+            Facts(1),
+            (
+                "plan asks for precision=fp16, but this version runs precision=float32 or "
+                "precision=bf16 only; use precision=bf16, which has float32's range and needs no "
+                "loss scaling"
+            ),
+        ),
+        (
+            Plan(data=1, precision="fp8"),
+            Facts(1),
+            (
+                "plan asks for precision=fp8, but this version runs precision=float32 or "
+                "precision=bf16 only; drop precision"
             ),
         ),
         (

@@ -18,6 +18,7 @@ __all__ = ["DECOMPOSITIONS"]
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
+_SHORT = (torch.bfloat16, torch.float16)
 
 
 def _nll_forward(
@@ -43,8 +44,13 @@ def _nll_backward(
     return aten.nll_loss_backward.default(grad / total, x, target, weight, SUM, ignore, total)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """What torch's own kernels sum 16-bit tensors in."""
+    return x.float() if x.dtype in _SHORT else x
+
+
 def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.sum(x, dtype=dtype) / x.numel()
+    return (torch.sum(_wide(x), dtype=dtype) / x.numel()).to(dtype or x.dtype)
 
 
 def _mean_dim(
@@ -56,7 +62,8 @@ def _mean_dim(
 ) -> Tensor:
     dims = list(dim) if dim else list(range(x.dim()))
     count = math.prod(x.shape[d] for d in dims)
-    return torch.sum(x, dim=dims, keepdim=keepdim, dtype=dtype) / count
+    total = torch.sum(_wide(x), dim=dims, keepdim=keepdim, dtype=dtype)
+    return (total / count).to(dtype or x.dtype)
 
 
 def _mse(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
@@ -202,12 +209,12 @@ def _batch_norm(
     mean: Tensor,
     invstd: Tensor,
 ) -> Tensor:
-    y = (x - _per_channel(mean, x)) * _per_channel(invstd, x)
+    y = (_wide(x) - _per_channel(mean, x)) * _per_channel(invstd, x)
     if weight is not None:
         y = y * _per_channel(weight, x)
     if bias is not None:
         y = y + _per_channel(bias, x)
-    return y
+    return y.to(x.dtype)
 
 
 def _batch_norm_functional(
@@ -237,8 +244,8 @@ def _train_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dims, count = _reduce_dims(x), x.numel() // x.shape[1]
-    mean = x.sum(dims) / count
-    var = ((x - _per_channel(mean, x)) ** 2).sum(dims) / count
+    mean = _wide(x).sum(dims) / count
+    var = ((_wide(x) - _per_channel(mean, x)) ** 2).sum(dims) / count
     invstd = torch.rsqrt(var + eps)
     return _batch_norm(x, weight, bias, mean, invstd), mean, invstd, var
 
@@ -272,7 +279,8 @@ def _batch_norm_backward(
         assert running_mean is not None and running_var is not None
         mean, invstd = running_mean, torch.rsqrt(running_var + eps)
     assert mean is not None and invstd is not None
-    normal = (x - _per_channel(mean, x)) * _per_channel(invstd, x)
+    normal = (_wide(x) - _per_channel(mean, x)) * _per_channel(invstd, x)
+    grad = _wide(grad)
     db = grad.sum(dims)
     dw = (grad * normal).sum(dims)
     scale = invstd if weight is None else invstd * weight
@@ -280,7 +288,7 @@ def _batch_norm_backward(
         centred = grad - _per_channel(db / count, x) - normal * _per_channel(dw / count, x)
     else:
         centred = grad
-    dx = centred * _per_channel(scale, x)
+    dx = (centred * _per_channel(scale, x)).to(x.dtype)
     found = (dx, dw, db)
     return tuple(t if wanted else None for t, wanted in zip(found, mask, strict=True))
 

@@ -140,7 +140,7 @@ RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "virtual": (1,),
     "gather": (None,),
     "remat": ("none",),
-    "precision": ("float32",),
+    "precision": ("float32", "bf16"),
     "offload": ("none",),
     "regime": ("bsp",),
     "codec": ("none",),
@@ -148,11 +148,26 @@ RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
 }
 
 
+# What else is meant by, or serves in place of, a value that this version does not run.
+REMEDIES: Final[dict[tuple[str, int | str | None], str]] = {
+    **{("precision", word): "write precision=bf16" for word in ("bfloat16", "bf16-mixed")},
+    **{("precision", word): "drop precision, which is float32" for word in ("fp32", "float", "32")},
+    **{
+        ("precision", word): "use precision=bf16, which has float32's range and needs no loss "
+        "scaling"
+        for word in ("fp16", "float16", "half", "16")
+    },
+}
+
+
 def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """Every value is one that this version of Meshwright runs."""
     del facts  # it does not depend on the world
     keyed = tuple(
-        Problem(f"plan asks for {key}={plan.value(key)}, but {_only(key, runs)}", f"drop {key}")
+        Problem(
+            f"plan asks for {key}={plan.value(key)}, but {_only(key, runs)}",
+            REMEDIES.get((key, plan.value(key)), f"drop {key}"),
+        )
         for key, runs in RUNS.items()
         if plan.value(key) not in runs
     )

@@ -43,7 +43,8 @@ class Plan:
         microbatches: parts a global batch is split into, run one after another.
         gather: when sharded weights are gathered; None takes the default for `zero`.
         remat: what is computed again in the backward pass instead of saved.
-        precision: the dtype of forward and backward.
+        precision: what forward and backward compute in: float32 (every tensor in its own dtype),
+            or bf16, with float32 weights, accumulators, reductions and optimizer.
         offload: what is kept in host memory.
         regime: how replicas stay consistent.
         codec: gradient compression on the wire.
