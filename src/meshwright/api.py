@@ -35,11 +35,14 @@ from meshwright.plan.toml import AUTO, parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.folder import choose
+from meshwright.run.profiler import Profiler
 from meshwright.run.session import Record, Session, open_session, steps_to_run
 from meshwright.run.step import Metrics
 from meshwright.run.verify import verify_local, verify_session
+from meshwright.run.window import parse_steps, within
 from meshwright.run.worker import Fetched
 from meshwright.view.journal import Journal, Logger, open_journal
+from meshwright.view.trace import write_trace
 
 __all__ = ["Run", "plan_of", "train", "verify", "watch"]
 
@@ -63,6 +66,7 @@ class Run:
         eager: bool = False,
         keep: int = 3,
         quiet: bool = False,
+        trace: bool | str = False,
         info: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing happens before `with`.
@@ -79,6 +83,8 @@ class Run:
             eager: run the code as ordinary PyTorch, untraced; one process or data-parallel.
             keep: checkpoints that stay.
             quiet: no progress display.
+            trace: steps to trace, such as `"3-7"`, into the run's trace.json; True takes five,
+                after two to warm up.
             info: added to run.json (which file, which command).
         """
         self.job = job
@@ -94,6 +100,8 @@ class Run:
         self._eager = eager
         self._keep = keep
         self._quiet = quiet
+        self._trace = parse_steps(trace) if isinstance(trace, str) else trace
+        self._profiler: Profiler | None = None
         self._info = dict(info or {})
         self._stack = ExitStack()
         self._journal = Journal()
@@ -134,6 +142,9 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None and self._profiler is not None:
+            self._profiler.close()
+            self._tell()
         self._journal.close(
             "ok" if error is None else "stopped" if kind is SystemExit else "failed"
         )
@@ -199,6 +210,7 @@ class Run:
     def steps(self, until: int | None = None) -> Iterator[int]:
         """Step numbers from the next one up to `until`; ends early when asked to stop."""
         self._until = total = steps_to_run(self.session, until)
+        self._profile(total)
         self._journal.start(total, self.session.step)
         while self.session.step < total:
             yield self.session.step
@@ -217,12 +229,17 @@ class Run:
         fetched = session.take(batch, local=part == "local")
         if not self._described:
             self._describe(fetched)
+            self._profile(self._until)
         due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         stops = {f"stop{n}": self._stop.number == n for n in (15, 2, 10)}
         session.worker.flags = {"save": due and self.rank == 0, **stops}
+        if self._profiler is not None:
+            self._profiler.before()
         record = session.run_taken(fetched, self._until)
-        self._report(record)
         stopped = [f for f in record.metrics.flags if f.startswith("stop")]
+        if self._profiler is not None:
+            self._profiler.after(last=bool(stopped))
+        self._report(record)
         if stopped:
             self.save(last=True)
             number = self._stop.number or int(stopped[0].removeprefix("stop"))
@@ -232,11 +249,20 @@ class Run:
             self.save()
         return record.metrics
 
+    def _profile(self, total: int | None) -> None:
+        """Get ready to trace, before the first step."""
+        if self._trace and self._profiler is None:
+            steps = within(self._trace, self.session.step, total)
+            self._profiler = Profiler(self.session, self.dir, steps, write_trace)
+
     def _report(self, record: Record) -> None:
+        self._tell()
+        self._journal.step(record)
+
+    def _tell(self) -> None:
         for note in self.session.notes:
             self._note(note)
         self.session.notes.clear()
-        self._journal.step(record)
 
     def _note(self, text: str) -> None:
         self._journal.note(self.session.step, text)

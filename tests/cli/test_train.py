@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from meshwright.cli.train import spelled_out
+
 
 def records(path):
     """The lines of a metrics file."""
@@ -141,3 +143,30 @@ def test_ctrl_c_is_130(mw, folder):
     (folder / "stopped.py").write_text("raise KeyboardInterrupt")
     done = mw("plan", "stopped.py")
     assert (done.status, done.err) == (130, "mw: interrupted\n")
+
+
+def test_steps_are_traced(mw, folder):
+    assert mw("train", "--trace", "sums.py").status == 0
+    whole = json.loads((folder / "runs/sums-001/trace.json").read_text())
+    steps = [e["args"]["step"] for e in whole["traceEvents"] if e.get("cat") == "step"]
+    assert steps == [3]  # two warm up, and there are three
+    done = mw("train", "sums.py", "--trace", "1-2")
+    assert "trace of steps 1 to 2 written to runs/sums-002/trace.json" in done.err
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [("7-3", "'7-3'"), ("2-x", "'2-x'"), ("3-9", "takes steps 1 to 3")]
+)
+def test_steps_that_cannot_be_traced_are_refused_before_the_first(mw, folder, steps, told):
+    done = mw("train", "sums.py", "--trace", steps)
+    assert done.status == 2
+    assert told in done.err
+    assert "step 1" not in done.err.replace("steps 1", "")
+
+
+def test_the_steps_of_trace_may_be_left_out():
+    assert spelled_out(["train", "a.py", "--trace"]) == ["train", "a.py", "--trace", "auto"]
+    assert spelled_out(["train", "--trace", "a.py"]) == ["train", "--trace", "auto", "a.py"]
+    assert spelled_out(["train", "--trace", "--json"]) == ["train", "--trace", "auto", "--json"]
+    for given in (["--trace", "3"], ["--trace", "3-7"], ["--trace", "auto"], ["--trace=2"]):
+        assert spelled_out(["train", *given, "a.py"]) == ["train", *given, "a.py"]

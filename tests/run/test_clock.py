@@ -1,4 +1,4 @@
-"""Clocks of ranks are compared; whatever the network does, the true difference is within the error."""
+"""Clocks are compared; whatever the network does, the true difference is within the error."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def compared(
     took = [
         [got - sent for sent, got in zip(mine[:-2:2], mine[1:-2:2], strict=True)] for mine in looks
     ]
-    trips = [
-        min((a + b for a, b in zip(mine, took[0], strict=True)), default=0.0) for mine in took
-    ]
+    trips = [min((a + b for a, b in zip(mine, took[0], strict=True)), default=0.0) for mine in took]
     return found, trips
 
 

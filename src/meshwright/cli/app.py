@@ -51,6 +51,8 @@ def _mw(
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (by default the process's arguments) say; its exit status."""
     words = list(sys.argv[1:] if words is None else words)
+    if words[:1] == ["train"]:
+        words = train.spelled_out(words)
     command = typer.main.get_command(app)
     try:
         task = command.main(args=words or ["--help"], prog_name="mw", standalone_mode=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,22 @@ from meshwright.cli.words import (
 )
 from meshwright.errors import UsageError
 
-__all__ = ["EXAMPLE", "train"]
+__all__ = ["EXAMPLE", "spelled_out", "train"]
 
 EXAMPLE = "Example:  mw train examples/gpt.py -n 2 --plan zero3 --steps 200 --set depth=4"
+
+_USUAL = "auto"
+"""The steps that `--trace` alone traces."""
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """The words of `mw train`, `--trace` with its value: typer has no value to be left out."""
+    found: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        found.append(word)
+        if word == "--trace" and not (following[:1].isdecimal() or following == _USUAL):
+            found.append(_USUAL)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class _Wanted:
     overwrite: bool
     timeout: float | None
     eager: bool
+    trace: str | None
     json: bool
 
     def words(self) -> list[str]:
@@ -67,6 +81,7 @@ class _Wanted:
                 evaluate_every=self.evaluate_every,
                 checkpoint_every=self.checkpoint_every,
                 eager=self.eager,
+                trace=self.trace,
             ),
         ]
 
@@ -104,6 +119,16 @@ def train(
     eager: Annotated[
         bool, typer.Option("--eager", help="Run the code as ordinary PyTorch, untraced.")
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="STEPS",
+            help="Trace steps, such as [bold]3-7[/], for Perfetto and the report; without STEPS "
+            "five, after two to warm up.",
+            show_default=False,
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> Task:
     """Train the job in FILE."""
@@ -120,6 +145,7 @@ def train(
         overwrite,
         timeout,
         eager,
+        trace,
         json,
     )
     return partial(_train, wanted)
@@ -128,8 +154,11 @@ def train(
 def _train(wanted: _Wanted) -> int:
     from meshwright.launch.contract import here
     from meshwright.run.folder import choose
+    from meshwright.run.window import parse_steps
 
     contract = here()
+    if wanted.trace not in (None, _USUAL):
+        parse_steps(wanted.trace)
     path = Path(wanted.which.path)
     text = plan_text(wanted.plan)
     plan = read_plan(text)
@@ -186,6 +215,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
             evaluate_every=wanted.evaluate_every,
             checkpoint_every=wanted.checkpoint_every,
             eager=wanted.eager,
+            trace=wanted.trace == _USUAL or wanted.trace or False,
             info=_info(wanted, ranks),
             **folder,
         )
