@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -157,11 +158,12 @@ def _kept(chances: _Array, p: float, secret: np.random.Generator, number: int) -
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mixed(words: _Array) -> _Array:
+def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser; the upper 53 bits."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (words ^ (words >> np.uint64(31))) >> np.uint64(11)
+    found: npt.NDArray[np.uint64] = (words ^ (words >> np.uint64(31))) >> np.uint64(11)
+    return found
 
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}

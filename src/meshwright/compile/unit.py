@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meshwright.compile.attention import Attention
 from meshwright.compile.blame import blamed
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
@@ -240,6 +241,7 @@ def _unit(
         _constants_swapped(model, inputs),
         watching(watched),
         torch.set_grad_enabled(training),
+        Attention(),
     ):
         with computing(how.precision):
             found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
