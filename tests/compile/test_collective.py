@@ -51,9 +51,9 @@ def move(name, *args):
 
 def run(op, tensors, ranks):
     """Every member's result of a collective."""
-    starts = [start(op, tensor, ranks, k) for k, tensor in enumerate(tensors)]
+    starts = [start((op,), (tensor,), ranks, k) for k, tensor in enumerate(tensors)]
     assert all(t.is_contiguous() for s in starts for t in s.tensors), "transports want them so"
-    return [unpack(op, found) for found in collective(starts)], starts
+    return [unpack((op,), found)[0] for found in collective(starts)], starts
 
 
 @given(case=cut_tensors())
@@ -109,11 +109,11 @@ def test_exchanging_two_dims_is_gathering_one_and_cutting_the_other(data):
 
 def test_a_request_says_what_it_serves():
     ranks = Group("data", (0, 1))
-    assert start(move("all_reduce", "sum"), torch.ones(2), ranks, 0).label == "model/w"
+    assert start((move("all_reduce", "sum"),), (torch.ones(2),), ranks, 0).label == "model/w"
     unnamed = Op(
         "comm.all_reduce", (Ref(0), "data", "max"), (("value", ""),), (1,), source="a.py:3"
     )
-    request = start(unnamed, torch.ones(2), ranks, 1)
+    request = start((unnamed,), (torch.ones(2),), ranks, 1)
     assert (request.op, request.reduce, request.label) == ("all_reduce", "max", "a.py:3")
     assert request.group is ranks
 

@@ -46,12 +46,17 @@ def instead_of_collective(patch, wanted, answer):
     patch.setattr(local, "collective", collective)
 
 
-def one_gradient_is_not_reduced(patch):
-    instead_of_collective(
-        patch,
-        lambda start: start.label == "gradient/up.weight",
-        lambda start, index: (start.tensors[index if len(start.tensors) > 1 else 0].clone(),),
-    )
+def gradients_are_not_reduced(patch):
+    """Each rank keeps its own part of a bucket."""
+
+    def own(start, index):
+        count = len(start.tensors)
+        if start.op == "reduce_scatter":
+            count //= len(start.group.ranks)
+            return tuple(t.clone() for t in start.tensors[index * count : (index + 1) * count])
+        return tuple(tensor.clone() for tensor in start.tensors)
+
+    instead_of_collective(patch, lambda start: start.label.startswith("gradient/"), own)
 
 
 def the_weight_is_one_ranks(patch):
@@ -115,7 +120,7 @@ def statistics_are_local(patch):
     instead_of_collective(
         patch,
         lambda start: "odd.py" in start.label and start.op == "all_reduce",
-        lambda start, _: (start.tensors[0] * len(start.group.ranks),),
+        lambda start, _: tuple(tensor * len(start.group.ranks) for tensor in start.tensors),
     )
 
 
@@ -161,9 +166,9 @@ def whole_parameters_count_on_every_rank(patch):
 
 
 MUTATIONS = {
-    "a gradient is not reduced": Mutation("plain", "data=2", one_gradient_is_not_reduced, NOT_LOSS),
-    "a gradient is not reduced, zero2": Mutation(
-        "plain", "zero2,data=2", one_gradient_is_not_reduced, NOT_LOSS
+    "gradients are not reduced": Mutation("plain", "data=2", gradients_are_not_reduced, NOT_LOSS),
+    "gradients are not reduced, zero2": Mutation(
+        "plain", "zero2,data=2", gradients_are_not_reduced, NOT_LOSS
     ),
     "1/N is missing": Mutation("plain", "data=3", the_weight_is_one_ranks, EVERYTHING),
     "rows start one too late": Mutation("plain", "data=2", ranks_load_one_row_too_late, EVERYTHING),

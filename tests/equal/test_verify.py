@@ -48,12 +48,12 @@ def test_weights_from_a_folder_are_where_both_begin(tmp_path):
 
 
 def doubled(patch, label):
-    """One collective's result is twice what it should be."""
+    """What collectives of this label give is twice what it should be."""
     real = local.collective
 
     def collective(starts):
         answers = real(starts)
-        if starts[0].label != label:
+        if not starts[0].label.startswith(label):
             return answers
         return [tuple(2 * tensor for tensor in answer) for answer in answers]
 
@@ -61,7 +61,7 @@ def doubled(patch, label):
 
 
 def test_a_wrong_gradient_fails_both_laws_and_is_named(monkeypatch):
-    doubled(monkeypatch, "gradient/down.weight")
+    doubled(monkeypatch, "gradient/")
     for dtype in ("float64", "float32"):
         outcome = verified(SMALL, "data=2", dtype=dtype)
         assert not outcome["passed"]

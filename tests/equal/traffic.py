@@ -23,16 +23,17 @@ class Sent:
 
 
 def moved(start: Start, index: int) -> int:
-    """Elements that the member at `index` has to receive, at least, for one collective."""
+    """Elements that the member at `index` has to receive, at least, for one bucket."""
     sizes = [tensor.numel() for tensor in start.tensors]
     members = len(start.group.ranks)
     match start.op:
         case "all_reduce":
-            return 2 * (members - 1) * sizes[0] // members
+            return sum(2 * (members - 1) * size // members for size in sizes)
         case "all_gather":
-            return sum(math.prod(shape) for shape in start.shapes) - sizes[0]
+            return sum(math.prod(shape) for shape in start.shapes) - sum(sizes)
         case "reduce_scatter":
-            return sum(sizes) - sizes[index]
+            count = len(sizes) // members
+            return sum(sizes) - sum(sizes[index * count : (index + 1) * count])
     raise AssertionError(start.op)
 
 

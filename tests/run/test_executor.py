@@ -103,7 +103,7 @@ def test_collectives_are_requests():
         Instruction("Wait", 0, 0, 0, ("pending",), ("sum",), "data"),
         *(Instruction(kind) for kind in ("Finish", "Agree", "Update", "Commit")),
     )
-    program = InstructionList((), body, (), (), (call,))
+    program = InstructionList((), body, (), (), ((call,),))
     values = [{"model/w": torch.zeros(())} for _ in range(2)]
     group = Group("data", (0, 1))
     machines = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.comm.base import Group, Start
+from meshwright.comm.base import Group, Reduction, Start
 from meshwright.program.program import Op
 
 __all__ = ["local_move", "narrow", "start", "unpack"]
@@ -52,36 +52,64 @@ def _part_shape(shape: Sequence[int], slab: _Slab, member: int) -> tuple[int, ..
     return (*shape[:dim], outer * lengths[member] * unit, *shape[dim + 1 :])
 
 
-def start(op: Op, tensor: Tensor, group: Group, index: int) -> Start:
-    """The request that begins collective `op` on `tensor` of the group's member `index`."""
-    args: tuple[Any, ...] = op.args[2:]
-    label = dict(op.kwargs).get("value") or op.source
-    name = op.name.removeprefix("comm.")
-    members = range(len(group.ranks))
-    assert isinstance(label, str)
-    match name:
-        case "all_reduce":
-            return Start("all_reduce", group, (tensor.contiguous(),), args[0], label=label)
-        case "all_gather":
-            shapes = tuple(_part_shape(tensor.shape, args[0], k) for k in members)
-            return Start("all_gather", group, (tensor.contiguous(),), shapes=shapes, label=label)
-        case "reduce_scatter":
-            parts = tuple(narrow(tensor, args[0], k).contiguous() for k in members)
-            return Start("reduce_scatter", group, parts, args[1], label=label)
+def start(ops: Sequence[Op], tensors: Sequence[Tensor], group: Group, index: int) -> Start:
+    """The request that begins a bucket.
+
+    Args:
+        ops: collectives of one kind.
+        tensors: the operand of each.
+        group: of the ranks that take part.
+        index: of this one among them.
+    """
+    reduction, name = ops[0].args[-1], ops[0].name.removeprefix("comm.")
+    label, members = _label(ops), range(len(group.ranks))
+    slabs = [_slabs(op) for op in ops]
+    if name == "all_reduce":
+        whole = tuple([tensor.contiguous() for tensor in tensors])
+        return Start("all_reduce", group, whole, _reduction(reduction), label=label)
+    pairs = list(zip(tensors, slabs, strict=True))
+    if name == "all_gather":
+        shapes = tuple(_part_shape(t.shape, cut[0], k) for k in members for t, cut in pairs)
+        whole = tuple([tensor.contiguous() for tensor in tensors])
+        return Start("all_gather", group, whole, shapes=shapes, label=label)
+    parts = tuple(narrow(t, cut[-1], k).contiguous() for k in members for t, cut in pairs)
+    if name == "reduce_scatter":
+        return Start("reduce_scatter", group, parts, _reduction(reduction), label=label)
     assert name == "all_to_all", name
-    source, target = args
-    parts = tuple(narrow(tensor, target, k).contiguous() for k in members)
-    mine = parts[index].shape
-    shapes = tuple(_part_shape(mine, source, k) for k in members)
+    mine = parts[index * len(ops) : (index + 1) * len(ops)]
+    shapes = tuple(
+        _part_shape(part.shape, cut[0], k)
+        for k in members
+        for part, cut in zip(mine, slabs, strict=True)
+    )
     return Start("all_to_all", group, parts, shapes=shapes, label=label)
 
 
-def unpack(op: Op, tensors: Sequence[Tensor]) -> Tensor:
-    """The result of collective `op` from what `Wait` answered."""
-    args: tuple[Any, ...] = op.args[2:]
-    if op.name in ("comm.all_gather", "comm.all_to_all"):
-        return _join(tensors, args[0])
-    return tensors[0]
+def unpack(ops: Sequence[Op], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a bucket from what `Wait` answered."""
+    if ops[0].name in ("comm.all_gather", "comm.all_to_all"):
+        count = len(ops)
+        return tuple(_join(tensors[k::count], _slabs(op)[0]) for k, op in enumerate(ops))
+    return tuple(tensors)
+
+
+def _label(ops: Sequence[Op]) -> str:
+    """What a bucket serves: its first value or source line, and how many more there are."""
+    first = dict(ops[0].kwargs).get("value") or ops[0].source
+    assert isinstance(first, str)
+    return first if len(ops) == 1 else f"{first} and {len(ops) - 1} more"
+
+
+def _slabs(op: Op) -> tuple[_Slab, ...]:
+    """How a collective's tensors are cut: before, and after."""
+    found: tuple[Any, ...] = op.args[2:]
+    return tuple(arg for arg in found if isinstance(arg, tuple))
+
+
+def _reduction(arg: Any) -> Reduction:
+    assert arg in ("sum", "max", "min"), arg
+    found: Reduction = arg
+    return found
 
 
 def local_move(op: Op, tensor: Tensor, coordinates: Mapping[str, int]) -> Tensor:

@@ -44,8 +44,9 @@ def interpret(
         if op.name in COLLECTIVES:
             axis = op.args[1]
             assert isinstance(axis, str)
-            handle = yield start(op, values[op.inputs[0]], groups[axis], coordinates[axis])
-            values[op.results[0]] = unpack(op, (yield Wait(handle)))
+            operand = (values[op.inputs[0]],)
+            handle = yield start((op,), operand, groups[axis], coordinates[axis])
+            (values[op.results[0]],) = unpack((op,), (yield Wait(handle)))
         else:
             made = call(op, values, coordinates)
             values |= {v: t for v, t in zip(op.outputs, made, strict=True) if v is not None}

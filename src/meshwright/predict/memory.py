@@ -7,7 +7,7 @@ op that makes it to the last one that reads it, as the lowered code frees it.
 from __future__ import annotations
 
 from meshwright.program.assemble import Compiled
-from meshwright.program.program import Program
+from meshwright.program.program import Op, Program
 
 __all__ = ["VIEWS", "bases", "live_bytes", "memory_bill"]
 
@@ -48,13 +48,19 @@ def live_bytes(program: Program) -> tuple[int, int]:
     for place, op in enumerate(program.ops):
         for value in op.results:
             if base[value] == value and value not in inputs:
+                last = max(end.get(value, place), place)
                 alive += program.values[value].bytes
-                dying.setdefault(max(end.get(value, place), place), []).append(value)
+                dying.setdefault(last, []).append(value)
+                # A weight that is gathered ahead for the backward is there, but is not saved.
+                saved += program.values[value].bytes if _outlives(op, last, border) else 0
         peak = max(peak, alive)
         alive -= sum(program.values[value].bytes for value in dying.pop(place, []))
-        if place == border:
-            saved = alive
     return saved, peak
+
+
+def _outlives(op: Op, last: int, border: int) -> bool:
+    """Whether what a forward op makes is read after the forward."""
+    return op.phase == "forward" and last > border
 
 
 def memory_bill(compiled: Compiled, optimizer_bytes: int) -> dict[str, int]:

@@ -1,18 +1,21 @@
 """Assemble: traced micro-batches and state layouts -> one rank's instruction list.
 
-body   for each micro-batch: Load, its pieces, Stash what outlives it
-       reduce gradients, Finish, Agree, Update, gather weights, Commit
+body   for each micro-batch: Load, its pieces, Stash what outlives it; the last one's pieces reduce
+       the gradients as they are made
+       Finish, Agree, Update, gather weights, Commit
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import Axis
-from meshwright.program.instruction import Instruction, InstructionList, Table, run_pieces
+from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
+from meshwright.program.overlap import overlapped
 from meshwright.program.partition import Local, partition
+from meshwright.program.pieces import Table, run_pieces
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
 from meshwright.program.zero import StateLayouts
@@ -35,14 +38,13 @@ class Compiled:
     Attributes:
         instructions: the list.
         units: per distinct micro-batch program, (how many micro-batches run it, its local program).
-        reduce: gradients to the optimizer's layout, once a step.
-        gather: updated weights to their resting layout, once a step.
+        moves: gradients to the optimizer's layout, where no unit does it, and updated weights to
+            their resting layout; each once a step.
     """
 
     instructions: InstructionList
     units: tuple[tuple[int, Local], ...]
-    reduce: Local
-    gather: Local
+    moves: tuple[Local, ...]
 
 
 def accumulated(unit: Program, *, first: bool) -> Program:
@@ -65,14 +67,18 @@ def accumulated(unit: Program, *, first: bool) -> Program:
 
 
 def unit_outputs(
-    unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts]
+    unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts], *, last: bool
 ) -> dict[str, Layout]:
-    """Where a unit's outputs must lie: sums partial over data, buffers and watched values whole."""
+    """Where a unit's outputs must lie: sums partial over data, buffers and watched values whole.
+
+    Gradients are partial or sharded while they accumulate, and as the optimizer needs them at last.
+    """
     partial = Layout.of(axes, {a.name: Partial() for a in axes if a.name == "data" and a.size > 1})
     found: dict[str, Layout] = {}
     for name, _ in unit.outputs:
         if name.startswith("gradient/"):
-            found[name] = states[name.removeprefix("gradient/")].gradients
+            state = states[name.removeprefix("gradient/")]
+            found[name] = state.optimizer if last else state.gradients
         else:
             found[name] = partial if name.startswith("total/") else REPLICATED
     return found
@@ -82,7 +88,7 @@ def complete_unit(
     unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts]
 ) -> Completed:
     """Propagate the unit's annotations: batches split by sample, weights as they rest."""
-    outputs = unit_outputs(unit, axes, states)
+    sums = unit_outputs(unit, axes, states, last=False)
     batch = Layout.of(axes, {a.name: Shard(0) for a in axes if a.name == "data" and a.size > 1})
     ranks = next((a.size for a in axes if a.name == "data"), 1)  # fewer samples are done by all
     pinned: dict[int, Layout] = {}
@@ -93,7 +99,7 @@ def complete_unit(
         elif name.startswith("batch/"):
             pinned[value] = batch if unit.values[value].shape[0] >= ranks else REPLICATED
         else:
-            pinned[value] = outputs.get(name, REPLICATED)
+            pinned[value] = sums.get(name, REPLICATED)
     return propagate(unit, axes, pinned, stored)
 
 
@@ -127,29 +133,23 @@ def assemble(
     """
     table = Table()
     body: list[Instruction] = []
-    made: dict[tuple[str, bool], Local] = {}
-    runs: dict[tuple[str, bool], int] = {}
+    made: dict[tuple[str, bool, bool], Local] = {}
+    runs: dict[tuple[str, bool, bool], int] = {}
     for k, unit in enumerate(units):
-        key = (unit.digest, k == 0)
+        first, last = k == 0, k == len(units) - 1
+        key = (unit.digest, first, last)
         if key not in made:
-            program = accumulated(unit, first=k == 0)
+            program = accumulated(unit, first=first)
             completed = complete_unit(program, axes, states)
-            outputs = unit_outputs(program, axes, states)
-            made[key] = partition(program, completed, axes, coordinates, outputs)
+            outputs = unit_outputs(program, axes, states, last=last)
+            local = partition(program, completed, axes, coordinates, outputs)
+            made[key] = replace(local, program=overlapped(local.program))
         runs[key] = runs.get(key, 0) + 1
-        body += _microbatch(k, made[key].program, table)
+        body += _microbatch(k, made[key].program, table, last=last)
     trained = [
         n.removeprefix("gradient/") for n, _ in units[0].outputs if n.startswith("gradient/")
     ]
     weights = {name: units[0].values[value] for name, value in units[0].inputs}
-    reduce = move_program(
-        {
-            f"gradient/{n}": (weights[f"model/{n}"], states[n].gradients, states[n].optimizer)
-            for n in trained
-        },
-        axes,
-        coordinates,
-    )
     gather = move_program(
         {
             f"model/{n}": (weights[f"model/{n}"], states[n].optimizer, states[n].weights)
@@ -159,37 +159,19 @@ def assemble(
         axes,
         coordinates,
     )
-    reduced = move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
-    body += _consumed(reduced, "gradient/")
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
-    return Compiled(lists, used, reduce, gather)
+    return Compiled(lists, used, (gather,))
 
 
-def _consumed(instructions: Sequence[Instruction], prefix: str) -> list[Instruction]:
-    """Free what is read under `prefix` once it is: a move's operand at its Wait, the rest at last.
+def _microbatch(k: int, program: Program, table: Table, *, last: bool) -> list[Instruction]:
+    """Load micro-batch k, run its pieces, keep what outlives it.
 
-    A reduced gradient and the sum that it was reduced from are never both kept.
+    The last one turns accumulators (`gradient/`) into what the optimizer takes (`reduced/`).
     """
-    found: list[Instruction] = []
-    operands: dict[str, tuple[str, ...]] = {}
-    left = dict.fromkeys(v for i in instructions for v in i.inputs if v.startswith(prefix))
-    for instruction in instructions:
-        found.append(instruction)
-        if instruction.kind == "Start":
-            operands[instruction.outputs[0]] = instruction.inputs
-        if instruction.kind == "Wait":
-            dead = tuple(v for v in operands[instruction.inputs[0]] if v in left)
-            found.append(Instruction("Free", inputs=dead))
-            left = {v: None for v in left if v not in dead}
-    return [*found, Instruction("Free", inputs=tuple(left))]
-
-
-def _microbatch(k: int, program: Program, table: Table) -> list[Instruction]:
-    """Load micro-batch k, run its pieces, keep what outlives it."""
     own = [n for n, _ in program.inputs if n.startswith("batch/") or n == "position"]
     names = {name: f"{k}:{name}" for name in own}
     if k:  # buffers that an earlier micro-batch of this step updated
@@ -198,10 +180,13 @@ def _microbatch(k: int, program: Program, table: Table) -> list[Instruction]:
     run = run_pieces(program, table, k, names)
     inputs = {value: names.get(name, name) for name, value in program.inputs}
     kept = {name: inputs.get(value, f"{k}:{value}") for name, value in program.outputs}
+    done = [name for name in kept if last and name.startswith("gradient/")]
+    kept |= {name.replace("gradient/", "reduced/", 1): kept.pop(name) for name in done}
     stash = Instruction("Stash", None, k, 0, tuple(kept.values()), tuple(kept))
     load = Instruction("Load", None, k, 0, (), tuple(names[name] for name in own))
     used = set(kept.values()) | set(load.outputs)
     dead = tuple(v for v in sorted(used) if v.startswith(f"{k}:"))
+    dead += tuple(name for name in done if k)  # the sums of the micro-batches before
     return [load, *run, stash, Instruction("Free", None, k, 0, dead)]
 
 

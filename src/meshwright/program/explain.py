@@ -68,7 +68,7 @@ def collectives(compiled: Compiled, axes: Sequence[Axis]) -> tuple[Row, ...]:
 
 def _rows(compiled: Compiled, sizes: dict[str, int]) -> Iterator[Row]:
     programs = [(count, local.program, "") for count, local in compiled.units]
-    programs += [(1, compiled.reduce.program, "finish"), (1, compiled.gather.program, "finish")]
+    programs += [(1, move.program, "finish") for move in compiled.moves]
     for count, program, phase in programs:
         for op in program.ops:
             if op.name in COLLECTIVES:

@@ -22,8 +22,9 @@ from meshwright.compile.precision import computing
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
-from meshwright.program.instruction import Instruction, InstructionList, Table
+from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import chunk
+from meshwright.program.pieces import Table
 from meshwright.program.program import Program
 from meshwright.run.build import Build, Lowered, has_batch_norm
 from meshwright.run.data import Source

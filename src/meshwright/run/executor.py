@@ -132,8 +132,8 @@ class _Machine:
     place: Place
     pending: dict[str, Handle] = field(default_factory=dict)
 
-    def call(self, instruction: Instruction) -> Op:
-        """The collective that a Start or Wait is about."""
+    def call(self, instruction: Instruction) -> tuple[Op, ...]:
+        """The bucket that a Start or Wait is about."""
         assert instruction.segment is not None
         return self.program.calls[instruction.segment]
 
@@ -172,15 +172,16 @@ def _update(machine: _Machine, _: Instruction, step: Step) -> None:
 
 def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     axis = instruction.axis or ""
-    tensor = machine.values[instruction.inputs[0]]
+    tensors = [machine.values[name] for name in instruction.inputs]
     group, index = machine.place.groups[axis], machine.place.coordinates[axis]
-    request = start(machine.call(instruction), tensor, group, index)
+    request = start(machine.call(instruction), tensors, group, index)
     machine.pending[instruction.outputs[0]] = yield request
 
 
 def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
-    machine.values[instruction.outputs[0]] = unpack(machine.call(instruction), tensors)
+    results = unpack(machine.call(instruction), tensors)
+    machine.values.update(zip(instruction.outputs, results, strict=True))
 
 
 def _agree(_: _Machine, __: Instruction, step: Step) -> Generator[Any, Any, None]:

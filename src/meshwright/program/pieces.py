@@ -1,0 +1,229 @@
+"""Pieces: a partitioned program cut into segments and buckets, and what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from meshwright.program.bucket import BUCKET_BYTES, buckets
+from meshwright.program.instruction import Instruction
+from meshwright.program.partition import COLLECTIVES
+from meshwright.program.program import Op, Program, map_refs
+from meshwright.program.repeat import repeated
+
+__all__ = ["Piece", "Table", "pieces", "run_pieces", "segments_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a program between collectives: ops to run, or a bucket begun or awaited."""
+
+    kind: Literal["run", "start", "wait"]
+    ops: tuple[Op, ...]
+
+
+class _Cutter:
+    """Cuts ops into pieces, one op after the other."""
+
+    def __init__(self, program: Program, limit: int) -> None:
+        self.program, self.limit = program, limit
+        self.found: list[Piece] = []
+        self.segment: list[Op] = []
+        self.beside: list[Op] = []  # collectives that stand side by side
+        self.pending: dict[int, tuple[Op, ...]] = {}
+
+    def collective(self, op: Op) -> None:
+        """A collective joins those right before it, unless it reads their results."""
+        self.close()
+        if any(op.inputs[0] == other.results[0] for other in self.beside):
+            self.begin()
+        self.wait(op)
+        self.beside.append(op)
+
+    def compute(self, op: Op, *, border: bool) -> None:
+        """Any other op joins the segment, if there is nothing to wait for."""
+        self.begin()
+        if border:
+            self.close()
+        self.wait(op)
+        self.segment.append(op)
+
+    def close(self) -> None:
+        """End the segment."""
+        if self.segment:
+            self.found.append(Piece("run", tuple(self.segment)))
+            self.segment.clear()
+
+    def begin(self) -> None:
+        """Start the buckets of the collectives that stand side by side."""
+        for bucket in buckets(self.program, self.beside, self.limit):
+            self.found.append(Piece("start", bucket))
+            self.pending.update((op.results[0], bucket) for op in bucket)
+        self.beside.clear()
+
+    def wait(self, op: Op) -> None:
+        """Wait for the buckets whose results an op reads."""
+        for value in op.inputs:
+            bucket = self.pending.get(value, ())
+            if bucket:
+                self.close()
+                self.found.append(Piece("wait", bucket))
+            for member in bucket:
+                del self.pending[member.results[0]]
+
+    def end(self) -> tuple[Piece, ...]:
+        """Close what is open, and wait for what nobody reads here."""
+        self.begin()
+        self.close()
+        left = dict.fromkeys(self.pending.values())
+        return (*self.found, *(Piece("wait", bucket) for bucket in left))
+
+
+def pieces(program: Program, limit: int = BUCKET_BYTES) -> tuple[Piece, ...]:
+    """Cut a partitioned program where collectives stand, and where repeated modules begin and end.
+
+    Collectives that stand side by side are dealt out to buckets of `limit` bytes. A bucket is
+    started where it stands, and awaited before the first op that reads any of its results.
+    """
+    cutter, borders = _Cutter(program, limit), repeated(program)
+    for number, op in enumerate(program.ops):
+        if op.name in COLLECTIVES:
+            cutter.collective(op)
+        else:
+            cutter.compute(op, border=number in borders)
+    return cutter.end()
+
+
+class Table:
+    """Segments and calls gathered over several programs; equal segments are kept once."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.segments: list[Program] = []
+        self.calls: list[tuple[Op, ...]] = []
+        self.known: dict[str, int] = {}
+
+    def segment(self, program: Program) -> int:
+        """The number of an equal segment, added if it is new."""
+        if program.digest not in self.known:
+            self.known[program.digest] = len(self.segments)
+            self.segments.append(program)
+        return self.known[program.digest]
+
+    def call(self, bucket: tuple[Op, ...]) -> int:
+        """The number of the bucket."""
+        self.calls.append(bucket)
+        return len(self.calls) - 1
+
+
+def segments_of(
+    program: Program, ops: Sequence[Op], wanted: frozenset[int]
+) -> tuple[Program, tuple[int, ...], tuple[int, ...]]:
+    """(segment, values it reads, values it gives): `ops` numbered from zero, in order of use.
+
+    `wanted` are the values that anybody reads after these ops.
+    """
+    number: dict[int, int] = {}
+    made = {value for op in ops for value in op.results}
+    reads = tuple(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
+    gives = tuple(dict.fromkeys(v for op in ops for v in op.results if v in wanted))
+    for value in reads:
+        number[value] = len(number)
+    for op in ops:
+        for value in op.results:
+            number[value] = len(number)
+    renamed = tuple(
+        replace(
+            op,
+            args=map_refs(op.args, number.__getitem__),
+            kwargs=map_refs(op.kwargs, number.__getitem__),
+            outputs=tuple(None if v is None else number[v] for v in op.outputs),
+        )
+        for op in ops
+    )
+    values = tuple(program.values[value] for value in number)
+    inputs = tuple((f"i{k}", number[v]) for k, v in enumerate(reads))
+    outputs = tuple((f"o{k}", number[v]) for k, v in enumerate(gives))
+    return Program(values, inputs, renamed, outputs), reads, gives
+
+
+def run_pieces(
+    program: Program,
+    table: Table,
+    microbatch: int | None,
+    names: Mapping[str, str],
+    prefix: str = "",
+    limit: int = BUCKET_BYTES,
+) -> tuple[Instruction, ...]:
+    """The instructions that run a partitioned program once.
+
+    Args:
+        program: a rank's.
+        table: takes its segments and calls.
+        microbatch: which one.
+        names: program input or output name -> name of the value outside (state, a batch leaf).
+        prefix: tells this program's own values from others'.
+        limit: bytes of a bucket.
+    """
+    outside = {value: names.get(name, name) for name, value in program.inputs}
+    here = f"{prefix}{'' if microbatch is None else microbatch}:"
+
+    def name(value: int) -> str:
+        return outside.get(value, f"{here}{value}")
+
+    cut = pieces(program, limit)
+    delivered = frozenset(value for _, value in program.outputs)
+    later: list[frozenset[int]] = []
+    seen = set(delivered)
+    for piece in reversed(cut):
+        later.append(frozenset(seen))
+        seen |= {value for op in piece.ops for value in op.inputs}
+    later.reverse()
+
+    found: list[Instruction] = []
+    calls: dict[tuple[Op, ...], int] = {}
+    for piece, wanted in zip(cut, later, strict=True):
+        if piece.kind == "run":
+            segment, reads, gives = segments_of(program, piece.ops, wanted)
+            index = table.segment(segment)
+            inputs, outputs = tuple(map(name, reads)), tuple(map(name, gives))
+            found.append(Instruction("Run", index, microbatch, 0, inputs, outputs))
+            continue
+        axis = piece.ops[0].args[1]
+        assert isinstance(axis, str)
+        results = tuple(name(op.results[0]) for op in piece.ops)
+        pending = (f"~{results[0]}",)
+        if piece.kind == "start":
+            calls[piece.ops] = table.call(piece.ops)
+            operands = tuple(name(op.inputs[0]) for op in piece.ops)
+            begun = Instruction("Start", calls[piece.ops], microbatch, 0, operands, pending, axis)
+            found.append(begun)
+        else:
+            number = calls[piece.ops]
+            found.append(Instruction("Wait", number, microbatch, 0, pending, results, axis))
+    return (*_with_frees(found, {name(v) for v in delivered}, set(outside.values())),)
+
+
+def _with_frees(
+    instructions: Sequence[Instruction], kept: set[str], outside: set[str]
+) -> list[Instruction]:
+    """Free each value after its last reader; what a Start reads lives until its Wait."""
+    ends: dict[str, int] = {}
+    operand: dict[str, tuple[str, ...]] = {}
+    for place, instruction in enumerate(instructions):
+        for value in (*instruction.inputs, *instruction.outputs):
+            ends[value] = place
+        if instruction.kind == "Start":
+            operand[instruction.outputs[0]] = instruction.inputs
+        if instruction.kind == "Wait":
+            for value in operand[instruction.inputs[0]]:
+                ends[value] = place
+    found: list[Instruction] = []
+    for place, instruction in enumerate(instructions):
+        found.append(instruction)
+        dead = [v for v, end in ends.items() if end == place and v not in kept and v not in outside]
+        dead = [v for v in dead if not v.startswith("~")]
+        if dead:
+            found.append(Instruction("Free", None, instruction.microbatch, 0, tuple(dead)))
+    return found
