@@ -66,6 +66,7 @@ class Run:
         eager: bool = False,
         keep: int = 3,
         quiet: bool = False,
+        compile: bool = False,  # noqa: A002  the command's word
         trace: bool | str = False,
         info: Mapping[str, Any] | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Run:
             eager: run the code as ordinary PyTorch, untraced; one process or data-parallel.
             keep: checkpoints that stay.
             quiet: no progress display.
+            compile: run the traced code compiled by torch's inductor; needs a C++ compiler.
             trace: steps to trace, such as `"3-7"`, into the run's trace.json; True takes five,
                 after two to warm up.
             info: added to run.json (which file, which command).
@@ -98,6 +100,7 @@ class Run:
         self._loggers = tuple(loggers)
         self._nonfinite = nonfinite
         self._eager = eager
+        self._compiled = compile
         self._keep = keep
         self._quiet = quiet
         self._trace = parse_steps(trace) if isinstance(trace, str) else trace
@@ -127,7 +130,12 @@ class Run:
             stack.enter_context(ending(contract, comm))
             plan, notes = _agreed_plan(contract.plan or self._plan, self.job, comm)
             self._session = open_session(
-                self.job, plan, comm, nonfinite=self._nonfinite, eager=self._eager
+                self.job,
+                plan,
+                comm,
+                nonfinite=self._nonfinite,
+                eager=self._eager,
+                compiled=self._compiled,
             )
             stack.callback(self._session.close)
             self._session.notes += [*comm.notes, *notes]

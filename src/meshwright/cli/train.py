@@ -67,6 +67,7 @@ class _Wanted:
     overwrite: bool
     timeout: float | None
     eager: bool
+    compiled: bool
     trace: str | None
     json: bool
 
@@ -81,6 +82,7 @@ class _Wanted:
                 evaluate_every=self.evaluate_every,
                 checkpoint_every=self.checkpoint_every,
                 eager=self.eager,
+                compile=self.compiled,
                 trace=self.trace,
             ),
         ]
@@ -119,6 +121,9 @@ def train(
     eager: Annotated[
         bool, typer.Option("--eager", help="Run the code as ordinary PyTorch, untraced.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile what was traced; needs a C++ compiler.")
+    ] = False,
     trace: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +150,7 @@ def train(
         overwrite,
         timeout,
         eager,
+        compiled,
         trace,
         json,
     )
@@ -215,6 +221,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
             evaluate_every=wanted.evaluate_every,
             checkpoint_every=wanted.checkpoint_every,
             eager=wanted.eager,
+            compile=wanted.compiled,
             trace=wanted.trace == _USUAL or wanted.trace or False,
             info=_info(wanted, ranks),
             **folder,

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compile.collective import local_move
-from meshwright.compile.draw import draw
+from meshwright.compile.draw import draw, draw_op
+from meshwright.compile.inductor import Compiled
 from meshwright.errors import UserCodeError
 from meshwright.program.program import Arg, Op, Program, Ref, Symbol
 
@@ -23,7 +25,11 @@ Segment = Callable[..., Sequence[Tensor]]
 
 
 def lower(
-    program: Program, coordinates: Mapping[str, int], dtype: torch.dtype | None = None
+    program: Program,
+    coordinates: Mapping[str, int],
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
 ) -> Segment:
     """A callable from the program's inputs to the tuple of its outputs, for one rank.
 
@@ -32,6 +38,7 @@ def lower(
         coordinates: the rank's, by axis: local moves and random draws read them.
         dtype: what was torch's default dtype in the trace, where ops rely on it (a tensor made
             without a dtype, integers divided); None for the one in force.
+        compiled: by inductor, instead of as traced.
     """
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
@@ -52,7 +59,9 @@ def lower(
     graph.output(tuple(nodes[value] for _, value in program.outputs))
     module = fx.GraphModule({}, graph)
     lines = _lines(module, [ops.get(node) for node in graph.nodes])
-    segment = partial(_told, module.forward, lines)
+    segment: Segment = partial(_told, module.forward, lines)
+    if compiled:
+        segment = Compiled(module, segment)
     return segment if dtype is None else partial(_with_default, segment, dtype)
 
 
@@ -153,7 +162,11 @@ def _draw(op: Op, coordinates: Mapping[str, int], position: Tensor) -> Tensor:
     args: tuple[Any, ...] = op.args
     kind, size, n, dim, outer, unit, starts, _ = args
     start = sum(places[coordinates[axis]] for axis, places in starts) if starts else 0
-    return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
+    if type(position) is not Tensor:  # a stand-in, while inductor traces: only an op may take it
+        made: Tensor = draw_op(kind, size, n, dim, outer, unit, start, position)
+        return made
+    with _disable_current_modes():  # the same bits where the ops around it are promoted
+        return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
 
 
 def call(op: Op, values: Mapping[int, Tensor], coordinates: Mapping[str, int]) -> Sequence[Tensor]:

@@ -75,6 +75,7 @@ class Build:
     Attributes:
         dtype: of all floating tensors, where it is not their own (float64 to verify).
         states: layouts of every parameter's state.
+        compiled: segments run compiled by inductor.
     """
 
     job: Job
@@ -84,6 +85,7 @@ class Build:
     recipe: Recipe
     states: dict[str, StateLayouts]
     dtype: torch.dtype | None = None
+    compiled: bool = False
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     unhashable: dict[int, Callable[..., Any]] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class Build:
             functions = tuple(
                 promoting(lower(segment, place.coordinates))
                 if self.promotes
-                else lower(segment, place.coordinates, self.dtype)
+                else lower(segment, place.coordinates, self.dtype, compiled=self.compiled)
                 for segment in compiled.instructions.segments
             )
             constants = {name: t for unit in units for name, t in unit.constants.items()}

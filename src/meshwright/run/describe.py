@@ -82,6 +82,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "epochs": str(job.epochs),
         "samples in the data": str(None if source is None else source.length),
         "eager": str(isinstance(session.worker, EagerWorker)),
+        "compile": str(build.compiled),
         "parameters": hashlib.sha256(repr(build.values()).encode()).hexdigest()[:16],
         **_optimizer_facts(build.recipe),
     }
@@ -110,6 +111,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     rows = collectives(lowered.compiled, build.axes)
     return {
         **_setting(build),
+        "compile": build.compiled,
         "collectives": [{**row.as_json(), "source": nearby(row.source)} for row in rows],
         "memory": [
             {"rank": rank, "parts": parts} for rank, parts in enumerate(_bills(build, micros))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.comm.base import Comm, Group
 from meshwright.comm.handshake import agree
+from meshwright.compile.inductor import require_compiler
 from meshwright.compile.init import seeded
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
@@ -255,6 +256,7 @@ def open_session(
     eager: bool = False,
     data: Any = None,
     dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> Session:
     """Prepare this rank: model, state, data; nothing has run yet.
 
@@ -266,10 +268,19 @@ def open_session(
         eager: run the user's code as it is, untraced.
         data: what `job.data()` returned, where it was called already.
         dtype: floating tensors' dtype instead of their own.
+        compiled: run segments compiled by inductor.
     """
+    if compiled:
+        if eager:
+            raise UsageError(
+                "--compile compiles what was traced, and --eager traces nothing; "
+                "leave one of them out"
+            )
+        require_compiler()
     if nonfinite not in ("raise", "skip", "ignore"):
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
     build = prepare(job, plan, comm.world.size, dtype)
+    build.compiled = compiled
     notes = list(build.model.notes)
     source = open_source(
         job.data() if data is None else data,
