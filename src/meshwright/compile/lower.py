@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compile.collective import local_move
 from meshwright.compile.draw import draw, draw_op
@@ -167,7 +166,6 @@ def _draw(op: Op, coordinates: Mapping[str, int], position: Tensor) -> Tensor:
         made: Tensor = draw_op(kind, size, n, dim, outer, unit, start, position)
         return made
     with _disable_current_modes():  # the same bits where the ops around it are promoted
-        with _disable_current_modes():  # the same bits where the ops around it are promoted
         return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
 
 
