@@ -35,8 +35,9 @@ check: $(STAMP) ## format, lint, types, layers
 matrix: $(STAMP) ## every legal cell of the equality matrices
 	$(BIN)/python -m pytest -m matrix --timeout 600 $(ARGS)
 
-bench: $(STAMP) ## every figure of benchmarks/
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## the reach table against peers and limits: docs/benchmarks.md
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what the others made, the environment included
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -1,14 +1,118 @@
-"""Every figure: one folder each, whose `compare.py` prints ours, the peer's and the limit.
+"""`make bench`: the whole reach table in one run, told as it goes, then the page and its pictures.
 
-make bench
+    make bench
+    make bench ARGS="--only data-1 gpt100k --rounds 12"
+    make bench ARGS="--quick"
+
+A full run writes docs/benchmarks.md and docs/benchmarks/; parts and quick runs write to .bench/.
 """
 
-import subprocess
-import sys
-from pathlib import Path
+from __future__ import annotations
 
-for script in sorted(Path(__file__).parent.glob("*/compare.py")):
-    print(f"== {script.parent.name}", flush=True)
-    status = subprocess.run([sys.executable, str(script)], check=False).returncode
-    if status:
-        sys.exit(status)
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import special
+from benchmarks.harness import peers
+from benchmarks.harness.measure import Measured, measure
+from benchmarks.harness.result import as_json
+from benchmarks.page.machine import machine
+from benchmarks.page.page import page
+from benchmarks.page.pictures import draw
+from benchmarks.page.tables import on_terminal
+from benchmarks.reach import GROUPS
+
+ROOT = Path(__file__).parents[1]
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def parts(
+    rounds: int | None, *, quick: bool, reasons: dict[str, str]
+) -> dict[str, Callable[[], Measured]]:
+    """Everything that can be run, by name."""
+    seconds = 25.0 if quick else None
+    most = rounds or (6 if quick else None)
+    found: dict[str, Callable[[], Measured]] = {
+        group.name: functools.partial(measure, group, reasons, say, most, seconds)
+        for group in GROUPS
+    }
+    found["curve"] = lambda: special.curve(say, 20 if quick else 100)
+    found["collectives"] = lambda: special.collectives(say, rounds or 9, quick=quick)
+    found["first"] = lambda: special.first(say, rounds or 6)
+    found["gpu"] = special.gpu
+    return found
+
+
+def say(text: str) -> None:
+    """Progress."""
+    console.print(f"  [dim]{time.strftime('%H:%M:%S')}[/] {text}")
+
+
+def run(wanted: dict[str, Callable[[], Measured]]) -> dict[str, Any]:
+    """Everything wanted, one after another; a part that breaks is told, and the rest goes on."""
+    began, raw = time.monotonic(), {"machine": machine(), "groups": {}}
+    for name, part in wanted.items():
+        console.rule(f"[bold]{name}", align="left")
+        load = os.getloadavg()[0]
+        try:
+            found = part()
+        except (OSError, RuntimeError, ValueError) as error:
+            say(f"[red]{name} broke: {type(error).__name__}: {error}")
+            continue
+        console.print(on_terminal(name, found.results))
+        results = [as_json(result) for result in found.results]
+        raw["groups"][name] = {"results": results, "raw": {**found.raw, "load": load}}
+    raw["minutes"], raw["load_at_end"] = (time.monotonic() - began) / 60, os.getloadavg()[0]
+    return raw
+
+
+def write(raw: dict[str, Any], docs: Path) -> None:
+    """The page, its pictures and the raw numbers."""
+    pictures = draw(raw, docs / "benchmarks")
+    (docs / "benchmarks" / "raw.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (docs / "benchmarks.md").write_text(page(raw, pictures))
+    console.print(f"written: {docs / 'benchmarks.md'}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
+    names = [*parts(None, quick=False, reasons={})]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="names for --only, and keys of lines")
+    parser.add_argument("--rounds", type=int, help="at most, in place of each part's own")
+    parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs")
+    parser.add_argument("--page", action="store_true", help="write the page from raw.json anew")
+    asked = parser.parse_args()
+    whole = asked.only == names and not asked.quick and not asked.rounds
+    docs = ROOT / ("docs" if whole or asked.page else ".bench")
+    if asked.list:
+        for group in GROUPS:
+            console.print(group.name, *(line.key for _, line in group.lines), soft_wrap=True)
+        return
+    if asked.page:
+        write(json.loads((docs / "benchmarks" / "raw.json").read_text()), docs)
+        return
+    # So that a stopped run ends its processes: a signal becomes an exception that unwinds.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    reasons = peers.ensure()
+    all_parts = parts(asked.rounds, quick=asked.quick, reasons=reasons)
+    raw = run({name: all_parts[name] for name in asked.only})
+    docs.mkdir(exist_ok=True)
+    write(raw, docs)
+    lines = [r for group in raw["groups"].values() for r in group["results"]]
+    console.print(f"{len(lines)} lines in {raw['minutes']:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

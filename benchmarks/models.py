@@ -114,6 +114,11 @@ def batches(name: str, rows: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def samples(name: str, rows: int) -> list[tuple[Tensor, ...]]:
+    """The same, sample by sample."""
+    return [pair for both in batches(name, rows) for pair in zip(*both, strict=True)]
+
+
 def rows_of(pairs: list[tuple[Tensor, Tensor]], rank: int, world: int) -> list[tuple]:
     """A rank's rows of global batches."""
     return [tuple(t.chunk(world)[rank].contiguous() for t in pair) for pair in pairs]

@@ -11,11 +11,13 @@ one private tensor to another: what is left to a collective is less than that on
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -71,7 +73,13 @@ def ratio(a: list[float], b: list[float]) -> str:
 
 
 def work(
-    rank: int, n: int, ports: tuple[int, int], ops: list[str], sizes: list[int], rounds: int
+    rank: int,
+    n: int,
+    ports: tuple[int, int],
+    ops: list[str],
+    sizes: list[int],
+    rounds: int,
+    file: Path | None,
 ) -> None:
     torch.set_num_threads(1)
     world, deadline = World(rank, n, rank, n), Deadline(120.0, 120.0)
@@ -99,6 +107,10 @@ def work(
                 line = f"{n} {op:14} {size >> 10:7} KB  {spent}"
                 line += f"  {ratio(times['ours'], times['copy'])}"
                 print(f"{line}  {ratio(times['gloo'], times['ours'])}", flush=True)
+                if file:
+                    cell = {"ranks": n, "op": op, "bytes": size, "seconds": times}
+                    with file.open("a") as out:
+                        out.write(json.dumps(cell) + "\n")
     gloo.close()
     ours.close()
 
@@ -114,12 +126,13 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=["all_reduce", "all_gather", "reduce_scatter"])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="times of every round, by line")
     asked = parser.parse_args()
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     print(f"{cores} cores, load {load:.1f}; microseconds a call")
     print(f"ranks, op, size {'ours':>20} {'gloo':>12} {'copy':>12}   ours/copy   gloo/ours")
     for n in asked.ranks:
-        given = (n, ports(), asked.ops, asked.sizes, asked.rounds)
+        given = (n, ports(), asked.ops, asked.sizes, asked.rounds, asked.json)
         crew = [
             multiprocessing.get_context("spawn").Process(target=work, args=(rank, *given))
             for rank in range(n)

@@ -1,4 +1,4 @@
-"""A crew: the processes of one contestant, started, spoken to with deadlines, and ended for sure."""
+"""A crew: the processes of one contestant; started, spoken to with deadlines, surely ended."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""docs/benchmarks.md, from the raw numbers and notes.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import reach
+from benchmarks.harness.result import Result, from_json
+from benchmarks.page import tables
+
+NOTES = Path(__file__).parents[1] / "notes.toml"
+SECTIONS = (
+    reach.COSTS,
+    reach.PEERS,
+    reach.ZERO3,
+    reach.DEVICE,
+    reach.BF16,
+    reach.DROPOUT,
+    reach.SMALL,
+    reach.COLLECTIVES,
+    reach.CROWDED,
+    reach.FIRST,
+    reach.GPU,
+)
+
+
+def page(raw: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The whole page.
+
+    Args:
+        raw: what `__main__` writes beside it.
+        pictures: names of those that were drawn, in docs/benchmarks/.
+    """
+    results = [from_json(r) for group in raw["groups"].values() for r in group["results"]]
+    notes = tomllib.loads(NOTES.read_text())
+    parts = [_head(raw, results, pictures)]
+    for section in SECTIONS:
+        mine = [r for r in results if r.section == section]
+        if mine:
+            parts.append(_section(section, mine, notes, pictures))
+    controls = [r for r in results if r.section == reach.CONTROLS]
+    parts.append(_control(controls, notes))
+    parts.append(_how(raw))
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(raw: Mapping[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:
+    asked = [r for r in results if r.section != reach.CONTROLS]
+    said = """Written by `make bench`; edit `benchmarks/notes.toml`, not this page. Two ranks of one
+thread each unless said. *Limit* is our own program on a mesh of one, in as many unconnected copies
+as there are ranks (for collectives, all ranks copying as many bytes at once). Believe ratios: they
+are taken within a round; the absolute numbers are medians of the day."""
+    lines = [
+        "# Benchmarks",
+        said,
+        f"**{tables.tally(asked)}**, of {len(asked)} lines. {_where(raw)}",
+    ]
+    lines += _picture(
+        "training.svg", "Ratios of speeds with intervals, against their targets", pictures
+    )
+    return "\n\n".join(lines)
+
+
+def _where(raw: Mapping[str, Any]) -> str:
+    m = raw["machine"]
+    return (
+        f"{m['cores']} cores of {m['processor']}, {m['memory_bytes'] / 2**30:.0f} GiB,"
+        f" {m['system']}; begun {m['began']} at load {m['load']:.1f}, ended at load"
+        f" {raw['load_at_end']:.1f} after {raw['minutes']:.0f} minutes; commit {m['commit']}."
+    )
+
+
+def _section(
+    section: str, results: Sequence[Result], notes: Mapping[str, str], pictures: Sequence[str]
+) -> str:
+    parts = [f"## {section}", _explained(section), tables.in_markdown(results, notes)]
+    if section == reach.COLLECTIVES:
+        parts += _picture("collectives.svg", "Time of collectives by size", pictures)
+    if section == reach.BF16:
+        parts += _picture("loss.svg", "Loss in bf16 and in float32", pictures)
+    parts.append(f"{tables.rounds(results).capitalize()}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _explained(section: str) -> str:
+    return {
+        reach.COSTS: "Ours under `data=2` over its unconnected copies; 1 would be free.",
+        reach.PEERS: "Our speed over theirs, each peer against our plan that shards alike, and"
+        " everyone with the same AdamW kernel, weights and batches; *limit* is what nobody who"
+        " computes as we do can pass.",
+        reach.BF16: "Speed with `precision=bf16` over speed in float32, both `data=2`.",
+        reach.SMALL: "Our time over theirs.",
+        reach.COLLECTIVES: "At 16 MB and more our time over that of a copy; at 4 KB over 20 us, and"
+        " gloo's time over ours.",
+        reach.CROWDED: "gloo's time over ours, at every size.",
+        reach.FIRST: "From starting `mw train` to its first step's line, over torchrun and DDP.",
+    }.get(section, "")
+
+
+def _control(controls: Sequence[Result], notes: Mapping[str, str]) -> str:
+    said = """In every group our program runs on a mesh of one, in unconnected copies, as two
+contestants that are the same. Their ratio is what the method reads where nothing differs: it has to
+be 1.00 ± 0.02, with its whole interval, for the group's other lines to be believed to 0.03."""
+    return f"## {reach.CONTROLS}\n\n{said}\n\n{tables.in_markdown(controls, notes)}"
+
+
+def _how(raw: Mapping[str, Any]) -> str:
+    m = raw["machine"]
+    ours = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    theirs = ", ".join(f"{name} {version}" for name, version in m["peers"].items())
+    counted = [
+        f"| {name} | {group['raw']['steps']} after {group['raw']['warm']} |"
+        f" {max(len(s) for s in group['raw']['seconds'].values())} |"
+        f" {group['raw']['load']:.1f} |"
+        for name, group in raw["groups"].items()
+        if group["raw"].get("tasks") and group["raw"]["seconds"]
+    ]
+    table = "\n".join(
+        [
+            "| group | steps timed in a turn | rounds | load at its start |",
+            "| --- | ---: | ---: | ---: |",
+            *counted,
+        ]
+    )
+    return f"""## How it is measured
+
+- A contestant is a group of processes that builds its job once and then waits, in a blocking read,
+  for its turn. All load the same initial weights and train on the same batches, in float32 unless
+  said, with `AdamW(fused=True)`; the losses of their first three steps are compared, and who does
+  other work is left out.
+- In a round each contestant has one turn. The order rotates every second round and runs backwards
+  in between, so that everyone runs as often before as after everyone else. A turn is an untimed
+  step, a meeting of its ranks, and the timed steps; it takes from the first rank's start to the
+  last rank's end.
+- A ratio is taken within a round. Shown are the median over the rounds and its 95 % interval by
+  order statistics, which assume nothing of the distribution; below 6 rounds there is none.
+- *Holds*: the whole interval meets the target. *Misses*: none of it does. Else *not resolved*.
+  Rounds end when all lines of a group are decided, looked at after 6, 9, 12, 15, 17, 20 … rounds,
+  or when the group's time is over; deciding as one looks makes the 95 % a little less.
+- Environment: Python {m["python"]}; ours and torch's: {ours}; the other peers in an environment of
+  their own: {theirs}.
+
+{table}
+
+Raw numbers: [raw.json](benchmarks/raw.json). `make bench` runs it all; `make bench ARGS="--help"`
+tells of parts."""
+
+
+def _picture(name: str, title: str, pictures: Sequence[str]) -> list[str]:
+    return [f"![{title}](benchmarks/{name})"] if name in pictures else []

@@ -1,0 +1,210 @@
+"""The reach table of issue 3: which contestants run together, and which ratios are asked of them.
+
+Contestants of one group are alive at the same time, at most some 18 GiB of them, and each group has
+the control: our program on a mesh of one in two unconnected copies, twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness.lines import CONTROL, Line
+from benchmarks.harness.task import Task
+
+COSTS = "What distribution costs"
+PEERS = "Against peers at the same work"
+ZERO3 = "ZeRO-3 against our data=2"
+DEVICE = "One device, traced against eager"
+BF16 = "bf16 against float32"
+DROPOUT = "Dropout on against off"
+SMALL = "A 100k-parameter model against DDP"
+COLLECTIVES = "Collectives over shared memory, 2 ranks"
+CROWDED = "Collectives, 4 ranks on 2 cores"
+FIRST = "Time to the first step"
+GPU = "One GPU"
+CONTROLS = "The control"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Contestants that run side by side.
+
+    Attributes:
+        name: for `--only`.
+        model, rows: of every contestant, unless its task says otherwise.
+        tasks: the contestants beside the control.
+        lines: with the section each belongs to.
+        steps, warm: timed and untimed ones in a turn.
+        most: rounds.
+        seconds: after which no other round begins.
+        ranks: of the control.
+    """
+
+    name: str
+    model: str
+    rows: int
+    tasks: Mapping[str, Task]
+    lines: tuple[tuple[str, Line], ...]
+    steps: int = 1
+    warm: int = 1
+    most: int = 20
+    seconds: float = 240.0
+    ranks: int = 2
+
+    @property
+    def contestants(self) -> dict[str, Task]:
+        """All, the control's two first."""
+        copies = Task("ours", self.model, self.rows, ranks=self.ranks, connected=False)
+        return {**dict.fromkeys(CONTROL, copies), **self.tasks}
+
+    @property
+    def control(self) -> Line:
+        """Our program against itself."""
+        return Line(f"control-{self.name}", self.name, CONTROL[0], (CONTROL[1],), 0.02, "within")
+
+
+def group(
+    name: str, model: str, rows: int, tasks: dict[str, dict], *lines: Any, **how: Any
+) -> Group:
+    """A group whose tasks are given by what differs."""
+    made = {key: Task(**{"model": model, "rows": rows, **what}) for key, what in tasks.items()}
+    return Group(name, model, rows, made, lines, **how)
+
+
+def ours(plan: str, **more: Any) -> dict:
+    """Meshwright under a plan."""
+    return {"module": "ours", "plan": plan, **more}
+
+
+DDP, FSDP2 = {"module": "ddp"}, {"module": "fsdp2"}
+ACCELERATE, FAIRSCALE = {"module": "accelerate"}, {"module": "fairscale"}
+DEEPSPEED = {n: {"module": "deepspeed", "stage": n} for n in (1, 2, 3)}
+
+
+def cost(key: str, what: str, target: float) -> tuple[str, Line]:
+    """`data=2` against unconnected copies."""
+    return COSTS, Line(key, what, "data=2", CONTROL, target)
+
+
+def ahead(rows: int, plan: str, peer: str, what: str = "") -> tuple[str, Line]:
+    """A plan of ours is faster than a peer."""
+    key = f"{peer.lower().replace(' ', '-')}-{rows}"
+    text = f"{what or peer}, {rows} sequence{'s' * (rows > 1)} a rank (ours: {plan})"
+    return PEERS, Line(key, text, plan, (peer,), 1.0)
+
+
+def peers_of_data(rows: int) -> tuple[dict[str, dict], tuple]:
+    """Those that keep everything on every rank."""
+    # One process of two threads on the batch of two ranks.
+    threads = {"module": "eager", "ranks": 1, "threads": 2, "connected": False, "rows": 2 * rows}
+    tasks = {
+        "data=2": ours("data=2"),
+        "DDP": DDP,
+        "Accelerate": ACCELERATE,
+        "2 threads": threads,
+    }
+    undistributed = "One process, 2 threads, undistributed"
+    lines = (
+        ahead(rows, "data=2", "DDP"),
+        ahead(rows, "data=2", "Accelerate"),
+        ahead(rows, "data=2", "2 threads", undistributed),
+    )
+    return tasks, lines
+
+
+def peers_of_zero12(rows: int) -> tuple[dict[str, dict], tuple]:
+    """Those that shard the optimizer, or gradients too."""
+    tasks = {
+        "zero1": ours("zero1"),
+        "DeepSpeed ZeRO-1": DEEPSPEED[1],
+        "zero2": ours("zero2"),
+        "DeepSpeed ZeRO-2": DEEPSPEED[2],
+        "FairScale ShardedDDP": FAIRSCALE,
+    }
+    lines = (
+        ahead(rows, "zero1", "DeepSpeed ZeRO-1"),
+        ahead(rows, "zero2", "DeepSpeed ZeRO-2"),
+        ahead(rows, "zero2", "FairScale ShardedDDP"),
+    )
+    return tasks, lines
+
+
+def peers_of_zero3(rows: int) -> tuple[dict[str, dict], tuple]:
+    """Those that shard parameters as well."""
+    tasks = {
+        "data=2": ours("data=2"),
+        "zero3": ours("zero3"),
+        "FSDP2": FSDP2,
+        "DeepSpeed ZeRO-3": DEEPSPEED[3],
+    }
+    lines = (
+        ahead(rows, "zero3", "FSDP2"),
+        ahead(rows, "zero3", "DeepSpeed ZeRO-3"),
+        (
+            ZERO3,
+            Line(f"zero3-{rows}", f"10M GPT, {rows} a rank", "zero3", ("data=2",), 0.95),
+        ),
+    )
+    return tasks, lines
+
+
+def _groups() -> list[Group]:
+    data_8, data_8_lines = peers_of_data(8)
+    zero12_8, zero12_8_lines = peers_of_zero12(8)
+    zero3_8, zero3_8_lines = peers_of_zero3(8)
+    data_1, data_1_lines = peers_of_data(1)
+    zero12_1, zero12_1_lines = peers_of_zero12(1)
+    zero3_1, zero3_1_lines = peers_of_zero3(1)
+    cost_8 = cost("cost-8", "10M GPT, 8 sequences a rank", 0.97)
+    cost_1 = cost("cost-1", "10M GPT, 1 sequence a rank", 0.9)
+    cost_60m = cost("cost-60m", "60M GPT, 1 sequence a rank", 0.9)
+    return [
+        group("data-8", "gpt10m", 8, data_8, cost_8, *data_8_lines),
+        group("zero12-8", "gpt10m", 8, zero12_8, *zero12_8_lines),
+        group("zero3-8", "gpt10m", 8, zero3_8, *zero3_8_lines),
+        group("data-1", "gpt10m", 1, data_1, cost_1, *data_1_lines, steps=4, seconds=90),
+        group("zero12-1", "gpt10m", 1, zero12_1, *zero12_1_lines, steps=4, seconds=90),
+        group("zero3-1", "gpt10m", 1, zero3_1, *zero3_1_lines, steps=4, seconds=90),
+        group("gpt60m", "gpt60m", 1, {"data=2": ours("data=2")}, cost_60m, seconds=120),
+        group(
+            "device",
+            "gpt10m",
+            8,
+            {"eager": {"module": "eager", "connected": False, "ranks": 1}},
+            (DEVICE, Line("device", "10M GPT, float32", CONTROL[0], ("eager",), 0.98)),
+            seconds=180,
+            ranks=1,
+        ),
+        group(
+            "precision",
+            "gpt10m",
+            8,
+            {
+                "float32": ours("data=2"),
+                "bf16": ours("data=2,precision=bf16"),
+                "dropout": ours("data=2", dropout=0.1),
+            },
+            (BF16, Line("bf16", "10M GPT, 8 a rank", "bf16", ("float32",), 1.6)),
+            (DROPOUT, Line("dropout", "10M GPT, 8 a rank", "dropout", ("float32",), 0.97)),
+            seconds=180,
+        ),
+        group(
+            "gpt100k",
+            "gpt100k",
+            8,
+            {"data=2": ours("data=2"), "DDP": DDP},
+            (
+                SMALL,
+                Line("gpt100k", "step time, 8 a rank", "data=2", ("DDP",), 1.0, "at most"),
+            ),
+            steps=50,
+            warm=5,
+            most=30,
+            seconds=60,
+        ),
+    ]
+
+
+GROUPS = _groups()

@@ -1,0 +1,137 @@
+"""Lines that are not rounds of training steps: collectives, first step, loss curve, GPU."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import loss_curve, reach
+from benchmarks.first_step import compare as first_step
+from benchmarks.harness.lines import Line, judged
+from benchmarks.harness.measure import Measured
+from benchmarks.harness.result import Result, failed
+from benchmarks.harness.statistics import HOLDS, MISSES, Estimate
+
+ROOT = Path(__file__).parents[1]
+KB, MB = 1 << 10, 1 << 20
+BIG, SMALL = 16 * MB, 4 * KB
+COLLECTIVES_SECONDS = 600
+CURVE_ERROR = 0.01  # of the mean loss of each ten steps
+
+Say = Callable[[str], None]
+
+
+def first(say: Say, rounds: int) -> Measured:
+    """Time to the first step."""
+    times = first_step.times(rounds, say)
+    line = Line("first-step", "10M GPT, 1 sequence a rank", "ours", ("DDP",), 1.0, "at most")
+    return Measured([timed(reach.FIRST, line, times, 1.0, "s")], {"seconds": times})
+
+
+def curve(say: Say, steps: int) -> Measured:
+    """Whether bf16 loses as float32 does."""
+    found = loss_curve.curves(steps, say)
+    ratios = loss_curve.ratios(found["bf16"], found["float32"])
+    # Not a sample but all there is: the interval is the whole range.
+    range_ = Estimate(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+    good = max(abs(r - 1) for r in ratios) <= CURVE_ERROR
+    ends = {name: f"{losses[0]:.3f} to {losses[-1]:.3f}" for name, losses in found.items()}
+    what = f"loss of {steps} steps, means of ten (range, not interval)"
+    result = Result(
+        reach.BF16, "bf16-loss", what, ends["bf16"], ends["float32"], "", range_, CURVE_ERROR,
+        "within", HOLDS if good else MISSES,
+    )  # fmt: skip
+    return Measured([result], {"losses": found})
+
+
+def collectives(say: Say, rounds: int, *, quick: bool) -> Measured:
+    """The script of benchmarks/collectives, and the lines its times make."""
+    command = [sys.executable, "-u", "benchmarks/collectives/compare.py", "--rounds", str(rounds)]
+    if quick:
+        command += ["--sizes", str(SMALL), str(BIG)]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        process = subprocess.Popen(
+            [*command, "--json", file.name], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for line in process.stdout:
+                say(line.rstrip())
+            status = process.wait(COLLECTIVES_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        if status:
+            raise RuntimeError(f"{' '.join(command[2:])} ended {status}")
+        cells = [json.loads(line) for line in Path(file.name).read_text().splitlines()]
+    return Measured([r for cell in cells for r in collective_lines(cell)], {"cells": cells})
+
+
+def collective_lines(cell: Mapping[str, Any]) -> list[Result]:
+    """What the reach table asks of one op, size and number of ranks.
+
+    Args:
+        cell: `ranks`, `op`, `bytes` and `seconds`: by contestant (`ours`, `gloo`, `copy`), per
+            round, of a call.
+    """
+    size, times = cell["bytes"], cell["seconds"]
+    what = f"{cell['op'].replace('_', '-')} {text(size)}"
+    key = f"{cell['op']}-{text(size).replace(' ', '').lower()}-{cell['ranks']}"
+    if cell["ranks"] > 2:
+        line = Line(key, f"{what} against gloo", "ours", ("gloo",), 1.0)
+        return [timed(reach.CROWDED, line, times, 1e6, "us")]
+    if size >= BIG:
+        line = Line(key, f"{what} against a copy", "ours", ("copy",), 1.2, "at most")
+        return [timed(reach.COLLECTIVES, line, times, 1e6, "us")]
+    if size > SMALL:
+        return []
+    against = Line(key, f"{what} against gloo", "ours", ("gloo",), 20.0)
+    bound = {**times, "20 us": [20e-6] * len(times["ours"])}
+    within = Line(f"{key}-time", f"{what} against 20 us", "ours", ("20 us",), 1.0, "at most")
+    return [
+        timed(reach.COLLECTIVES, within, bound, 1e6, "us"),
+        timed(reach.COLLECTIVES, against, times, 1e6, "us"),
+    ]
+
+
+def timed(
+    section: str, line: Line, times: Mapping[str, Sequence[float]], scale: float, unit: str
+) -> Result:
+    """A result whose two sides are times."""
+    found, said = judged(line, times)
+    shown = {name: _amount(statistics.median(times[name]) * scale, unit) for name in times}
+    peer = " ".join(shown[name] for name in line.others)
+    limit = shown.get("copy", "")
+    return Result(
+        section, line.key, line.what, shown["ours"], peer, limit, found, line.target, line.sense,
+        said,
+    )  # fmt: skip
+
+
+def gpu() -> Measured:
+    """The comparison on one GPU, where there is one."""
+    if not torch.cuda.is_available():
+        why = "no GPU was there: torch.cuda.is_available() is false"
+        return Measured(
+            [failed(reach.GPU, "gpu", "as traced, compiled, bf16", 1.0, "at least", why)]
+        )
+    why = "a GPU is there, but this torch-on-CPU comparison does not use it"
+    return Measured([failed(reach.GPU, "gpu", "as traced, compiled, bf16", 1.0, "at least", why)])
+
+
+def text(size: int) -> str:
+    """Bytes for the reader."""
+    return f"{size // MB} MB" if size >= MB else f"{size // KB} KB"
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "us" and value >= 1000:
+        return f"{value / 1000:.2f} ms"
+    return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
