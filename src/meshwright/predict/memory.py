@@ -7,29 +7,10 @@ op that makes it to the last one that reads it, as the lowered code frees it.
 from __future__ import annotations
 
 from meshwright.program.assemble import Compiled
+from meshwright.program.donate import bases
 from meshwright.program.program import Op, Program
 
-__all__ = ["VIEWS", "bases", "live_bytes", "memory_bill"]
-
-VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze",
-        "squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach",
-    )
-)  # fmt: skip
-"""Ops whose results share their first operand's storage."""
-
-
-def bases(program: Program) -> dict[int, int]:
-    """Value -> the value whose storage it shares, itself if it has its own."""
-    base = {value: value for _, value in program.inputs}
-    for op in program.ops:
-        for value in op.results:
-            shared = op.base in VIEWS or op.name == "comm.slice"
-            base[value] = base[op.inputs[0]] if shared else value
-    return base
-
+__all__ = ["live_bytes", "memory_bill"]
 
 def live_bytes(program: Program) -> tuple[int, int]:
     """(saved, peak): bytes made in the forward that the backward reads, and the most alive at once.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import Axis
+from meshwright.program.donate import donated
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
 from meshwright.program.overlap import overlapped
@@ -143,6 +144,7 @@ def assemble(
             completed = complete_unit(program, axes, states)
             outputs = unit_outputs(program, axes, states, last=last)
             local = partition(program, completed, axes, coordinates, outputs)
+            local = donated(local)
             made[key] = replace(local, program=overlapped(local.program))
         runs[key] = runs.get(key, 0) + 1
         body += _microbatch(k, made[key].program, table, last=last)

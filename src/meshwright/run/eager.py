@@ -7,6 +7,7 @@ and backward run as they are, instead of a program.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, final
 
@@ -159,6 +160,7 @@ def _list(build: Build, rank: int, microbatches: int) -> Lowered:
     }
     reduce = move_program(moves, build.axes, place.coordinates)
     body += move_instructions(reduce.program, table, "reduce", "gradient/", "reduced/")
+    body.append(Instruction("Free", inputs=tuple(moves)))
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
@@ -216,10 +218,19 @@ class _EagerWork(AheadWork):
 
     @override
     def finish(self, values: dict[str, Tensor]) -> None:
-        """In a world of one nothing was reduced: the sums are the gradients."""
+        """In a world of one nothing was reduced: the sums are the gradients, each by itself.
+
+        Autograd may give one tensor to two parameters, or a number expanded.
+        """
         if len(self.group.ranks) == 1:
-            for name in [n for n in values if n.startswith("gradient/")]:
-                values[f"reduced/{name.removeprefix('gradient/')}"] = values.pop(name)
+            names = [n for n in values if n.startswith("gradient/")]
+            users = Counter(values[name].untyped_storage().data_ptr() for name in names)
+            for name in names:
+                gradient = values.pop(name)
+                storage = gradient.untyped_storage()
+                if users[storage.data_ptr()] > 1 or storage.nbytes() < gradient.nbytes:
+                    gradient = gradient.clone()
+                values[f"reduced/{name.removeprefix('gradient/')}"] = gradient
         super().finish(values)
 
     @override

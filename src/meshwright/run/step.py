@@ -173,16 +173,17 @@ class StepWork:
         if self.norm is not None and self.policy.clip_norm is not None:
             coefficient = self.policy.clip_norm / (self.norm + 1e-6)
             factor *= min(coefficient, 1.0)  # as torch does, NaN stays NaN
+        gradients: dict[str, Tensor] = {}
         for name in self.state.trained:
-            gradient = values.pop(f"reduced/{name}", None)
-            values.pop(f"gradient/{name}", None)
-            if gradient is None:  # the loss does not reach it; eager leaves its gradient None too
-                continue
-            applied = (gradient * factor).to(values[f"model/{name}"].dtype)
-            if not self.skipped and name in self.state.shards:
-                self.state.shards[name].grad = applied
-            if self.keep_gradients is not None:
-                self.keep_gradients[name] = applied.clone()
+            # The loss may not reach a parameter; eager leaves its gradient None too.
+            if (gradient := values.pop(f"reduced/{name}", None)) is not None:
+                gradients[name] = gradient.to(values[f"model/{name}"].dtype)
+        if factor != 1.0:
+            torch._foreach_mul_(list(gradients.values()), factor)
+        if self.keep_gradients is not None:
+            self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())
+        for name in gradients.keys() & self.state.shards.keys() if not self.skipped else ():
+            self.state.shards[name].grad = gradients[name]
         if not self.skipped:
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
