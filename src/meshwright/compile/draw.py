@@ -191,7 +191,8 @@ def draw_op(
     position: Tensor,
 ) -> Tensor:
     """`draw` as an op that can be traced; `dim` -1 where no sample dim is known."""
-    return draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
+    made = draw(kind, size, n, (dim, outer, unit) if dim >= 0 else None, start, position)
+    return made.contiguous()  # as the stand-in below is
 
 
 @draw_op.register_fake

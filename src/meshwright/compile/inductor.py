@@ -8,15 +8,20 @@ what all need, and the next run compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 from meshwright.errors import UsageError
 
-__all__ = ["Compiled", "require_compiler"]
+__all__ = ["Compiled", "compile_module", "require_compiler"]
+
+aten = torch.ops.aten
 
 Segment = Callable[..., Sequence[Tensor]]
 
@@ -39,7 +44,7 @@ class Compiled:
         """Run; where that fails the ops are run one by one, for the sake of the message."""
         form = tuple(tensor.stride() for tensor in tensors)
         if form not in self.forms:
-            self.forms[form] = _compiled(self.module, tensors)
+            self.forms[form] = compile_module(self.module, tensors)
         try:
             return self.forms[form](*tensors)
         except Exception:
@@ -47,35 +52,89 @@ class Compiled:
             raise
 
 
-def _compiled(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Segment:
+def compile_module(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Segment:
+    """What runs the graph on tensors of these shapes and strides."""
     from torch._inductor import config  # imports take a second
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
+    left_whole = {
+        op: rule for op, rule in select_decomp_table().items() if op not in _overloads(_CHECKED)
+    }
     # No pool of compiling processes: they would outlive a rank that is killed.
-    with torch.no_grad(), config.patch(compile_threads=1):
-        made: Any = compile_fx(module, list(tensors))
+    with torch.no_grad(), config.patch(compile_threads=1), _as_they_are(_CHECKED):
+        own = deepcopy(module)  # inductor changes what it is given
+        made: Any = compile_fx(own, list(tensors), decompositions=left_whole)
     return torch.no_grad()(made)  # type: ignore[no-any-return]
 
 
+_CHECKED = (
+    aten.embedding,
+    aten.embedding_dense_backward,
+    aten.gather,
+    aten.index,
+    aten.index_add,
+    aten.index_copy,
+    aten.index_fill,
+    aten.index_put,
+    aten.index_select,
+    aten.nll_loss_forward,
+    aten.nll_loss_backward,
+    aten.nll_loss2d_forward,
+    aten.nll_loss2d_backward,
+    aten.scatter,
+    aten.scatter_add,
+    aten.scatter_reduce,
+    aten.take,
+)
+"""Ops that look at indices. Fused, they would end the process (an exception leaves a thread of
+OpenMP) when an index is out of range; as they are, they raise an error that can be told."""
+
+
+def _overloads(packets: Sequence[OpOverloadPacket]) -> frozenset[OpOverload]:
+    return frozenset(getattr(packet, name) for packet in packets for name in packet.overloads())
+
+
+@contextmanager
+def _as_they_are(packets: Sequence[OpOverloadPacket]) -> Iterator[None]:
+    """Within, inductor calls these ops' own kernels."""
+    from torch._inductor.lowering import fallback_handler, user_lowerings
+
+    before = dict(user_lowerings)
+    user_lowerings.update(
+        {op: fallback_handler(op, add_to_fallback_set=False) for op in _overloads(packets)}
+    )
+    try:
+        yield
+    finally:
+        user_lowerings.clear()
+        user_lowerings.update(before)
+
+
 def require_compiler() -> None:
-    """See that compiling works, on a loop of one line.
+    """See that compiling works, on one op.
 
     Raises:
         UsageError: there is no compiler, or it cannot build what inductor writes.
     """
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-    remedy = "install g++ (on Debian: apt-get install g++ python3-dev), or leave --compile out"
     one = torch.zeros(64)
-    module = fx.symbolic_trace(_probe)
     try:
-        _compiled(module, [one])(one)
-    except InvalidCxxCompiler:
-        raise UsageError(f"--compile needs a C++ compiler, and none was found; {remedy}") from None
-    except CppCompileError as error:
-        reason = next((line for line in error.output.splitlines() if "error" in line), error.output)
+        compile_module(fx.symbolic_trace(_probe), [one])(one)
+    except InductorError as error:
+        cause = error.inner_exception
+        if isinstance(cause, InvalidCxxCompiler):
+            problem = "none was found"
+        elif isinstance(cause, CppCompileError):
+            lines = cause.output.splitlines() or [""]
+            told = next((line for line in lines if "error" in line), lines[0])
+            problem = f"{cause.cmd[0]} failed: {told}"
+        else:
+            raise
         raise UsageError(
-            f"--compile needs a C++ compiler, and {error.cmd[0]} failed: {reason}; {remedy}"
+            f"--compile needs a C++ compiler, and {problem}; install one (on Debian: apt-get "
+            "install g++ python3-dev), or leave --compile out"
         ) from error
 
 
