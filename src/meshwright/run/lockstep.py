@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from meshwright.comm.local import run_local
 from meshwright.compile.collective import narrow
 from meshwright.compile.draw import position_operand
 from meshwright.compile.interpret import interpret
+from meshwright.compile.precision import Promoting
 from meshwright.program.layout import Layout, Partial, Shard, region, slab
 from meshwright.program.partition import Local
 from meshwright.program.program import Op
@@ -45,7 +47,8 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     device: Values = {}
     state = {n: _assembled(build, workers, n) for n in whole.state.values}
     inputs = {**state, **unit.constants, **batch, "position": place}
-    _single(interpret(unit.program, inputs, watch=lambda _n, _op, values: device.update(values)))
+    with Promoting() if build.promotes else nullcontext():  # type: ignore[no-untyped-call]
+        _single(interpret(unit.program, inputs, watch=lambda _n, _op, now: device.update(now)))
 
     locals_ = [
         build.lowered(w.rank, f.micros).compiled.units[0][1]
@@ -63,7 +66,8 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
         exchanges.append(
             interpret(local.program, given, worker.place.coordinates, worker.place.groups, watch)
         )
-    run_local(exchanges)
+    with Promoting() if build.promotes else nullcontext():  # type: ignore[no-untyped-call]
+        run_local(exchanges)
     return _compare(build, workers, locals_, seen, device)
 
 

@@ -22,6 +22,8 @@ KINDS = ("loss", "gradients", "weights", "optimizer")
 LAW = 1e-10
 """Largest relative error in float64."""
 
+FLOOR = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Worst:
@@ -44,14 +46,18 @@ class Report:
     Attributes:
         worst: by kind.
         limits: by kind.
-        first_gradients: the worst gradient of the first step.
-        over: weights over their limit, and their error.
+        first_only: gradients of later steps, which follow other weights, do not count.
+        floor: of the scale of a tensor's error, in root mean squares of its kind.
+        explains: the kind whose tensors the reference's own rounding may explain.
+        over: tensors of that kind over their limit, and their error.
         rounding: what the reference itself allows these, by name; see `rounding.py`.
     """
 
     worst: dict[str, Worst] = field(default_factory=lambda: dict.fromkeys(KINDS, Worst()))
     limits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, LAW))
-    first_gradients: Worst = Worst()
+    first_only: bool = False
+    floor: float = FLOOR
+    explains: str = "weights"
     over: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
 
@@ -62,12 +68,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every kind is within its limit, but for weights that are rounding."""
-        return not self.failing or (self.failing == ("weights",) and not self.unexplained)
+        """Whether every kind is within its limit, but for tensors that are rounding."""
+        return not self.failing or (self.failing == (self.explains,) and not self.unexplained)
 
     @property
     def unexplained(self) -> tuple[str, ...]:
-        """Weights over the law by more than the reference's own rounding of that tensor."""
+        """Tensors over the law by more than the reference's own rounding of that tensor."""
         return tuple(n for n, error in self.over.items() if not error <= self.rounding.get(n, 0.0))
 
     @property
@@ -78,7 +84,7 @@ class Report:
 
     def add(self, kind: str, error: float, tensor: str, step: int) -> None:
         """Take one tensor's error in."""
-        if kind == "weights" and not error <= self.limits.get(kind, LAW):
+        if kind == self.explains and not error <= self.limits.get(kind, LAW):
             self.over[tensor] = max(error, self.over.get(tensor, 0.0))
         self.worst[kind] = self.worst[kind].worse(Worst(error, tensor, step))
 
@@ -89,14 +95,14 @@ def order(error: float) -> float:
 
 
 def scales(tensors: Mapping[str, Tensor], kind_of: Callable[[str], str]) -> dict[str, float]:
-    """Per kind, 1e-3 of the root mean square over all its elements."""
+    """Per kind, the root mean square over all its elements."""
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
         kind = kind_of(name)
         squares[kind] = squares.get(kind, 0.0) + float(tensor.to(torch.float64).square().sum())
         counts[kind] = counts.get(kind, 0) + tensor.numel()
-    return {kind: 1e-3 * math.sqrt(squares[kind] / max(1, counts[kind])) for kind in squares}
+    return {kind: math.sqrt(squares[kind] / max(1, counts[kind])) for kind in squares}
 
 
 def compare(
@@ -104,12 +110,13 @@ def compare(
     whole: Mapping[str, Tensor],
     bounds: Callable[[str, Tensor], tuple[tuple[int, int], ...]],
     kind_of: Callable[[str], str],
+    floor: float = FLOOR,
 ) -> dict[str, float]:
     """Error of each of a rank's parts against its region of the whole tensors.
 
     A name that only one side has is an infinite error.
     """
-    floors = scales(whole, kind_of)
+    scale = scales(whole, kind_of)
     found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
     for name in set(parts) & set(whole):
         reference = whole[name].to(torch.float64)
@@ -119,7 +126,7 @@ def compare(
             continue
         if not part.numel():
             continue
-        floor = max(float(reference.abs().max()), floors[kind_of(name)])
+        size = max(float(reference.abs().max()), floor * scale[kind_of(name)])
         difference = float((parts[name].to(torch.float64) - part).abs().max())
-        found[name] = difference / floor if floor else difference
+        found[name] = difference / size if size else difference
     return found

@@ -3,31 +3,45 @@
 In float32 that is what first-step gradients are held to. In float64 it explains one thing only:
 a weight whose true gradient is zero (a key bias, a bias before a norm), whose rounding Adam divides
 by its eps. Such a tensor, and no other, may be over the law by what it differs by in the reference.
+
+In bf16 a rank's term of a gradient is rounded before the sum, to half a unit in the last place of
+its largest element. Docs: decisions/0010.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from meshwright.run.measure import compare
+from meshwright.run.measure import Report, Worst, compare, order
 from meshwright.run.reference import Reference, Snapshot
 
-__all__ = ["float32_limits", "own_rounding"]
+__all__ = ["BF16", "bf16_report", "float32_limits", "own_rounding", "same_sums", "settle_bf16"]
 
 TIMES = 4
 LARGEST = 1e-6
 """More rounding than this would measure nothing: it explains no error."""
 
 
+BF16 = {"loss": 2.0**-9, "gradients": 2.0**-7}
+"""Limits in bf16: its rounding error, and the unit in the last place of the largest element."""
+BF16_FLOOR = 2.0**-7
+"""A gradient that is zero but for rounding (a key bias) is compared at this part of all others."""
+SAME = 1e-8
+
+
 def _whole(_: str, tensor: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple((0, size) for size in tensor.shape)
 
 
+def _kind(_: str) -> str:
+    return "gradients"
+
+
 def float32_limits(first: Snapshot, flipped: Snapshot) -> dict[str, float]:
     """Limits in float32: the loss to 1e-5, first-step gradients to the reference's own rounding."""
-    own = compare(flipped.gradients, first.gradients, _whole, lambda _: "gradients")
+    own = compare(flipped.gradients, first.gradients, _whole, _kind)
     return {"loss": 1e-5, "gradients": max(1e-5, TIMES * max(own.values(), default=0.0))}
 
 
@@ -55,3 +69,42 @@ def own_rounding(
             if bare in own:
                 own[bare] = max(own[bare], error)
     return {name: TIMES * error for name, error in own.items() if error <= LARGEST}
+
+
+def bf16_report() -> Report:
+    """A report of what the law in bf16 is about."""
+    return Report(limits=dict(BF16), first_only=True, floor=BF16_FLOOR, explains="gradients")
+
+
+def settle_bf16(report: Report, first: Reference, others: Sequence[Reference], steps: int) -> None:
+    """Hold each tensor to the larger of the limit and what other orders of summation cost it.
+
+    The report then shows the tensor that is furthest over, or nearest to, what it is allowed.
+
+    Args:
+        report: of a run in bf16, over all ranks.
+        first: the reference.
+        others: the same with its sums in other orders.
+        steps: that were run.
+    """
+    apart, own = 0.0, dict.fromkeys(report.over, 0.0)
+    for step in range(steps):
+        here = first.after(step)
+        for other in (reference.after(step) for reference in others):
+            apart = max(apart, abs(other.loss - here.loss) / max(abs(here.loss), 1e-300))
+            if step == 0:
+                found = compare(other.gradients, here.gradients, _whole, _kind, BF16_FLOOR)
+                own = {name: max(error, found.get(name, 0.0)) for name, error in own.items()}
+    report.limits["loss"] = max(BF16["loss"], TIMES * apart)
+    report.rounding = {name: TIMES * error for name, error in own.items()}
+    if report.over:
+        allowed = {name: max(BF16["gradients"], limit) for name, limit in report.rounding.items()}
+        name = max(allowed, key=lambda name: order(report.over[name] / allowed[name]))
+        report.worst["gradients"] = Worst(report.over[name], name, 0)
+        report.limits["gradients"] = allowed[name]
+
+
+def same_sums(one: Snapshot, other: Snapshot) -> bool:
+    """Whether two float64 steps differ in the order of their sums only."""
+    found = compare(one.gradients, other.gradients, _whole, _kind)
+    return max(found.values(), default=0.0) <= SAME

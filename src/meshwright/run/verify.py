@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout, region
-from meshwright.run.build import Build, Micro, prepare
+from meshwright.run.build import Build, Micro, has_batch_norm, prepare
 from meshwright.run.data import Source, open_source
 from meshwright.run.lockstep import first_difference
-from meshwright.run.measure import KINDS, LAW, Report, compare, order
+from meshwright.run.measure import KINDS, LAW, Report, Worst, compare
 from meshwright.run.persist import given_weights
 from meshwright.run.reference import Reference, Snapshot, slots
-from meshwright.run.rounding import float32_limits, own_rounding
+from meshwright.run.rounding import (
+    bf16_report,
+    float32_limits,
+    own_rounding,
+    same_sums,
+    settle_bf16,
+)
 from meshwright.run.step import Policy
 from meshwright.run.worker import Make, Worker
 
@@ -50,8 +57,11 @@ def reference_for(build: Build, source: Source, **how: Any) -> Reference:
     def draws(tree: Any, samples: int) -> Sequence[SampleDim | None]:
         return build.unit(Micro(example_of(tree)[0], samples)).draws
 
-    how = {"microbatches": build.plan.microbatches, "precision": build.plan.precision, **how}
-    return Reference(build.job, build.model, source, draws=draws, dtype=build.dtype, **how)
+    plan = build.plan
+    usual = {
+        "microbatches": plan.microbatches, "precision": plan.precision, "dtype": build.dtype
+    }  # fmt: skip
+    return Reference(build.job, build.model, source, draws=draws, **{**usual, **how})
 
 
 def verify_rank(
@@ -95,11 +105,10 @@ def compare_step(
         snapshot.gradients,
         lambda name, t: bounds(name, t, optimizer=True),
         lambda _: "gradients",
+        report.floor,
     )
-    for name, error in found.items():
+    for name, error in found.items() if step == 0 or not report.first_only else ():
         report.add("gradients", error, name, step)
-    if step == 0:
-        report.first_gradients = report.worst["gradients"]
     state = {n: t for n, t in worker.state.values.items() if n.startswith(("model/", "buffer/"))}
     found = compare(
         state,
@@ -132,129 +141,174 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
     overs = yield from gather_json(
         {n: e if math.isfinite(e) else -1.0 for n, e in report.over.items()},
         worker.group,
-        "verify's report of weights",
+        "verify's report of rounding",
     )
-    whole = Report(limits=report.limits)
+    whole = replace(report, worst=dict.fromkeys(KINDS, Worst()), over={})
     for found in everyone:
         for kind, (error, tensor, step) in found.items():
             whole.add(kind, math.inf if error < 0 else error, tensor, step)
     for over in overs:
         for name, error in over.items():
-            whole.add("weights", math.inf if error < 0 else error, name, 0)
+            whole.add(whole.explains, math.inf if error < 0 else error, name, 0)
     return whole
 
 
-def _outcome(build: Build, report: Report, steps: int, dtype: str) -> dict[str, Any]:
-    """The report as plain data."""
-    worst = report.worst_tensor
-    return {
-        "passed": report.passed,
-        "plan": build.plan.text(),
-        "ranks": build.mesh.size,
-        "steps": steps,
-        "dtype": dtype,
-        "worst_relative_error": {kind: report.worst[kind].error for kind in KINDS},
-        "worst_tensor": worst.tensor,
-        "worst_step": worst.step,
-        "law": {kind: report.limits[kind] for kind in report.limits},
-        "rounding": {
-            n: [e, report.rounding[n]] for n, e in report.over.items() if n in report.rounding
-        },
-    }
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A plan to verify: its build, its data, and where ranks and the reference begin."""
 
+    job: Job
+    build: Build
+    data: Any
+    start: dict[str, Tensor]
 
-def _source(job: Job, data: Any) -> Source:
-    return open_source(data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
+    @classmethod
+    def of(cls, job: Job, plan: Plan, ranks: int, dtype: str) -> _Trial:
+        build = prepare(job, plan, ranks, torch.float64 if dtype == "float64" else None)
+        return cls(job, build, job.data(), _start(job, build))
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the plan computes in less than its state's precision, here too."""
+        return self.build.dtype is None and self.build.plan.precision != "float32"
 
-def _started(
-    job: Job,
-) -> tuple[Callable[[Build], Make | None], Callable[[Build], dict[str, Tensor]]]:
-    """How ranks and the reference begin from the job's `weights`, where it names some."""
+    def source(self) -> Source:
+        job = self.job
+        return open_source(self.data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
 
-    def make(build: Build) -> Make | None:
-        return None if job.weights is None else given_weights(build, Path(job.weights))[0]
+    def worker(self, rank: int) -> Worker:
+        return Worker(
+            self.build,
+            rank,
+            self.source(),
+            Policy(self.job.clip_norm),
+            _given(self.job, self.build),
+        )
 
-    def whole(build: Build) -> dict[str, Tensor]:
-        read = make(build)
-        found: dict[str, Tensor] = {}
-        if read is not None:
-            named = [("model", n, t) for n, t in build.model.parameters.items()]
-            named += [("buffer", n, t) for n, t in build.model.buffers.items()]
-            for kind, name, fake in named:
-                part = read(f"{kind}/{name}", fake, tuple((0, size) for size in fake.shape))
-                if part is not None:
-                    found[f"{kind}/{name}"] = part
+    def reference(self, **how: Any) -> Reference:
+        return reference_for(self.build, self.source(), start=self.start, **how)
+
+    def report(self) -> Report:
+        """An empty report, with what is to be in it."""
+        return bf16_report() if self.rounds else Report(first_only=self.build.dtype is None)
+
+    def settle(self, report: Report, steps: int) -> None:
+        """Take in what the law allows for the reference's own rounding."""
+        if self.rounds:
+            settle_bf16(report, self.reference(), self.other_orders(), steps)
+        elif self.build.dtype is None:
+            first, other = self.reference(), self.reference(flipped=True)
+            report.limits = float32_limits(first.after(0), other.after(0))
+        elif report.failing == ("weights",):  # so on every rank, or on none
+            flipped = self.reference(flipped=True)
+            report.rounding = own_rounding(self.reference(), flipped, steps, report.over)
+
+    def other_orders(self) -> list[Reference]:
+        """References that sum in other orders: samples flipped, and micro-batches half as large.
+
+        The latter where float64 shows that they change nothing else, as they would for batch norm
+        or a loss over pairs of samples.
+        """
+        found = [self.reference(flipped=True)]
+        halves = {"microbatches": 2 * self.build.plan.microbatches}
+        if halves["microbatches"] > self.job.batch_size or has_batch_norm(self.build.model.module):
+            return found
+        exact = self.reference(dtype=torch.float64).after(0)
+        if same_sums(exact, self.reference(dtype=torch.float64, **halves).after(0)):
+            found.append(self.reference(**halves))
         return found
 
-    return make, whole
+    def outcome(self, report: Report, steps: int) -> dict[str, Any]:
+        """The report as plain data."""
+        worst = report.worst_tensor
+        kinds = tuple(report.limits) if self.rounds else KINDS
+        name = "{} in bf16".format if self.rounds else str
+        return {
+            "passed": report.passed,
+            "plan": self.build.plan.text(),
+            "ranks": self.build.mesh.size,
+            "steps": steps,
+            "dtype": "bf16"
+            if self.rounds
+            else "float32"
+            if self.build.dtype is None
+            else "float64",
+            "worst_relative_error": {name(kind): report.worst[kind].error for kind in kinds},
+            "worst_tensor": worst.tensor,
+            "worst_step": worst.step,
+            "law": {name(kind): limit for kind, limit in report.limits.items()},
+            "rounding": {
+                n: [e, report.rounding[n]] for n, e in report.over.items() if n in report.rounding
+            },
+        }
+
+
+def _given(job: Job, build: Build) -> Make | None:
+    """What reads the job's `weights`, where it names some."""
+    return None if job.weights is None else given_weights(build, Path(job.weights))[0]
+
+
+def _start(job: Job, build: Build) -> dict[str, Tensor]:
+    """The job's `weights`, whole, for the reference."""
+    read = _given(job, build)
+    found: dict[str, Tensor] = {}
+    if read is not None:
+        named = [("model", n, t) for n, t in build.model.parameters.items()]
+        named += [("buffer", n, t) for n, t in build.model.buffers.items()]
+        for kind, name, fake in named:
+            part = read(f"{kind}/{name}", fake, tuple((0, size) for size in fake.shape))
+            if part is not None:
+                found[f"{kind}/{name}"] = part
+    return found
 
 
 def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> dict[str, Any]:
-    """Verify with all ranks in this thread, in lockstep; where it fails, name the first op."""
-    wide = torch.float64 if dtype == "float64" else None
-    build = prepare(job, plan, ranks, wide)
-    data = job.data()
-    make, whole = _started(job)
-    policy = Policy(job.clip_norm)
-    start = whole(build)
+    """Verify with all ranks in this thread, in lockstep; where it fails, name the first op.
 
-    def crew() -> list[Worker]:
-        read = make(build)
-        return [Worker(build, r, _source(job, data), policy, read) for r in range(ranks)]
-
-    workers = crew()
-    reference = reference_for(build, _source(job, data), start=start)
-    reports = [Report() for _ in workers]
-    world = LocalWorld(ranks)
-    world.perform(
-        [verify_rank(w, reference, steps, r) for w, r in zip(workers, reports, strict=True)]
-    )
-    report = LocalWorld(ranks).perform(
-        [merge(r, w) for w, r in zip(workers, reports, strict=True)]
-    )[0]
-    if dtype == "float32":
-        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
-        first = reference_for(build, _source(job, data), start=start)
-        report = _first_step_only(report, reports)
-        report.limits = float32_limits(first.after(0), flipped.after(0))
-    elif report.failing == ("weights",):
-        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
-        first = reference_for(build, _source(job, data), start=start)
-        report.rounding = own_rounding(first, flipped, steps, report.over)
-    outcome = _outcome(build, report, steps, dtype)
-    if not report.passed:
-        outcome["first_difference"] = first_difference(build, crew())
-    return outcome
-
-
-def _first_step_only(report: Report, reports: Sequence[Report]) -> Report:
-    """In float32 only the first step's gradients have a law: later ones follow other weights."""
-    found = Report(worst=dict(report.worst))
-    firsts = [r.first_gradients for r in reports]
-    found.worst["gradients"] = max(firsts, key=lambda w: order(w.error))
-    return found
+    A plan that computes in bf16 is verified in float64, the same ops without their rounding, and
+    as it is; `float32` leaves the former out.
+    """
+    return _both(plan, dtype, lambda dtype: _local(_Trial.of(job, plan, ranks, dtype), steps))
 
 
 def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> dict[str, Any]:
     """Verify with real processes: each compares its own parts with a reference of its own."""
-    wide = torch.float64 if dtype == "float64" else None
-    build = prepare(job, plan, comm.world.size, wide)
-    data = job.data()
-    make, whole = _started(job)
-    start = whole(build)
-    worker = Worker(build, comm.world.rank, _source(job, data), Policy(job.clip_norm), make(build))
-    reference = reference_for(build, _source(job, data), start=start)
-    report = Report()
-    comm.perform(verify_rank(worker, reference, steps, report))
-    if dtype == "float32":
-        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
-        first = reference_for(build, _source(job, data), start=start)
-        report = _first_step_only(report, [report])
-        report.limits = float32_limits(first.after(0), flipped.after(0))
+    ranks = comm.world.size
+    return _both(
+        plan, dtype, lambda dtype: _session(_Trial.of(job, plan, ranks, dtype), comm, steps)
+    )
+
+
+def _both(plan: Plan, dtype: str, run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    found = run(dtype)
+    if plan.precision == "float32" or dtype != "float64":
+        return found
+    rounded = run("float32")
+    merged = {key: {**found[key], **rounded[key]} for key in ("worst_relative_error", "law")}
+    worst = {key: rounded[key] for key in ("worst_tensor", "worst_step") if found["passed"]}
+    passed = found["passed"] and rounded["passed"]
+    rounding = {**found["rounding"], **rounded["rounding"]}
+    dtypes = {"dtype": f"{dtype} and {rounded['dtype']}"}
+    return {**found, **merged, **worst, **dtypes, "passed": passed, "rounding": rounding}
+
+
+def _local(trial: _Trial, steps: int) -> dict[str, Any]:
+    workers = [trial.worker(rank) for rank in range(trial.build.mesh.size)]
+    reference, reports = trial.reference(), [trial.report() for _ in workers]
+    pairs = list(zip(workers, reports, strict=True))
+    LocalWorld(len(workers)).perform([verify_rank(w, reference, steps, r) for w, r in pairs])
+    report = LocalWorld(len(workers)).perform([merge(r, w) for w, r in pairs])[0]
+    trial.settle(report, steps)
+    outcome = trial.outcome(report, steps)
+    if not report.passed and not trial.rounds:
+        crew = [trial.worker(worker.rank) for worker in workers]
+        outcome["first_difference"] = first_difference(trial.build, crew)
+    return outcome
+
+
+def _session(trial: _Trial, comm: Comm, steps: int) -> dict[str, Any]:
+    worker, report = trial.worker(comm.world.rank), trial.report()
+    comm.perform(verify_rank(worker, trial.reference(), steps, report))
     report = comm.perform(merge(report, worker))
-    if dtype == "float64" and report.failing == ("weights",):  # so on every rank, or on none
-        flipped = reference_for(build, _source(job, data), start=start, flipped=True)
-        first = reference_for(build, _source(job, data), start=start)
-        report.rounding = own_rounding(first, flipped, steps, report.over)
-    return _outcome(build, report, steps, dtype)
+    trial.settle(report, steps)
+    return trial.outcome(report, steps)
