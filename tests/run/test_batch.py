@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from meshwright.compile.example import example_of
 from meshwright.errors import UserCodeError
 from meshwright.run.batch import checked, cut, digest, rows
 
@@ -117,3 +118,32 @@ def test_what_a_batch_must_not_be(name):
 
 def test_rows_are_those_of_the_first_tensor():
     assert rows({"n": 3, "x": torch.zeros(5, 2)}) == 5
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [{"x": torch.zeros(4, 3)}, {"b": torch.ones(4), "a": torch.zeros(4, 2, dtype=torch.int8)}],
+)
+def test_the_plainest_batch_is_looked_up_and_means_the_same(plain):
+    """A dict of tensors takes a short way; in a dict of its own kind it takes the long one."""
+
+    class Named(dict):
+        pass
+
+    torch.utils._pytree._private_register_pytree_node(
+        Named,
+        lambda tree: (list(tree.values()), list(tree)),
+        lambda values, names: Named(zip(names, values, strict=True)),
+        flatten_with_keys_fn=lambda tree: (
+            [(torch.utils._pytree.MappingKey(name), leaf) for name, leaf in tree.items()],
+            list(tree),
+        ),
+    )
+    long = Named(plain)
+    assert digest(plain, 4) == digest(long, 4)
+    assert example_of(plain)[0].leaves == example_of(long)[0].leaves
+    assert checked(plain, 4) is plain
+    for one, other in zip(cut(plain, 1, 3, 4).values(), cut(long, 1, 3, 4).values(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserCodeError, match="dim 0 must be the 5 samples"):
+        checked(plain, 5)

@@ -118,6 +118,62 @@ def test_the_callers_generators_are_left_alone():
     assert before.same(Generators.read())
 
 
+class Quiet(Augmented):
+    """Draws from torch's generator only, but for one sample; counts what is read."""
+
+    def __init__(self, late):
+        super().__init__(600)
+        self.late, self.read = late, []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        noise = torch.rand(()) + (random.random() if index == self.late else 0)
+        return {"index": index, "noise": noise, "text": f"sample {index}"}
+
+
+def test_generators_that_no_sample_draws_from_are_not_seeded(monkeypatch):
+    """Seeding them is most of what a small batch costs."""
+    source, seeded = opened(Quiet(late=None)), []
+    whole(source, 0)
+    monkeypatch.setattr(random, "seed", seeded.append)
+    monkeypatch.setattr(np.random, "seed", seeded.append)
+    for step in range(1, 5):
+        whole(source, step)
+    assert seeded == []
+    assert len(source._reader.data.read) == 5 * B, "each sample is read once"
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_sample_that_draws_late_is_drawn_as_ever(step):
+    late = int(whole(opened(Quiet(late=None)), step)["index"][2])
+    expected = whole(opened(Quiet(late)), step)  # the first that it reads: seeded in full
+    source = opened(Quiet(late))
+    before = Generators.read()
+    for earlier in range(step):
+        whole(source, earlier)
+    assert same(whole(source, step), expected)
+    assert len(source._reader.data.read) == (step + 2) * B, "the batch is read again, once"
+    assert before.same(Generators.read())
+    whole(source, step + 1)
+    assert len(source._reader.data.read) == (step + 3) * B, "and never again"
+
+
+def test_an_error_leaves_the_generators_alone_too():
+    class Raising(Quiet):
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            if len(self.read) == B + 3:
+                raise IndexError(random.random())
+            return found
+
+    source = opened(Raising(late=None))
+    whole(source, 0)
+    before = Generators.read()
+    with pytest.raises(UserCodeError, match="IndexError"):
+        whole(source, 1)
+    assert before.same(Generators.read())
+
+
 def test_no_samples_keep_shapes_and_digest():
     source = opened()
     for at in (0, 3, B):

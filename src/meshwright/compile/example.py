@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from meshwright.errors import NotTraceable
 
-__all__ = ["Example", "Rows", "example_of", "is_plain_list"]
+__all__ = ["Example", "Form", "Rows", "example_of", "form_of", "is_plain_list"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,38 @@ class Example:
         return pytree.tree_unflatten(flat, self.spec)
 
 
+Form = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+"""Names, dtypes and shapes without dim 0."""
+
+
+def form_of(tree: Any) -> Form | None:
+    """The form of the plainest batch, a dict of tensors by name; None for any other.
+
+    Walking a tree costs more than a step of a tiny model: what is known of a form is looked up.
+    """
+    if type(tree) is not dict:
+        return None
+    found = []
+    for name, leaf in tree.items():
+        if type(name) is not str or type(leaf) is not Tensor or not leaf.dim():
+            return None
+        found.append((name, leaf.dtype, tuple(leaf.shape[1:])))
+    return tuple(found) or None
+
+
+@lru_cache(maxsize=256)
+def _example_of(form: Form) -> Example:
+    empty = {name: torch.empty(0, *shape, dtype=dtype) for name, dtype, shape in form}
+    return _walked(empty)[0]
+
+
 def example_of(tree: Any) -> tuple[Example, list[Tensor]]:
     """The form of a batch, and its tensor leaves."""
+    form = form_of(tree)
+    return _walked(tree) if form is None else (_example_of(form), list(tree.values()))
+
+
+def _walked(tree: Any) -> tuple[Example, list[Tensor]]:
     paths, spec = pytree.tree_flatten_with_path(tree, is_leaf=is_plain_list)
     leaves = [(_leaf_name(path), leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
     named = tuple((name, t.dtype, tuple(t.shape[1:])) for name, t in leaves)

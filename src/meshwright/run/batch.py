@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from meshwright.compile.example import is_plain_list
+from meshwright.compile.example import Form, form_of, is_plain_list
 from meshwright.errors import UserCodeError
 
 __all__ = ["Batch", "checked", "cut", "digest", "rows"]
@@ -66,6 +67,8 @@ def checked(tree: Any, samples: int) -> Any:
         UserCodeError: a tensor's dim 0 is not `samples`, there is no tensor, or a leaf is of a kind
             whose samples cannot be told apart.
     """
+    if form_of(tree) is not None and all(t.shape[:1] == (samples,) for t in tree.values()):
+        return tree
     opened = _opened(tree)
     rows(opened)
     for path, leaf in _leaves_with_path(opened):
@@ -77,6 +80,8 @@ def cut(tree: Any, start: int, stop: int, samples: int) -> Any:
     """Samples `[start, stop)` of a checked batch of `samples`; tensors are views."""
     if (start, stop) == (0, samples):
         return tree
+    if form_of(tree) is not None:
+        return {name: tensor[start:stop] for name, tensor in tree.items()}
 
     def part(leaf: Any) -> Any:
         per_sample = isinstance(leaf, Tensor) or (isinstance(leaf, list) and len(leaf) == samples)
@@ -87,10 +92,21 @@ def cut(tree: Any, start: int, stop: int, samples: int) -> Any:
 
 def digest(tree: Any, samples: int) -> int:
     """20 bits of a checked batch's structure, dtypes, shapes without dim 0, and plain values."""
-    parts = [
+    form = form_of(tree)
+    if form is not None:
+        return _digest_of(form)
+    return _digested(
         f"{pytree.keystr(path)}={_signature(leaf, samples)}"
         for path, leaf in _leaves_with_path(tree)
-    ]
+    )
+
+
+@lru_cache(maxsize=256)
+def _digest_of(form: Form) -> int:
+    return _digested(f"[{name!r}]={dtype}{shape}" for name, dtype, shape in form)
+
+
+def _digested(parts: Iterable[str]) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest()[:3], "big") >> 4
 
 

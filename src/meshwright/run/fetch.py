@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meshwright.errors import MeshwrightError, UserCodeError
@@ -58,9 +59,17 @@ class _Failed(NamedTuple):
     details: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Reader:
-    """Reads samples by position and collates them; holds nothing that changes."""
+    """Reads samples by position and collates them.
+
+    Seeding Python's and numpy's generators costs more than most datasets do. Where no sample of the
+    first batch drew from them they are left alone, and a batch after which they are not as before
+    is read again in full.
+
+    Attributes:
+        quiet: no sample was seen to draw from Python's or numpy's generators; None: none was read.
+    """
 
     data: Samples
     collate: Callable[[list[Any]], Any]
@@ -68,6 +77,7 @@ class Reader:
     batch_size: int
     seed: int
     shuffled: bool
+    quiet: bool | None = None
 
     def load(self, request: Request) -> Loaded:
         """The samples of `request`; Python's, numpy's and torch's generators stay as they were.
@@ -79,24 +89,56 @@ class Reader:
         first, last = base + request.low, base + request.high
         found = order.indices(
             first, last, length=self.length, seed=self.seed, shuffled=self.shuffled
-        )
-        with put_back():
-            samples = [
-                self._sample(position, int(index))
-                for position, index in zip(range(first, last), found, strict=True)
-            ]
-            seed_generators(order.collate_seed(self.seed, request.step))
-            before = Generators.read()
+        ).tolist()
+        loaded = self._quietly(request, first, found) if self.quiet else None
+        return self._seeded(request, first, found) if loaded is None else loaded
+
+    def _quietly(self, request: Request, first: int, found: list[int]) -> Loaded | None:
+        """Only torch's generator is seeded; None if another one was drawn from after all."""
+        before = Generators.read()
+        samples = []
+        try:
+            seeds = order.sample_seeds(self.seed, first, first + len(found))
+            for position, (index, seed) in enumerate(zip(found, seeds, strict=True), first):
+                torch.default_generator.manual_seed(seed)
+                samples.append(self._sample(position, index))
+            torch.default_generator.manual_seed(order.collate_seed(self.seed, request.step))
+            fresh = torch.default_generator.get_state()
             tree = self._collated(samples, request.step)
-            drew = not before.same(Generators.read())
-        size = last - first
-        part = cut(
-            checked(tree, size), request.start - request.low, request.stop - request.low, size
-        )
-        return Loaded(part, drew)
+            after = Generators.read()
+        except BaseException:
+            before.write()
+            raise
+        torch.default_generator.set_state(before.torch)
+        if not before.same_python(after):
+            before.write()
+            self.quiet = False
+            return None
+        return Loaded(self._part(tree, request), drew=not torch.equal(fresh, after.torch))
+
+    def _seeded(self, request: Request, first: int, found: list[int]) -> Loaded:
+        with put_back():
+            samples, quiet = [], True
+            seeds = order.sample_seeds(self.seed, first, first + len(found))
+            for position, (index, seed) in enumerate(zip(found, seeds, strict=True), first):
+                seed_generators(seed)
+                before = Generators.read() if self.quiet is None else None
+                samples.append(self._sample(position, index))
+                quiet = quiet and before is not None and before.same_python(Generators.read())
+            if self.quiet is None:
+                self.quiet = quiet
+            seed_generators(order.collate_seed(self.seed, request.step))
+            fresh = Generators.read()
+            tree = self._collated(samples, request.step)
+            drew = not fresh.same(Generators.read())
+        return Loaded(self._part(tree, request), drew)
+
+    def _part(self, tree: Any, request: Request) -> Any:
+        size = request.high - request.low
+        start, stop = request.start - request.low, request.stop - request.low
+        return cut(checked(tree, size), start, stop, size)
 
     def _sample(self, position: int, index: int) -> Any:
-        seed_generators(order.sample_seed(self.seed, position))
         try:
             return self.data[index]
         except Exception as error:  # the user's dataset may raise anything

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random import Philox
 
-__all__ = ["collate_seed", "indices", "permutation", "sample_seed", "steps_in"]
+__all__ = ["collate_seed", "indices", "permutation", "sample_seeds", "steps_in"]
 
 # One counter range per use, so that equal keys of two uses never share a word.
 _SHUFFLE, _SAMPLE, _COLLATE = 1, 2, 3
@@ -60,9 +60,14 @@ def indices(
     return found
 
 
-def sample_seed(seed: int, position: int) -> int:
-    """The 63-bit seed of the generators when the sample at `position` is read."""
-    return int(_philox(seed, position, _SAMPLE).random_raw()) >> 1
+def sample_seeds(seed: int, start: int, stop: int) -> list[int]:
+    """The 63-bit seeds of the generators when the samples at `[start, stop)` are read.
+
+    A position is a counter, of whose four words the first is taken.
+    """
+    words = _philox(seed, 0, _SAMPLE, start).random_raw(4 * (stop - start))
+    seeds: list[int] = (words[::4] >> np.uint64(1)).tolist()
+    return seeds
 
 
 def collate_seed(seed: int, step: int) -> int:
@@ -75,6 +80,6 @@ def steps_in(epochs: int, length: int, batch_size: int) -> int:
     return -(-epochs * length // batch_size)
 
 
-def _philox(seed: int, key: int, use: int) -> Philox:
+def _philox(seed: int, key: int, use: int, start: int = 0) -> Philox:
     words = np.array([seed % _WORD, key % _WORD], dtype=np.uint64)
-    return Philox(key=words, counter=np.array([0, 0, 0, use], dtype=np.uint64))
+    return Philox(key=words, counter=np.array([start, 0, 0, use], dtype=np.uint64))
