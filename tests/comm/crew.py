@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,8 +72,13 @@ def buckets(comm: Shared) -> None:
     """Several tensors at a time."""
     me = comm.world.rank
     for k, table in enumerate(many_buckets(comm.world.size)):
-        got = comm.perform(one(table[me]))
-        assert same(got, collective(table)[me]), (k, table[me].op, len(table[me].tensors))
+        want, start = collective(table)[me], table[me]
+        assert same(comm.perform(one(start)), want), (k, start.op, len(start.tensors))
+        given = tuple(tensor.clone() for tensor in start.tensors)
+        got = comm.perform(one(replace(start, tensors=given, donate=True)))
+        assert same(got, want), (k, start.op, len(given), "donated")
+        large = start.op == "all_reduce" and sum(tensor.nbytes for tensor in given) > 1 << 18
+        assert large <= (got[0].data_ptr() == given[0].data_ptr()), "in the donated memory"
 
 
 def in_flight(comm: Shared, seed: int, calls: int, groups: list[tuple[int, ...]]) -> None:

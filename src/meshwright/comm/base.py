@@ -83,7 +83,8 @@ class Start:
     Answers may be views of one another's memory, end to end: those of an `all_gather`, member 0's
     j-th, member 1's j-th and so on, for each j.
 
-    `label` says what it serves (a parameter, a source line): for the ledger and for errors.
+    `label` says what it serves (a parameter, a source line): for the ledger and for errors. With
+    `donate` the caller gives its tensors up: an `all_reduce` may leave its answer in their memory.
     """
 
     op: Op
@@ -93,6 +94,7 @@ class Start:
     shapes: tuple[tuple[int, ...], ...] = ()
     root: int = 0
     label: str = ""
+    donate: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -68,6 +68,16 @@ class Cargo:
         self.load(self._scratch.data_ptr(), start, stop)
         return self._scratch[: (stop - start) // size]
 
+    def put(self, part: Tensor, start: int, stop: int) -> None:
+        """Copy a flat tensor into bytes `start` to `stop`, unless it is their memory already."""
+        source = part.data_ptr()
+        if source != self._address(start):
+            self.unload(source, start, stop)
+
+    def _address(self, start: int) -> int:
+        k = bisect_right(self._ends, start) if start < self.size else len(self._ends) - 1
+        return self._addresses[k] + start - (self._ends[k - 1] if k else 0)
+
     def _segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(address, how far from `start`, bytes) of each piece of memory."""
         ends, low = self._ends, start

@@ -200,6 +200,7 @@ class Channel:
         self._results = [first + m * SLOTS * self.share for m in range(self.size)]
         self._start = start
         self._views: dict[Hashable, Tensor] = {}
+        self._scratch = torch.empty(capacity, dtype=torch.uint8)
 
     def input(self, member: int, number: int) -> int:
         """Offset of a member's slot of `capacity` bytes for round `number` of `inputs`."""
@@ -224,6 +225,13 @@ class Channel:
                 self._views.clear()
             flat = self.segment.data[offset : offset + size].view(dtype)
             known = self._views[key] = flat if shape is None else flat.view(tuple(shape))
+        return known
+
+    def scratch(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of `size` bytes that stays in cache; it holds until the next call."""
+        known = self._views.get((size, dtype))
+        if known is None:
+            known = self._views[size, dtype] = self._scratch[:size].view(dtype)
         return known
 
     def operands(self, number: int, mine: Tensor) -> list[Tensor]:

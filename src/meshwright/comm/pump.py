@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meshwright.comm import fingerprint
 from meshwright.comm.base import Reduction, Start
+from meshwright.comm.cargo import views
 from meshwright.comm.channel import SLOTS, Channel, Meaning, Need
 from meshwright.comm.pool import Pool
 
@@ -45,6 +46,11 @@ class Call:
     meaning: Meaning
     pool: Pool
     fresh: bool
+
+    def like(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """New tensors like these, end to end in one piece of memory."""
+        whole = self.pool.empty((sum([tensor.numel() for tensor in tensors]),), tensors[0].dtype)
+        return views(whole, [tensor.shape for tensor in tensors])
 
 
 def pump(

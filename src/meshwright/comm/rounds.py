@@ -47,19 +47,23 @@ def _reduce_directly(call: Call) -> Steps:
     size = cargo.size
     piece = even(size, channel.capacity)
     rounds = max(1, -(-size // piece))
-    total = call.pool.empty((size // dtype.itemsize,), dtype)
-    totals = total.split(piece // dtype.itemsize)
+    donated = call.request.donate
+    answers = call.tensors if donated else call.like(call.tensors)
+    target = cargo if donated else Cargo(answers)
 
     def post(k: int, number: int) -> None:
         slot = channel.address(channel.input(channel.me, number))
         cargo.load(slot, k * piece, min((k + 1) * piece, size))
 
     def take(k: int, number: int) -> None:
-        mine = cargo.part(k * piece, min((k + 1) * piece, size))
-        fold(channel.operands(number, mine), how, totals[k])
+        low, high = k * piece, min((k + 1) * piece, size)
+        mine = cargo.part(low, high)
+        # Not straight into the answer: additions read memory before they fill it, copies do not.
+        into = mine if donated else channel.scratch(high - low, dtype)
+        target.put(fold(channel.operands(number, mine), how, into), low, high)
 
     yield from pump(call, rounds, post, take)
-    return views(total, [tensor.shape for tensor in call.tensors])
+    return answers
 
 
 def _reduce_scatter(call: Call) -> Steps:
@@ -74,12 +78,13 @@ def _scatter_in_pieces(call: Call) -> Steps:
     share, cargoes = part(channel), _cargoes(call.tensors, channel.size)
     dtype, mine = call.tensors[0].dtype, cargoes[me]
     rounds = max(1, -(-max(cargo.size for cargo in cargoes) // share))
-    total = call.pool.empty((mine.size // dtype.itemsize,), dtype)
-    totals = total.split(share // dtype.itemsize)
+    answers = call.like(_of(call.tensors, me, channel.size))
+    target = Cargo(answers)
 
     def take(k: int, number: int) -> None:
-        if k < len(totals):
-            own = mine.part(k * share, k * share + totals[k].nbytes)
+        low, high = k * share, min((k + 1) * share, mine.size)
+        if low < high:
+            own = mine.part(low, high)
             parts = [
                 own
                 if member == me
@@ -88,10 +93,10 @@ def _scatter_in_pieces(call: Call) -> Steps:
                 )
                 for member in range(channel.size)
             ]
-            fold(parts, how, totals[k])
+            target.put(fold(parts, how, channel.scratch(high - low, dtype)), low, high)
 
     yield from pump(call, rounds, _sending(channel, cargoes, share), take)
-    return views(total, [tensor.shape for tensor in _of(call.tensors, me, channel.size)])
+    return answers
 
 
 def _all_gather(call: Call) -> Steps:

@@ -222,11 +222,13 @@ class Shared:
         if self._unspun:
             self._unspun -= 1
             return False
-        end = time.perf_counter() + self._spin
+        end, need = time.perf_counter() + self._spin, running.need
         while time.perf_counter() < end:
             if self._ended(running):
                 self._vain = 0
                 return True
+            if running.need != need:  # it moves on, though it does not end yet
+                end, need, self._vain = time.perf_counter() + self._spin, running.need, 0
         self._vain = min(self._vain + 1, _VAIN)
         self._unspun = (1 << self._vain) - 1
         return False

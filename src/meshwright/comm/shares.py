@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import final
 
-from meshwright.comm.cargo import Cargo, move, views
+from meshwright.comm.cargo import Cargo
 from meshwright.comm.channel import SLOTS, Need
 from meshwright.comm.pump import LINE, Call, Steps, compare, even, fold
 
@@ -24,7 +24,7 @@ def reduce_in_shares(call: Call) -> Steps:
     while work.taken < work.rounds:
         if not (work.collect() or work.reduce() or work.post()):
             yield work.need()
-    return views(work.total, [tensor.shape for tensor in call.tensors])
+    return work.answers
 
 
 @final
@@ -34,8 +34,8 @@ class _Work:
     def __init__(self, call: Call) -> None:
         self.call, self.channel = call, call.channel
         self.cargo, self.dtype = Cargo(call.tensors), call.tensors[0].dtype
-        self.total = call.pool.empty((self.cargo.size // self.dtype.itemsize,), self.dtype)
-        self.target = self.total.data_ptr()
+        self.answers = call.tensors if call.request.donate else call.like(call.tensors)
+        self.target = self.cargo if call.request.donate else Cargo(self.answers)
         members = self.channel.size
         self.pieces = shares(self.cargo.size, self.channel.share * members, members)
         self.rounds = len(self.pieces)
@@ -95,7 +95,7 @@ class _Work:
         ]
         slot = channel.result(channel.me, then)
         fold(parts, self.call.request.reduce, channel.view(slot, high - low, dtype))
-        move(self.target + low, channel.address(slot), high - low)
+        self.target.unload(channel.address(slot), low, high)
 
     def collect(self) -> bool:
         """Copy out the others' shares of a piece; False if they are not there."""
@@ -107,7 +107,7 @@ class _Work:
             low, high = self.pieces[k][member], self.pieces[k][member + 1]
             if high > low:
                 slot = channel.address(channel.result(member, then))
-                move(self.target + low, slot, high - low)
+                self.target.unload(slot, low, high)
         channel.results.release()
         self.taken += 1
         return True
