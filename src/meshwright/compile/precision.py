@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from meshwright.program.program import Op, Program, map_refs, without_dead_ops
 
-__all__ = ["Promoting", "computing", "lacks_bf16", "promoted", "promoting", "with_shared_casts"]
+__all__ = ["Promoting", "computing", "notes_on", "promoted", "promoting", "with_shared_casts"]
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,10 +43,13 @@ def computing(precision: str) -> Iterator[None]:
         yield
 
 
-def lacks_bf16() -> bool:
-    """Whether this processor has to emulate bf16."""
+def notes_on(precision: str) -> tuple[str, ...]:
+    """What to tell a user who asks for this precision on this processor."""
     has: Mapping[str, Any] = torch.cpu.get_capabilities()
-    return not any(there for name, there in has.items() if "bf16" in name)
+    if precision == "float32" or any(there for name, there in has.items() if "bf16" in name):
+        return ()
+    slow = "this processor has no bf16 instructions (such as AVX512-BF16 or AMX)"
+    return (f"{slow}: precision=bf16 gives the right numbers here, but slower than float32",)
 
 
 def with_shared_casts(program: Program) -> Program:

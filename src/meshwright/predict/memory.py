@@ -12,6 +12,7 @@ from meshwright.program.program import Op, Program
 
 __all__ = ["live_bytes", "memory_bill"]
 
+
 def live_bytes(program: Program) -> tuple[int, int]:
     """(saved, peak): bytes made in the forward that the backward reads, and the most alive at once.
 
@@ -23,7 +24,6 @@ def live_bytes(program: Program) -> tuple[int, int]:
     for place, op in enumerate(program.ops):
         for value in op.inputs:
             end[base[value]] = max(end.get(base[value], 0), place)
-    border = max((k for k, op in enumerate(program.ops) if op.phase == "forward"), default=-1)
     alive, peak, saved = 0, 0, 0
     dying: dict[int, list[int]] = {}
     for place, op in enumerate(program.ops):
@@ -33,15 +33,16 @@ def live_bytes(program: Program) -> tuple[int, int]:
                 alive += program.values[value].bytes
                 dying.setdefault(last, []).append(value)
                 # A weight that is gathered ahead for the backward is there, but is not saved.
-                saved += program.values[value].bytes if _outlives(op, last, border) else 0
+                saved += program.values[value].bytes if _is_saved(program, op, last) else 0
         peak = max(peak, alive)
         alive -= sum(program.values[value].bytes for value in dying.pop(place, []))
     return saved, peak
 
 
-def _outlives(op: Op, last: int, border: int) -> bool:
-    """Whether what a forward op makes is read after the forward."""
-    return op.phase == "forward" and last > border
+def _is_saved(program: Program, op: Op, last: int) -> bool:
+    """Whether what a forward op makes is last read by one of the backward."""
+    read = last < len(program.ops) and program.ops[last].phase == "backward"
+    return op.phase == "forward" and read
 
 
 def memory_bill(compiled: Compiled, optimizer_bytes: int) -> dict[str, int]:

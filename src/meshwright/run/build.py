@@ -115,7 +115,8 @@ class Build:
     ) -> Unit:
         """The traced program of a micro-batch form; traced once."""
         function = loss or self.job.loss
-        key = (micro.key, self._identity(function), tuple(sorted(how.items())))
+        precision = self.plan.precision
+        key = (micro.key, self._identity(function), precision, tuple(sorted(how.items())))
         if key not in self.units:
             self.units[key] = trace_unit(
                 self.model,
@@ -123,7 +124,7 @@ class Build:
                 micro.example,
                 micro.samples,
                 dtype=None if self.promotes else self.dtype,
-                precision=self.plan.precision,
+                precision=precision,
                 **how,
             )
         return self.units[key]

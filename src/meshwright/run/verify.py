@@ -38,8 +38,10 @@ __all__ = [
     "KINDS",
     "LAW",
     "Report",
+    "Trial",
     "merge",
     "reference_for",
+    "try_local",
     "verify_local",
     "verify_rank",
     "verify_session",
@@ -154,8 +156,12 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    """A plan to verify: its build, its data, and where ranks and the reference begin."""
+class Trial:
+    """A plan to verify: its build, its data, and where ranks and the reference begin.
+
+    Attributes:
+        start: whole tensors of the job's `weights`, by global name.
+    """
 
     job: Job
     build: Build
@@ -163,7 +169,8 @@ class _Trial:
     start: dict[str, Tensor]
 
     @classmethod
-    def of(cls, job: Job, plan: Plan, ranks: int, dtype: str) -> _Trial:
+    def of(cls, job: Job, plan: Plan, ranks: int, dtype: str) -> Trial:
+        """A trial in float64, or as the plan computes (`float32`)."""
         build = prepare(job, plan, ranks, torch.float64 if dtype == "float64" else None)
         return cls(job, build, job.data(), _start(job, build))
 
@@ -173,10 +180,12 @@ class _Trial:
         return self.build.dtype is None and self.build.plan.precision != "float32"
 
     def source(self) -> Source:
+        """The data, from its beginning."""
         job = self.job
         return open_source(self.data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
 
     def worker(self, rank: int) -> Worker:
+        """A rank at step 0."""
         return Worker(
             self.build,
             rank,
@@ -186,6 +195,7 @@ class _Trial:
         )
 
     def reference(self, **how: Any) -> Reference:
+        """The user's code at step 0."""
         return reference_for(self.build, self.source(), start=self.start, **how)
 
     def report(self) -> Report:
@@ -268,14 +278,14 @@ def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> di
     A plan that computes in bf16 is verified in float64, the same ops without their rounding, and
     as it is; `float32` leaves the former out.
     """
-    return _both(plan, dtype, lambda dtype: _local(_Trial.of(job, plan, ranks, dtype), steps))
+    return _both(plan, dtype, lambda dtype: try_local(Trial.of(job, plan, ranks, dtype), steps))
 
 
 def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> dict[str, Any]:
     """Verify with real processes: each compares its own parts with a reference of its own."""
     ranks = comm.world.size
     return _both(
-        plan, dtype, lambda dtype: _session(_Trial.of(job, plan, ranks, dtype), comm, steps)
+        plan, dtype, lambda dtype: _session(Trial.of(job, plan, ranks, dtype), comm, steps)
     )
 
 
@@ -292,7 +302,8 @@ def _both(plan: Plan, dtype: str, run: Callable[[str], dict[str, Any]]) -> dict[
     return {**found, **merged, **worst, **dtypes, "passed": passed, "rounding": rounding}
 
 
-def _local(trial: _Trial, steps: int) -> dict[str, Any]:
+def try_local(trial: Trial, steps: int) -> dict[str, Any]:
+    """Run a trial with all ranks in this thread; its outcome as `verify` gives it."""
     workers = [trial.worker(rank) for rank in range(trial.build.mesh.size)]
     reference, reports = trial.reference(), [trial.report() for _ in workers]
     pairs = list(zip(workers, reports, strict=True))
@@ -306,7 +317,7 @@ def _local(trial: _Trial, steps: int) -> dict[str, Any]:
     return outcome
 
 
-def _session(trial: _Trial, comm: Comm, steps: int) -> dict[str, Any]:
+def _session(trial: Trial, comm: Comm, steps: int) -> dict[str, Any]:
     worker, report = trial.worker(comm.world.rank), trial.report()
     comm.perform(verify_rank(worker, trial.reference(), steps, report))
     report = comm.perform(merge(report, worker))
