@@ -16,6 +16,7 @@ from meshwright.comm.base import Comm, Group
 from meshwright.comm.handshake import agree
 from meshwright.compile.inductor import require_compiler
 from meshwright.compile.init import seeded
+from meshwright.compile.precision import notes_on
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
@@ -281,7 +282,7 @@ def open_session(
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
     build = prepare(job, plan, comm.world.size, dtype)
     build.compiled = compiled
-    notes = list(build.model.notes)
+    notes = [*build.model.notes, *notes_on(plan.precision)]
     source = open_source(
         job.data() if data is None else data,
         batch_size=job.batch_size,
