@@ -37,13 +37,14 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def parts(
-    rounds: int | None, *, quick: bool, reasons: dict[str, str]
+    rounds: int | None, patience: float, *, quick: bool, reasons: dict[str, str]
 ) -> dict[str, Callable[[], Measured]]:
     """Everything that can be run, by name."""
-    seconds = 25.0 if quick else None
     most = rounds or (6 if quick else None)
     found: dict[str, Callable[[], Measured]] = {
-        group.name: functools.partial(measure, group, reasons, say, most, seconds)
+        group.name: functools.partial(
+            measure, group, reasons, say, most, 25.0 if quick else patience * group.seconds
+        )
         for group in GROUPS
     }
     found["curve"] = lambda: special.curve(say, 20 if quick else 100)
@@ -87,10 +88,11 @@ def write(raw: dict[str, Any], docs: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
-    names = [*parts(None, quick=False, reasons={})]
+    names = [*parts(None, 1.0, quick=False, reasons={})]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--list", action="store_true", help="names for --only, and keys of lines")
     parser.add_argument("--rounds", type=int, help="at most, in place of each part's own")
+    parser.add_argument("--patience", type=float, default=1.0, help="times each part's time")
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs")
     parser.add_argument("--page", action="store_true", help="write the page from raw.json anew")
     asked = parser.parse_args()
@@ -106,7 +108,7 @@ def main() -> None:
     # So that a stopped run ends its processes: a signal becomes an exception that unwinds.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reasons = peers.ensure()
-    all_parts = parts(asked.rounds, quick=asked.quick, reasons=reasons)
+    all_parts = parts(asked.rounds, asked.patience, quick=asked.quick, reasons=reasons)
     raw = run({name: all_parts[name] for name in asked.only})
     docs.mkdir(exist_ok=True)
     write(raw, docs)

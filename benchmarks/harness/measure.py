@@ -33,8 +33,8 @@ def measure(
     group: Group,
     reasons: Mapping[str, str],
     say: Callable[[str], None],
-    most: int | None = None,
-    seconds: float | None = None,
+    most: int | None,
+    seconds: float,
 ) -> Measured:
     """Run a group.
 
@@ -43,7 +43,7 @@ def measure(
         reasons: of peers that are not installed, by module.
         say: progress.
         most: rounds, in place of the group's.
-        seconds: the same.
+        seconds: after which no other round begins.
     """
     with tempfile.TemporaryDirectory(prefix="mw-bench-") as folder, ExitStack() as stack:
         crews, losses, absent = _start(group, reasons, Path(folder), stack, say)
@@ -55,7 +55,7 @@ def measure(
             group.steps,
             group.warm,
             most or group.most,
-            group.seconds if seconds is None else seconds,
+            seconds,
             lambda number, turn: say(_told(number, turn)),
         )
         absent |= broken

@@ -29,12 +29,12 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "meshwright",
     "figure.facecolor": "white",
 }
-SCALE = (0.45, 2.4)
-APART = (reach.COLLECTIVES, reach.CROWDED, reach.CONTROLS, reach.GPU)
+TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
+APART = (reach.COLLECTIVES, reach.CROWDED, reach.GPU)
 
 
 def draw(raw: Mapping[str, Any], folder: Path) -> list[str]:
@@ -54,15 +54,15 @@ def draw(raw: Mapping[str, Any], folder: Path) -> list[str]:
         for name, figure in drawn.items():
             made = figure()
             made.savefig(folder / name, bbox_inches="tight", metadata={"Date": None})
-            made.savefig(folder / f".{name}.png", bbox_inches="tight", dpi=110)
     return list(drawn)
 
 
 def training(results: Sequence[Result]) -> Figure:
     """Every ratio as one of speeds, ours over theirs, with its interval and its target."""
     rows: list[Result | str] = []
-    for section in dict.fromkeys(r.section for r in results):
-        rows += [section, *(r for r in results if r.section == section)]
+    for section in (*reach.SECTIONS, reach.CONTROLS):
+        mine = [r for r in results if r.section == section]
+        rows += [section, *mine] if mine else []
     figure = Figure(figsize=(8.6, 0.6 + 0.235 * len(rows)))
     axes = figure.add_subplot()
     for y, row in enumerate(rows):
@@ -72,8 +72,10 @@ def training(results: Sequence[Result]) -> Figure:
         else:
             _ratio(axes, y, row)
     axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1)
-    axes.set(xscale="log", xlim=SCALE, ylim=(len(rows) - 0.3, -0.8), yticks=[])
-    ticks = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0]
+    speeds = [v for r in results if r.found for v in _speeds(r)]
+    scale = min(0.85, *speeds) / 1.03, max(1.25, *speeds) * 1.03
+    axes.set(xscale="log", xlim=scale, ylim=(len(rows) - 0.3, -0.8), yticks=[])
+    ticks = [t for t in TICKS if scale[0] < t < scale[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
@@ -85,25 +87,28 @@ def training(results: Sequence[Result]) -> Figure:
 
 
 def _ratio(axes: Axes, y: int, result: Result) -> None:
-    """A line of the table; ratios of times are turned over."""
-    found = result.found
-    assert found is not None
-    turned = result.sense == "at most"
-
-    def speed(value: float) -> float:
-        return 1 / value if turned else value
-
+    """A line of the table."""
     colour, shape = LOOK[result.verdict]
-    ends = sorted(speed(v) for v in (found.low, found.high) if 0 < v < math.inf)
-    if ends:
-        axes.plot(ends, [y, y], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3)
-    axes.plot(speed(found.median), y, shape, color=colour, markersize=5.5, zorder=4,
+    *targets, median, low, high = _speeds(result)
+    axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=3)
+    axes.plot(median, y, shape, color=colour, markersize=5.5, zorder=4,
               markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
-    target = speed(result.target)
-    axes.plot([target, target], [y - 0.36, y + 0.36], color=INK, linewidth=1.6, zorder=2)
+    for target in targets:
+        axes.plot([target, target], [y - 0.36, y + 0.36], color=INK, linewidth=1.6, zorder=2)
     place = {"transform": axes.get_yaxis_transform(), "va": "center"}
     axes.text(-0.01, y, result.what, ha="right", **place)
-    axes.text(1.01, y, f"{speed(found.median):.2f}", ha="left", color=colour, **place)
+    axes.text(1.01, y, f"{median:.2f}", ha="left", color=colour, **place)
+
+
+def _speeds(result: Result) -> list[float]:
+    """Target or targets, median and ends of a line; ratios of times are turned over."""
+    found = result.found
+    assert found is not None
+    around = (1 - result.target, 1 + result.target)
+    targets = around if result.sense == "within" else (result.target,)
+    ends = (found.median if math.isinf(v) else v for v in (found.low, found.high))
+    values = [*targets, found.median, *ends]
+    return [1 / v for v in values] if result.sense == "at most" else values
 
 
 def _legend(axes: Axes) -> None:

@@ -1,0 +1,66 @@
+"""The reach table: names that fit, the control everywhere, peers on equal terms."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness.lines import CONTROL
+from benchmarks.models import SHAPES
+from benchmarks.page.page import page
+from benchmarks.reach import COLLECTIVES, CROWDED, GROUPS, SECTIONS
+from benchmarks.special import KB, MB, collective_lines
+
+MODULES = {"ours", "eager", "ddp", "fsdp2", "deepspeed", "fairscale", "accelerate"}
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
+def test_lines_name_contestants_of_their_group(group):
+    for section, line in group.lines:
+        assert {line.ours, *line.others} <= set(group.contestants)
+        assert section in SECTIONS
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
+def test_every_group_has_the_control_and_equal_work(group):
+    tasks = group.contestants
+    first, second = (tasks[name] for name in CONTROL)
+    assert first == second
+    assert first.module == "ours"
+    assert not first.connected
+    for task in tasks.values():
+        assert task.module in MODULES
+        assert task.model in SHAPES
+        assert task.rows * task.ranks == group.rows * group.ranks
+        assert task.threads * task.ranks == group.ranks
+
+
+def test_keys_are_unique():
+    keys = [line.key for group in GROUPS for line in (group.control, *(x for _, x in group.lines))]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "sections"),
+    [
+        (4 * KB, 2, [COLLECTIVES] * 2),
+        (64 * KB, 2, []),
+        (16 * MB, 2, [COLLECTIVES]),
+        (4 * KB, 4, [CROWDED]),
+        (256 * MB, 4, [CROWDED]),
+    ],
+)
+def test_collectives_are_asked_by_size_and_ranks(size, ranks, sections):
+    seconds = {"ours": [1e-5] * 6, "gloo": [1e-3] * 6, "copy": [9e-6] * 6}
+    cell = {"ranks": ranks, "op": "all_reduce", "bytes": size, "seconds": seconds}
+    found = collective_lines(cell)
+    assert [r.section for r in found] == sections
+    assert all(r.verdict == "holds" for r in found)
+
+
+def test_a_page_without_any_group_still_says_how():
+    machine = {
+        "processor": "P", "cores": 2, "memory_bytes": 2**30, "system": "S", "python": "3",
+        "versions": {}, "peers": {}, "commit": "c", "load": 0.0, "began": "now",
+    }  # fmt: skip
+    raw = {"machine": machine, "groups": {}, "minutes": 0.0, "load_at_end": 0.0}
+    assert "How it is measured" in page(raw, [])
