@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,9 +72,15 @@ class Totals:
 
     vector: Tensor
     names: tuple[str, ...]
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def reduced(self, vector: Tensor) -> None:
+        """The sums over all ranks; the host reads them once."""
+        self.vector = vector
+        self.numbers = dict(zip(self.names, vector.tolist(), strict=True))
 
     def __getitem__(self, name: str) -> float:
-        return float(self.vector[self.names.index(name)])
+        return self.numbers[name]
 
 
 class StepWork:
@@ -123,24 +129,25 @@ class StepWork:
         if self.policy.clip_norm is not None:
             found["norm2"] = self._squares(values)
         digest = float(self.next_digest)
-        found |= {"digest": _scalar(digest), "digest2": _scalar(digest * digest)}
-        found |= {f"flag/{name}": _scalar(float(raised)) for name, raised in self.flags.items()}
-        vector = torch.stack([value.to(torch.float64) for value in found.values()])
-        self.totals = Totals(vector, tuple(found))
+        known = {"digest": digest, "digest2": digest * digest}
+        known |= {f"flag/{name}": float(raised) for name, raised in self.flags.items()}
+        sums = torch.stack(list(found.values())).to(torch.float64)
+        vector = torch.cat([sums, sums.new_tensor(list(known.values()))])
+        self.totals = Totals(vector, (*found, *known))
 
     def _squares(self, values: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of the squared norm of all gradients, as accumulated."""
-        total = torch.zeros((), dtype=torch.float64)
-        for name in self.state.trained:
-            if name in self.state.counted and f"reduced/{name}" in values:
-                total += values[f"reduced/{name}"].to(torch.float64).square().sum()
-        return total
+        mine = [
+            values[f"reduced/{name}"]
+            for name in self.state.trained
+            if name in self.state.counted and f"reduced/{name}" in values
+        ]
+        return nn.utils.get_total_norm(mine).to(torch.float64).square()
 
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums over the ranks, and decide: go on, skip, or raise."""
-        self.totals.vector = yield from all_reduce(
-            self.totals.vector, self.group, label="totals of the step"
-        )
+        total = yield from all_reduce(self.totals.vector, self.group, label="totals of the step")
+        self.totals.reduced(total)
         size = len(self.group.ranks)
         digest, squares = self.totals["digest"], self.totals["digest2"]
         self.digests_differ = digest * digest != size * squares
@@ -220,7 +227,3 @@ class StepWork:
 def _mean(total: float, weight: float) -> float:
     """A metric that nothing counted for is no number; training goes on."""
     return total / weight if weight else math.nan
-
-
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
