@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -61,14 +62,15 @@ def say(text: str) -> None:
 
 def run(wanted: dict[str, Callable[[], Measured]]) -> dict[str, Any]:
     """Everything wanted, one after another; a part that breaks is told, and the rest goes on."""
-    began, raw = time.monotonic(), {"machine": machine(), "groups": {}}
+    began, raw = time.monotonic(), {"machine": machine(), "groups": {}, "broken": {}}
     for name, part in wanted.items():
         console.rule(f"[bold]{name}", align="left")
         load = os.getloadavg()[0]
         try:
             found = part()
-        except (OSError, RuntimeError, ValueError) as error:
-            say(f"[red]{name} broke: {type(error).__name__}: {error}")
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            raw["broken"][name] = f"{type(error).__name__}: {error}"
+            say(f"[red]{name} broke: {raw['broken'][name]}")
             continue
         console.print(on_terminal(name, found.results))
         results = [as_json(result) for result in found.results]

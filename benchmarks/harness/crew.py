@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 BUILD_SECONDS, STEP_SECONDS = 240.0, 120.0
 
 
-class Failed(Exception):
+class Failed(RuntimeError):
     """A contestant that cannot run, and why."""
 
 

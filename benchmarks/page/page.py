@@ -46,6 +46,8 @@ are taken within a round; the absolute numbers are medians of the day."""
         said,
         f"**{tables.tally(asked)}**, of {len(asked)} lines. {_where(raw)}",
     ]
+    broken = [f"- {name} did not run: {why}" for name, why in raw["broken"].items()]
+    lines += ["\n".join(broken)] if broken else []
     lines += _picture(
         "training.svg", "Ratios of speeds with intervals, against their targets", pictures
     )

@@ -57,10 +57,12 @@ def test_collectives_are_asked_by_size_and_ranks(size, ranks, sections):
     assert all(r.verdict == "holds" for r in found)
 
 
-def test_a_page_without_any_group_still_says_how():
+def test_a_page_without_any_group_says_how_and_what_broke():
     machine = {
         "processor": "P", "cores": 2, "memory_bytes": 2**30, "system": "S", "python": "3",
         "versions": {}, "peers": {}, "commit": "c", "load": 0.0, "began": "now",
     }  # fmt: skip
     raw = {"machine": machine, "groups": {}, "minutes": 0.0, "load_at_end": 0.0}
-    assert "How it is measured" in page(raw, [])
+    written = page(raw | {"broken": {"curve": "it broke"}}, [])
+    assert "How it is measured" in written
+    assert "curve did not run: it broke" in written
