@@ -57,9 +57,11 @@ class Profiler:
 
     def before(self) -> None:
         """Begin where the next step is the first to trace; all ranks then compare clocks."""
-        if self._watching or self._session.step + 1 != self._steps.first:
-            return
         session = self._session
+        if self._watching or session.step + 1 != self._steps.first:
+            return
+        if session.worker.rank == 0:
+            self._clear()
         clock = session.comm.perform(
             compare_clocks(session.everyone, session.worker.rank, time.perf_counter, _host())
         )
@@ -79,6 +81,14 @@ class Profiler:
         )
         self._watching = True
         session.worker.observer = self._step
+
+    def _clear(self) -> None:
+        """What an earlier start left, that of more ranks included."""
+        with suppress(OSError):
+            (self._folder / "trace.json").unlink(missing_ok=True)
+            for path in (self._folder / "trace").glob("rank*.jsonl"):
+                if path.name not in {f"rank{rank}.jsonl" for rank in self._session.everyone.ranks}:
+                    path.unlink()
 
     def _step(self, step: int, lowered: Lowered, committed: Committed) -> None:
         key = id(lowered)

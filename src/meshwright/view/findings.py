@@ -7,6 +7,7 @@ from meshwright.view.folder import Folder, Verification
 from meshwright.view.history import History
 from meshwright.view.layouts import shards
 from meshwright.view.measures import Measures
+from meshwright.view.overlap import Overlap
 from meshwright.view.runfile import Setup
 from meshwright.view.units import (
     bytes_text,
@@ -22,6 +23,7 @@ __all__ = [
     "memory_finding",
     "mesh_finding",
     "time_finding",
+    "timeline_finding",
     "traffic_finding",
     "verification_finding",
     "verification_text",
@@ -85,6 +87,18 @@ def time_finding(measures: Measures) -> str:
     if name != "communication" and waiting >= 0.005:
         text += f", {percent_text(waiting)} communication"
     return text
+
+
+def timeline_finding(found: Overlap) -> str:
+    """How much ranks wait for each other, and how much of the communication is hidden."""
+    if not found.under_way:
+        return "What a step does, instruction by instruction"
+    waits = percent_text(found.waiting / found.total)
+    hidden = percent_text(found.hidden / found.under_way)
+    return (
+        f"Ranks spend {waits} of a step on waiting; while collectives are under way they compute "
+        f"{hidden} of the time"
+    )
 
 
 def traffic_finding(measures: Measures) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from meshwright.errors import StorageError, UsageError
 from meshwright.view.fields import finite, integer, mapping, numbers, text
 from meshwright.view.history import History, parse_history
+from meshwright.view.parts import Part, read_parts
 from meshwright.view.runfile import Setup, parse_setup
 
 __all__ = ["Folder", "Verification", "parse_verification", "read_folder"]
@@ -43,6 +44,7 @@ class Folder:
     setup: Setup
     history: History
     verification: Verification | None
+    trace: Sequence[Part] = ()
 
 
 def read_folder(path: Path) -> Folder:
@@ -64,6 +66,7 @@ def read_folder(path: Path) -> Folder:
         setup=parse_setup(_load(path / "run.json")),
         history=parse_history(_text(metrics).split("\n")) if metrics.is_file() else History(),
         verification=parse_verification(_load(verify)) if verify.is_file() else None,
+        trace=tuple(part for part in read_parts(path) if part.slices),
     )
 
 

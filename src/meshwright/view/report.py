@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.resources import files
@@ -29,14 +30,19 @@ from meshwright.view.chart.mesh import MOST_CELLS, mesh_picture
 from meshwright.view.chart.smooth import FEW
 from meshwright.view.chart.tape import layout_tape
 from meshwright.view.chart.time import time_chart, total_bar
+from meshwright.view.chart.timeline import KINDS as KINDS_OF_TIME
+from meshwright.view.chart.timeline import MOST_RANKS, timeline, typical_step
 from meshwright.view.commands import target, train_command, verify_command
 from meshwright.view.folder import Folder, read_folder
 from meshwright.view.history import History
 from meshwright.view.holdings import modules, shape_text
 from meshwright.view.layouts import KINDS
 from meshwright.view.measures import measure
+from meshwright.view.overlap import overlap
+from meshwright.view.parts import Part
 from meshwright.view.runfile import Setup
 from meshwright.view.svg import both_widths
+from meshwright.view.trace import write_trace
 from meshwright.view.traffic import phases
 
 __all__ = ["render_report", "write_report"]
@@ -49,7 +55,10 @@ def write_report(run_dir: Path) -> Path:
         UsageError: `run_dir` is no run folder.
         StorageError: a file in it cannot be read, or the page cannot be written.
     """
-    page = render_report(read_folder(run_dir))
+    folder = read_folder(run_dir)
+    if folder.trace and not (run_dir / "trace.json").exists():  # a rank died before it was merged
+        write_trace(run_dir)
+    page = render_report(folder)
     path = run_dir / "report.html"
     aside = run_dir / ".report.html.tmp"
     try:
@@ -111,7 +120,10 @@ def _facts(folder: Folder) -> dict[str, Any]:
             "traffic": findings.traffic_finding(measures),
             "memory": findings.memory_finding(setup),
             "verification": findings.verification_finding(folder),
+            "timeline": findings.timeline_finding(overlap(folder.trace)),
         },
+        "traced": _traced(folder.trace),
+        "timeline_kinds": KINDS_OF_TIME,
         "memory_parts": _memory_parts(setup),
         "hidden_bars": max(0, len(equal_bills(setup.memory)) - MOST_BARS),
         "hidden_ranks": max(0, len(setup.ranks) - MOST_CELLS),
@@ -126,10 +138,27 @@ def _pictures(folder: Folder) -> dict[str, Any]:
         "loss_picture": both_widths(partial(loss_chart, history)),
         "time_total": both_widths(partial(total_bar, time)) if time else "",
         "time_picture": both_widths(partial(time_chart, history.steps)) if time else "",
+        "timeline": _timeline(folder.trace),
         "memory_picture": both_widths(partial(memory_chart, setup.memory)),
         "sparks": _sparks(history),
         "tape": layout_tape,
         "gauge": error_gauge,
+    }
+
+
+def _timeline(parts: Sequence[Part]) -> str:
+    step = typical_step(parts)
+    return both_widths(partial(timeline, parts, step)) if step else ""
+
+
+def _traced(parts: Sequence[Part]) -> dict[str, Any]:
+    """What the caption of the timeline says."""
+    steps = sorted({step for part in parts for step in part.steps})
+    return {
+        "step": typical_step(parts),
+        "steps": f"{steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else "",
+        "error": max((part.error for part in parts), default=0.0),
+        "hidden": max(0, len(parts) - MOST_RANKS),
     }
 
 
