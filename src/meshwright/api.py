@@ -138,6 +138,8 @@ class Run:
                 compiled=self._compiled,
             )
             stack.callback(self._session.close)
+            if not self._eager:  # there the user's own forward draws from the process's generators
+                self._session.worker.overlap_reading()
             self._session.notes += [*comm.notes, *notes]
             self._session.handshake(facts_of(self._session))
             self._open_folder()

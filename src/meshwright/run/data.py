@@ -41,6 +41,10 @@ class Source(Protocol):
     def notes(self) -> list[str]:
         """What the user should be told; whoever tells it empties the list."""
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether processes of its own do; they are not to be started from a thread."""
+
     def fetch(self, step: int, start: int, stop: int, micro: tuple[int, int]) -> Batch:
         """Samples `[start, stop)` of the global batch of `step`, within micro-batch `micro`."""
 
@@ -76,6 +80,11 @@ class MapSource:
         self._reader, self._training, self._workers = reader, training, workers
         self._drawing = False  # collate draws: it runs on the whole global batch
         self._batch: tuple[int, Any] = (-1, None)  # the last whole batch of such a collate
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether worker processes do."""
+        return self._workers is not None
 
     def fetch(self, step: int, start: int, stop: int, micro: tuple[int, int]) -> Batch:
         """Samples `[start, stop)` of the global batch of `step`.
@@ -180,6 +189,11 @@ class StreamSource:
     def notes(self) -> list[str]:
         """What the user should be told; whoever tells it empties the list."""
         return self._stream.notes
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether worker processes do."""
+        return self._stream.has_workers
 
     def fetch(self, step: int, start: int, stop: int, micro: tuple[int, int]) -> Batch:
         """Samples `[start, stop)` of the global batch of `step`; `micro` makes no difference.

@@ -236,6 +236,7 @@ class Session:
 
     def close(self) -> None:
         """End data workers."""
+        self.worker.reading.close()
         for source in (self.worker.source, self.evaluation):
             if source is not None:
                 source.close()

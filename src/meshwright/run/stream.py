@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from torch.utils.data import DataLoader
+
 from meshwright.errors import UserCodeError
 from meshwright.run.batch import checked, rows
 from meshwright.run.plain import from_plain, to_plain
@@ -40,6 +42,11 @@ class Stream:
         self._barren = 0  # iterators in a row that ended without a batch
         self._batches: dict[int, tuple[Any, int]] = {}
         self._states: dict[int, Any] = {}  # of the stream, before that step's batch was read
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether it is a DataLoader that reads in processes of its own."""
+        return isinstance(self._data, DataLoader) and self._data.num_workers > 0
 
     def batch(self, step: int) -> tuple[Any, int]:
         """The checked global batch of `step` and its samples; 0 samples where evaluation ended.

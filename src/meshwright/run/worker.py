@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from meshwright.errors import UserCodeError
 from meshwright.program.layout import region
 from meshwright.program.program import Program
 from meshwright.run.agreement import same_programs
+from meshwright.run.ahead import ReadAhead
 from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
@@ -133,10 +135,16 @@ class Worker:
         self.flags: dict[str, bool] = {}
         self.ahead: Fetched | None = None
         self.ahead_error: Exception | None = None
+        self.reading = ReadAhead(self.fetch, math.inf)  # on no thread, unless `overlap_reading`
         self.observer: Callable[[int, Lowered, Committed], None] | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
         self.read = False  # something of the source, since it was opened
         self.unread: int | None = None  # the last step, where the user pushed its batch instead
+
+    def overlap_reading(self) -> None:
+        """Read batches while steps compute; only where one rank alone uses this process."""
+        if self.source is not None and not self.source.reads_ahead:
+            self.reading = ReadAhead(self.fetch)
 
     def fetch(self, step: int) -> Fetched:
         """Load this rank's samples of `step`."""
@@ -312,6 +320,8 @@ class AheadWork(StepWork):
         )
         self.failed_ahead = False
         self.keep_gradients = worker.keep_gradients
+        if upcoming is not None and worker.source is not None:
+            worker.reading.begin(upcoming)
 
     def _operands(self, microbatch: int) -> tuple[Mapping[str, Tensor], Tensor]:
         fetched = self.fetched
@@ -327,7 +337,7 @@ class AheadWork(StepWork):
         worker.ahead = None
         if self.upcoming is not None and worker.source is not None:
             try:
-                worker.ahead = worker.fetch(self.upcoming)
+                worker.ahead = worker.reading.finish(self.upcoming)
                 self.next_digest = worker.ahead.digest
             except Exception as error:  # noqa: BLE001 - this step is whole; the next one raises it
                 worker.ahead_error = error
