@@ -18,6 +18,8 @@ from meshwright.errors import StorageError, UsageError
 
 __all__ = ["JsonLines", "TensorBoard", "Wandb", "flattened"]
 
+_Number = float | int | SupportsFloat  # plain numbers first: asking a Protocol takes 6 us
+
 
 class JsonLines:
     """One line of strict JSON per record, flushed at once; NaN and infinity are written as null."""
@@ -146,7 +148,7 @@ def flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, Mapping):
             found.update(flattened(value, f"{prefix}{name}/"))
-        elif isinstance(value, SupportsFloat) and (prefix or name != "step"):
+        elif isinstance(value, _Number) and (prefix or name != "step"):
             found[prefix + name] = float(value)
     return found
 
@@ -159,7 +161,7 @@ def _strict(value: Any) -> Any:
         return [_strict(item) for item in value]
     if isinstance(value, str | bool | int) or value is None:
         return value
-    if isinstance(value, SupportsFloat):
+    if isinstance(value, _Number):
         number = float(value)
         return number if math.isfinite(number) else None
     return value
