@@ -81,6 +81,21 @@ def test_gathering_what_was_cut_gives_the_whole(case):
         assert request.shapes == tuple(tuple(part.shape) for part in parts)
 
 
+def test_parts_that_lie_end_to_end_are_the_whole():
+    """A driver may gather into one piece of memory; then nothing is copied."""
+    memory = torch.arange(24.0)
+    gathered = [move("all_gather", (0, 1, 1, (0, 2), (2, 1)))] * 2
+    parts = [memory[0:8].view(2, 4), memory[12:18].view(2, 3), memory[8:12].view(1, 4),
+             memory[18:21].view(1, 3)]  # fmt: skip
+    first, second = unpack(gathered, parts)
+    assert (first.data_ptr(), second.data_ptr()) == (parts[0].data_ptr(), parts[1].data_ptr())
+    assert first.tolist() == memory[0:12].view(3, 4).tolist()
+    assert second.tolist() == memory[12:21].view(3, 3).tolist()
+    (apart,) = unpack(gathered[:1], [parts[0], parts[2].clone()])
+    assert apart.tolist() == first.tolist()
+    assert apart.data_ptr() != parts[0].data_ptr()
+
+
 @given(case=cut_tensors(), how=st.sampled_from(["sum", "max", "min"]))
 def test_scattering_a_reduction_is_reducing_and_cutting(case, how):
     slab, whole = case

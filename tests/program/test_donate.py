@@ -73,6 +73,47 @@ def test_a_view_of_a_whole_storage_is_the_gradients_own():
     assert names(made) == ["aten.mul.Tensor", "aten.t.default"]
 
 
+def reduce(operand, result):
+    return Op("comm.all_reduce", (Ref(operand), "data", "sum"), (), (result,))
+
+
+def given_up(made):
+    return [("donate", True) in op.kwargs for op in made.program.ops if "all_reduce" in op.name]
+
+
+def test_what_only_its_reduction_reads_is_given_up():
+    ops = [
+        call("mul.Tensor", Ref(0), 2.0, result=1),
+        call("t.default", Ref(1), result=2),
+        reduce(2, 3),
+    ]
+    made = donated(local(ops, 4, [("batch/x", 0)], [("gradient/a", 3)]))
+    assert given_up(made) == [True]
+
+
+def test_a_sum_over_micro_batches_is_given_up():
+    ops = [call("add.Tensor", Ref(1), Ref(0), result=2), reduce(2, 3)]
+    inputs = [("batch/x", 0), ("gradient/a", 1)]
+    assert given_up(donated(local(ops, 4, inputs, [("gradient/a", 3)]))) == [True]
+
+
+def test_what_others_read_is_not_given_up():
+    """An input, what is an output too, and what another op reads."""
+    ops = [
+        reduce(0, 3),
+        call("mul.Tensor", Ref(0), 2.0, result=1),
+        reduce(1, 4),
+        call("t.default", Ref(0), result=2),
+        call("mul.Tensor", Ref(0), 3.0, result=5),
+        reduce(5, 6),
+        call("neg.default", Ref(5), result=7),
+    ]
+    outputs = [("gradient/a", 3), ("gradient/b", 4), ("watch/b", 1), ("gradient/c", 6),
+               ("watch/c", 7)]  # fmt: skip
+    made = donated(local(ops, 8, [("batch/x", 0)], outputs))
+    assert given_up(made) == [False, False, False]
+
+
 def test_a_number_expanded_is_copied():
     values = (Value("float32", ()), Value("float32", ()), Value("float32", (3,)))
     ops = (

@@ -36,6 +36,8 @@ def narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
 def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
     """The inverse of `narrow` over all members."""
     dim, outer, unit, _, lengths = slab
+    if dim == 0 and _end_to_end(parts):
+        return _whole(parts)
     if outer == 1:
         return torch.cat(list(parts), dim)
     shape = parts[0].shape
@@ -45,6 +47,24 @@ def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
     ]
     joined = torch.cat(seen, dim + 1)
     return joined.reshape(*shape[:dim], outer * sum(lengths) * unit, *shape[dim + 1 :])
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> bool:
+    """Whether each part begins in memory where the one before it ends, as drivers answer."""
+    storage, end = parts[0].untyped_storage().data_ptr(), parts[0].data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.data_ptr() != end:
+            return False
+        end += part.nbytes
+    return all(part.is_contiguous() for part in parts)
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """Parts that lie end to end as one tensor, in the same memory."""
+    rows, first = sum(part.shape[0] for part in parts), parts[0]
+    shape = (rows, *first.shape[1:])
+    strides = torch.empty(shape, device="meta").stride()
+    return first.as_strided(shape, strides, first.storage_offset())
 
 
 def _part_shape(shape: Sequence[int], slab: _Slab, member: int) -> tuple[int, ...]:
@@ -66,7 +86,8 @@ def start(ops: Sequence[Op], tensors: Sequence[Tensor], group: Group, index: int
     slabs = [_slabs(op) for op in ops]
     if name == "all_reduce":
         whole = tuple([tensor.contiguous() for tensor in tensors])
-        return Start("all_reduce", group, whole, _reduction(reduction), label=label)
+        donate = all(dict(op.kwargs).get("donate") for op in ops)
+        return Start("all_reduce", group, whole, _reduction(reduction), label=label, donate=donate)
     pairs = list(zip(tensors, slabs, strict=True))
     if name == "all_gather":
         shapes = tuple(_part_shape(t.shape, cut[0], k) for k in members for t, cut in pairs)

@@ -1,4 +1,7 @@
-"""Donate: gradients in storages of their own, so that sums and the update may write in place."""
+"""Donate: gradients in storages of their own, so that sums and the update may write in place.
+
+A sum of gradients that nobody reads but its all-reduce is given up to it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def donated(local: Local) -> Local:
     A gradient that is part of something else (an input, a number expanded, another parameter's
     gradient) is copied.
     """
-    return _in_place(_owned(local))
+    return _given_up(_in_place(_owned(local)))
 
 
 def _owned(local: Local) -> Local:
@@ -76,3 +79,21 @@ def _in_place(local: Local) -> Local:
         for op in program.ops
     )
     return replace(local, program=replace(program, ops=ops))
+
+
+def _given_up(local: Local) -> Local:
+    """All-reduces are told which of their operands nobody needs any more."""
+    program, base = local.program, bases(local.program)
+    kept = {base[v] for n, v in program.inputs if not n.startswith(_GRADIENT)}
+    kept |= {base[value] for _, value in program.outputs}
+    readers = Counter(
+        base[value] for op in program.ops if op.base not in VIEWS for value in op.inputs
+    )
+
+    def told(op: Op) -> Op:
+        value = base[op.inputs[0]] if op.name == "comm.all_reduce" else None
+        if value is None or value in kept or readers[value] > 1:
+            return op
+        return replace(op, kwargs=(*op.kwargs, ("donate", True)))
+
+    return replace(local, program=replace(program, ops=tuple(told(op) for op in program.ops)))
