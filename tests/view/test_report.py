@@ -21,6 +21,7 @@ from meshwright.view.history import parse_history
 from meshwright.view.report import render_report, write_report
 from meshwright.view.runfile import parse_setup
 from tests.view.runs import metric_lines, run_record, verify_record, write_run
+from tests.view.traces import RUN, START, WAIT, written
 
 VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{7*7}}${1}"
@@ -238,3 +239,17 @@ def test_reporting_needs_no_torch() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
+
+
+def test_a_traced_step_is_drawn_and_a_trace_that_was_not_merged_is(tmp_path):
+    path = write_run(tmp_path / "r", run_record(2, 1), metric_lines(5), None)
+    page = Page((write_report(path)).read_text())
+    assert "Timeline" not in page.text
+    body = [RUN | {"phase": "forward"}, START, WAIT]
+    for rank in range(2):  # as ranks leave it that were killed
+        written(path, rank, body, (3, [0.0, 0.6, 0.7, 1.0]), (4, [1.0, 1.6, 1.7, 2.0]))
+    page = Page((write_report(path)).read_text())
+    assert "Ranks spend 40 % of a step on waiting" in page.text
+    assert "the typical one of steps 3 to 4" in page.text
+    assert "compared to within 100 µs" in page.text
+    assert (path / "trace.json").exists()

@@ -13,6 +13,7 @@ from meshwright.run.window import Steps
 from meshwright.view.parts import last_to_start, read_parts, transfers
 from meshwright.view.trace import TRACKS, write_trace
 from tests.run.jobs import job, on_ranks, step
+from tests.view.traces import RUN, START, WAIT, written
 
 MADE = job()
 COMMON = {"ph": str, "name": str, "pid": int, "tid": int}
@@ -126,23 +127,6 @@ def test_bytes_under_way_come_back_to_nothing(tmp_path):
 
 
 # ── parts of ranks that other clocks measured, or that did not end well ──────────────────────────
-
-
-START = {"kind": "Start", "name": "start", "op": "all_reduce", "axis": "data", "ranks": [0, 1],
-         "pending": "~a", "bytes": 8, "serves": [], "why": "", "lines": []}  # fmt: skip
-WAIT = START | {"kind": "Wait", "name": "wait"}
-RUN = {"kind": "Run", "name": "forward", "segment": 0, "ops": 3, "lines": []}
-
-
-def written(folder, rank, instructions, *steps, ahead=0.0, cut=0):
-    """A part, by hand: (step, stamps) each."""
-    head = {"rank": rank, "coordinates": {"data": rank}, "ahead": ahead, "error": 1e-4,
-            "host": f"h{rank}", "pid": 7}  # fmt: skip
-    entries = [head, {"list": 0, "instructions": instructions}]
-    entries += [{"step": number, "list": 0, "stamps": stamps} for number, stamps in steps]
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (folder / "trace").mkdir(exist_ok=True)
-    (folder / f"trace/rank{rank}.jsonl").write_text(text[: len(text) - cut])
 
 
 def test_clocks_that_differ_are_brought_together(tmp_path):
