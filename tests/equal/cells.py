@@ -1,4 +1,4 @@
-"""The equality matrix as data: models x ZeRO stage x ranks x micro-batches."""
+"""The equality matrix as data: models x precision x ZeRO stage x ranks x micro-batches."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ BATCH = 64
 STAGES = (0, 1, 2, 3)
 RANKS = (2, 3, 4)
 MICROBATCHES = (1, 3)
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True, order=True)
@@ -28,13 +29,15 @@ class Cell:
     microbatches: int
     zero: int
     ranks: int
+    precision: str = "float32"
 
     @property
     def plan(self) -> str:
         """As the command line takes it."""
         zero = f"zero{self.zero}," if self.zero else ""
         micro = f",microbatches={self.microbatches}" if self.microbatches > 1 else ""
-        return f"{zero}data={self.ranks}{micro}"
+        precision = f",precision={self.precision}" if self.precision != "float32" else ""
+        return f"{zero}data={self.ranks}{micro}{precision}"
 
     def __str__(self) -> str:
         return f"{self.model} {self.plan}"
@@ -97,16 +100,16 @@ def refused(cell: Cell) -> bool:
 
 def cells() -> tuple[Cell, ...]:
     """Every cell, those that a check refuses too."""
-    return tuple(itertools.starmap(Cell, itertools.product(MODELS, MICROBATCHES, STAGES, RANKS)))
+    factors = (MODELS, MICROBATCHES, STAGES, RANKS, PRECISIONS)
+    return tuple(itertools.starmap(Cell, itertools.product(*factors)))
 
 
 def pairwise(everything: Sequence[Cell]) -> tuple[Cell, ...]:
     """Few cells in which every two values of different factors meet (greedily chosen)."""
 
     def pairs(cell: Cell) -> set[tuple[tuple[str, Any], ...]]:
-        values = [
-            (name, getattr(cell, name)) for name in ("model", "microbatches", "zero", "ranks")
-        ]
+        names = ("model", "microbatches", "zero", "ranks", "precision")
+        values = [(name, getattr(cell, name)) for name in names]
         return set(itertools.combinations(values, 2))
 
     left = set().union(*map(pairs, everything))

@@ -16,7 +16,7 @@ from meshwright.run.data import open_source
 from meshwright.run.measure import KINDS, LAW, Report
 from meshwright.run.reference import Reference, Snapshot
 from meshwright.run.step import Policy
-from meshwright.run.verify import merge, reference_for, verify_rank
+from meshwright.run.verify import Trial, merge, reference_for, try_local, verify_rank
 from meshwright.run.worker import Worker
 
 STEPS = 5
@@ -57,12 +57,16 @@ class Case:
         """The build under a plan; units traced for one plan serve the others of that dtype."""
         plan = Plan.parse(plan_text)
         build = prepare(self.job, plan, plan.data or 2, dtype)
-        build.units = self.units.setdefault(dtype, build.units)
+        return self.shared(build)
+
+    def shared(self, build: Build) -> Build:
+        """The build with the units that others of its dtype have traced."""
+        build.units = self.units.setdefault(build.dtype, build.units)
         return build
 
     def reference(self, build: Build) -> Played:
         """The eager run with the plan's micro-batches."""
-        key = build.plan.microbatches, build.dtype
+        key = build.plan.microbatches, build.plan.precision, build.dtype
         if key not in self.references:
             self.references[key] = Played(reference_for(build, self.source()))
         return self.references[key]
@@ -85,6 +89,13 @@ class Case:
         world.perform([verify_rank(worker, played, steps, report) for worker, report in pairs])
         merged: Report = world.perform([merge(report, worker) for worker, report in pairs])[0]
         return merged
+
+    def rounded(self, plan_text: str, steps: int = 2) -> dict[str, Any]:
+        """The outcome of a plan as it computes, its rounding against that of the reference."""
+        plan = Plan.parse(plan_text)
+        trial = Trial.of(self.job, plan, plan.data or 2, "float32")
+        self.shared(trial.build)
+        return try_local(trial, steps)
 
 
 def verify_local(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.equal.cells import MICROBATCHES, MODELS, RANKS, STAGES, Cell, cells, refused
+from tests.equal.cells import MICROBATCHES, MODELS, PRECISIONS, RANKS, STAGES, Cell, cells, refused
 from tests.laws.source import ROOT
 
 CACHE = ROOT / ".matrix" / "results.json"
@@ -67,17 +68,18 @@ class Record:
             "step, beside the user's own eager code on one device, in float64; a cell is the",
             "largest relative error of the loss, any gradient, weight or optimizer state (the law:",
             "1e-10). *refused*: the plan would split the samples of a batch norm otherwise than",
-            "the job says, and a check says so.",
+            "the job says, and a check says so. Plans in bf16 run the same ops in float64 for this",
+            "figure, and are compared with eager autocast as well (decisions/0010).",
             "",
             f"Commit `{self.commit}`, {_today()}: {done} of {len(cells())} cells.",
         ]
-        for micro in MICROBATCHES:
-            plans = [Cell("", micro, zero, ranks) for zero in STAGES for ranks in RANKS]
-            heads = [cell.plan.removesuffix(f",microbatches={micro}") for cell in plans]
-            lines += ["", f"## microbatches={micro}", ""]
-            lines += [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for precision, micro in itertools.product(PRECISIONS, MICROBATCHES):
+            plans = [Cell("", 1, zero, ranks) for zero in STAGES for ranks in RANKS]
+            lines += ["", f"## microbatches={micro}, precision={precision}", ""]
+            lines += [f"| | {' | '.join(p.plan for p in plans)} |", "|---" * (len(plans) + 1) + "|"]
             for model in MODELS:
-                row = [self._text(Cell(model, micro, p.zero, p.ranks)) for p in plans]
+                cells_ = [Cell(model, micro, p.zero, p.ranks, precision) for p in plans]
+                row = [self._text(cell) for cell in cells_]
                 lines.append(f"| {model} | {' | '.join(row)} |")
         return "\n".join([*lines, ""])
 

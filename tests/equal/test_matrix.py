@@ -37,6 +37,9 @@ def errors_of(case, cell):
         return "refused"
     report = case(cell.model).verify(cell.plan)
     assert_equal(report)
+    if cell.precision != "float32":
+        rounded = case(cell.model).rounded(cell.plan)
+        assert rounded["passed"], rounded
     return {kind: worst.error for kind, worst in report.worst.items()}
 
 
@@ -60,6 +63,7 @@ def test_the_sample_meets_every_pair():
             for pair in [
                 (c.model, c.zero), (c.model, c.microbatches), (c.zero, c.ranks),
                 (c.model, c.ranks), (c.microbatches, c.zero), (c.microbatches, -c.ranks),
+                (c.model, c.precision), (c.zero, c.precision), (c.microbatches, c.precision),
             ]
         }  # fmt: skip
 
