@@ -57,7 +57,7 @@ def parts(
 
 def say(text: str) -> None:
     """Progress."""
-    console.print(f"  [dim]{time.strftime('%H:%M:%S')}[/] {text}")
+    console.print(f"  {time.strftime('%H:%M:%S')}  {text}", markup=False, soft_wrap=True)
 
 
 def run(wanted: dict[str, Callable[[], Measured]]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def run(wanted: dict[str, Callable[[], Measured]]) -> dict[str, Any]:
             found = part()
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raw["broken"][name] = f"{type(error).__name__}: {error}"
-            say(f"[red]{name} broke: {raw['broken'][name]}")
+            say(f"{name} broke: {raw['broken'][name]}")
             continue
         console.print(on_terminal(name, found.results))
         results = [as_json(result) for result in found.results]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness.result import FAILED, Result, ratio
@@ -39,7 +40,7 @@ def on_terminal(title: str, results: Sequence[Result]) -> Table:
         colour = COLOURS[result.verdict]
         table.add_row(*most, f"[{colour}]{verdict}[/]")
         if result.reason:
-            table.add_row(f"  [dim]{result.reason}[/]")
+            table.add_row(f"  {escape(result.reason)}")
     return table
 
 
