@@ -5,7 +5,8 @@ A program gives new buffers back; nothing else that the forward writes to reache
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from meshwright.compile.trace import hooks_of
 from meshwright.errors import NotTraceable, UserCodeError
 from meshwright.program.program import Program, without_dead_ops
 
-__all__ = ["kept", "require_dense", "require_kept", "traced_parameters"]
+__all__ = ["constants_swapped", "kept", "require_dense", "require_kept", "traced_parameters"]
 
 
 def traced_parameters(
@@ -40,6 +41,19 @@ def traced_parameters(
         for hook in hooks if name in trained else ():
             found[name].register_hook(hook)
     return found
+
+
+@contextlib.contextmanager
+def constants_swapped(model: Blueprint, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Tensors that modules keep as plain attributes become inputs too."""
+    homes = [(name.rpartition("."), name) for name in model.constants]
+    try:
+        for (path, _, attribute), name in homes:
+            setattr(model.module.get_submodule(path), attribute, inputs[f"constant/{name}"])
+        yield
+    finally:
+        for (path, _, attribute), name in homes:
+            setattr(model.module.get_submodule(path), attribute, model.constants[name])
 
 
 def kept(model: Blueprint, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,9 +27,16 @@ from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
+from meshwright.compile.script import Recorder, Script
 from meshwright.compile.settings import default_dtype, straight_checkpoint, unvalidated
 from meshwright.compile.stale import not_stale
-from meshwright.compile.state import kept, require_dense, require_kept, traced_parameters
+from meshwright.compile.state import (
+    constants_swapped,
+    kept,
+    require_dense,
+    require_kept,
+    traced_parameters,
+)
 from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import UserCodeError
@@ -77,6 +84,7 @@ class _Run:
     draws: int = 0
     outputs: Any = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    script: Script = field(default_factory=Script)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +127,9 @@ def trace_unit(
     """
     how = _How(samples, dtype, precision, training, predict)
     first, run = _trace(model, loss, example, how, 0)
-    again, _ = _trace(model, loss, example, how, 1)
-    if first.digest != again.digest:
-        raise UserCodeError(
-            f"{_first_difference(first, again)}two traces of the model differ: its forward depends"
-            " on something outside its inputs (a global counter, the clock); make it an input, or "
-            "use --eager"
-        )
+    if not _runs_again(model, loss, example, how, run.script):
+        _require_same(first, _trace(model, loss, example, how, 1)[0])
+    run.script = Script()  # it holds the trace's tensors
     draws = _sample_dims(first, samples, run.draws)
     if samples == 1 and run.draws:
         probe, _ = _trace(model, loss, example, replace(how, samples=2), 0)
@@ -152,14 +156,48 @@ def _trace(
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _unit(model, loss, example, how, inputs, places, run)
 
-    # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
-    compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
-    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling, unvalidated():
+    with _as_traced(dtype):
         program, run.constants = not_stale(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
         program = require_kept(program)
     return program if how.precision == "float32" else with_shared_casts(program), run
+
+
+@contextlib.contextmanager
+def _as_traced(dtype: torch.dtype | None) -> Iterator[None]:
+    # Code that asks whether it is being compiled (to avoid reading values) is told that it is.
+    compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", new=True)
+    with blamed(), default_dtype(dtype), straight_checkpoint(), compiling, unvalidated():
+        yield
+
+
+def _runs_again(model: Blueprint, loss: Loss, example: Example, how: _How, script: Script) -> bool:
+    """Whether a second run, with other random states, does what the traced one did.
+
+    Where it cannot tell, it says no, and a second trace decides.
+    """
+    fakes, run = _fakes(model, example, how.samples, how.dtype), _Run()
+
+    def function() -> None:
+        with fakes["scale"].fake_mode:  # type: ignore[attr-defined]
+            _unit(model, loss, example, how, fakes, Places(), run)
+
+    try:
+        with _as_traced(how.dtype):
+            not_stale(function, model.module, 1)
+    except Exception:  # noqa: BLE001 - whatever it is, the second trace raises it too
+        return False
+    return script.lines == run.script.lines
+
+
+def _require_same(one: Program, other: Program) -> None:
+    if one.digest != other.digest:
+        raise UserCodeError(
+            f"{_first_difference(one, other)}two traces of the model differ: its forward depends"
+            " on something outside its inputs (a global counter, the clock); make it an input, or "
+            "use --eager"
+        )
 
 
 def _first_difference(one: Program, other: Program) -> str:
@@ -235,10 +273,11 @@ def _unit(
     whole.train(training)
     watched = Watched()
     with (
+        Recorder(run.script),
         tagger,
         tagger.modules(model.module),
         RandomMode(emit, promote=how.dtype == torch.float64) as mode,
-        _constants_swapped(model, inputs),
+        constants_swapped(model, inputs),
         watching(watched),
         torch.set_grad_enabled(training),
         Attention(),
@@ -269,6 +308,7 @@ def _unit(
         }
     outputs |= unwritten
     outputs |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
+    run.script.note("outputs", list(outputs.items()))
     return outputs
 
 
@@ -323,19 +363,6 @@ def _gradients(
     require_dense(gradients)
     run.unused = tuple(name for name in named if name not in gradients)
     return {f"gradient/{name}": gradient for name, gradient in gradients.items()}
-
-
-@contextlib.contextmanager
-def _constants_swapped(model: Blueprint, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Tensors that modules keep as plain attributes become inputs too."""
-    homes = [(name.rpartition("."), name) for name in model.constants]
-    try:
-        for (path, _, attribute), name in homes:
-            setattr(model.module.get_submodule(path), attribute, inputs[f"constant/{name}"])
-        yield
-    finally:
-        for (path, _, attribute), name in homes:
-            setattr(model.module.get_submodule(path), attribute, model.constants[name])
 
 
 def sample_layouts(program: Program) -> dict[int, Layout]:
