@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from meshwright.errors import MeshwrightError
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
 from tests.comm.conftest import free_port
-from tests.comm.traffic import many_buckets, same, starts
+from tests.comm.traffic import BUCKETED, bucket, many_buckets, same, starts
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.comm.crew"])
@@ -120,6 +122,31 @@ def until_broken(comm: Shared, size: int, seed: int) -> tuple[float, str, str]:
         return time.time(), type(error).__name__, str(error)
 
 
+def any_until_broken(comm: Shared, seed: int) -> tuple[float, str, str]:
+    """As `until_broken`, over all kinds of collectives and sizes."""
+    me, group, dice = comm.world.rank, Group.world(comm.world.size), random.Random(seed)
+    calls = [starts(group, seed * 100_003 + k)[me] for k in range(16)]
+    calls += [bucket(group, seed, op, [3, 40_000, 0, 500_001])[me] for op in BUCKETED]
+    mine = random.Random(seed + me)
+    try:
+        while True:
+            comm.perform(one(dice.choice(calls)))
+            if mine.random() < 0.1:
+                pause(mine)
+    except Exception as error:  # noqa: BLE001  the test looks at it
+        return time.time(), type(error).__name__, str(error)
+
+
+def mapped(comm: Shared) -> tuple[int, int]:
+    """How many segments this process maps, and has open, besides those of its own world."""
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    kept = sum("memfd:meshwright" in line for line in maps)
+    comm.perform(barrier(Group.world(comm.world.size)))
+    return kept, sum("memfd:meshwright" in link for link in links)
+
+
 def report(comm: Shared, body: Callable[[], Any]) -> tuple[str, str]:
     """What a collective answers, or how it fails."""
     try:
@@ -203,6 +230,8 @@ BODIES = {
         buckets,
         in_flight,
         until_broken,
+        any_until_broken,
+        mapped,
         meaning,
         abandoned,
         late,
@@ -229,6 +258,7 @@ def _serve(pipe) -> None:
                 pipe.send((None, "joined"))
                 answer = BODIES[name](comm, **given)
                 comm.close()
+                comm = None  # and with it the memory
             pipe.send((True, answer))
         except BaseException as error:  # noqa: BLE001  handed to the test
             pipe.send((False, f"{type(error).__name__}: {error}"))

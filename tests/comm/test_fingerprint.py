@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from meshwright.comm.base import Group, Start
 from meshwright.comm.fingerprint import BYTES, decode, encode, require_same, text
-from meshwright.errors import InternalError
+from meshwright.errors import UserCodeError
 
 GROUP = Group("data", (0, 1))
 X = torch.zeros(3, 5)
@@ -53,5 +53,5 @@ def test_many_shapes_are_cut_to_fit_the_wire(many, label):
 
 def test_who_means_what_is_told():
     require_same(["a", "a"], (0, 2), "data")
-    with pytest.raises(InternalError, match="over data: rank 0: a; ranks 2, 3: b"):
+    with pytest.raises(UserCodeError, match="over data: rank 0: a; ranks 2, 3: b"):
         require_same(["a", "b", "b"], (0, 2, 3), "data")

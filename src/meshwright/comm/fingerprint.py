@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meshwright.comm.base import Start
 from meshwright.comm.roll import named
-from meshwright.errors import InternalError
+from meshwright.errors import UserCodeError
 
 __all__ = ["BYTES", "decode", "encode", "require_same", "text"]
 
@@ -74,11 +74,15 @@ def require_same(words: Sequence[str], ranks: Sequence[int], axis: str) -> None:
     """Raise unless all members, in the order of `ranks`, mean the same.
 
     Raises:
-        InternalError: naming which ranks mean what.
+        UserCodeError: naming which ranks mean what.
     """
     meaning: dict[str, list[int]] = {}
     for rank, word in zip(ranks, words, strict=True):
         meaning.setdefault(word, []).append(rank)
     if len(meaning) > 1:
         told = "; ".join(f"{named(who)}: {word}" for word, who in meaning.items())
-        raise InternalError(f"ranks disagree about the next collective over {axis}: {told}")
+        raise UserCodeError(
+            f"ranks disagree about the next collective over {axis}: {told}. All ranks must make "
+            "the same calls in the same order: look for an `if` on the rank, on data or on time "
+            "around step, evaluate, predict, save or your own collectives"
+        )
