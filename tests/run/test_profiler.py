@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.run.profiler import Profiler
 from meshwright.run.window import Steps
-from tests.run.jobs import job, on_ranks, step
+from tests.run.jobs import Net, job, on_ranks, step
 
 MADE = job()
 
@@ -17,7 +17,7 @@ def entries(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def traced(folder, plan, first, last, steps):
+def traced(folder, plan, first, last, steps, **how):
     """Train, tracing; per rank the notes, and the number of instructions of its list."""
 
     def body(session):
@@ -34,7 +34,7 @@ def traced(folder, plan, first, last, steps):
         profiler.close()
         return session.notes, sizes[-1], told, session.worker.observer
 
-    return on_ranks(MADE, plan, body)
+    return on_ranks(MADE, plan, body, **how)
 
 
 @pytest.mark.parametrize("plan", ["data=1", "data=2,microbatches=2", "zero3,data=3"])
@@ -101,3 +101,25 @@ def test_labels_say_what_is_computed_moved_and_for_whom(tmp_path):
     weights = [t for t in starts.values() if any(n.startswith("model/") for n in t["serves"])]
     assert weights
     assert {told["op"] for told in weights} == {"all_gather"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "how"),
+    [("data=2", {}), ("zero1,data=2", {}), ("zero3,data=2", {}), ("data=2", {"eager": True})],
+)
+def test_the_bytes_of_gradients_are_those_of_the_parameters(plan, how, tmp_path):
+    traced(tmp_path, plan, 1, 1, 1, **how)
+    _, lists, *_ = entries(tmp_path / "trace/rank0.jsonl")
+    starts = [told for told in lists["instructions"] if told["kind"] == "Start"]
+    served = [n.removeprefix("gradient/") for told in starts for n in told["serves"] if "grad" in n]
+    sizes = {name: value.numel() * 4 for name, value in Net().named_parameters()}
+    assert sorted(served) == sorted(sizes)
+    moved = sum(t["bytes"] for t in starts if any("gradient/" in name for name in t["serves"]))
+    assert moved == sum(sizes.values())
+
+
+def test_eager_code_computes_while_it_loads(tmp_path):
+    traced(tmp_path, "data=1", 1, 1, 1, eager=True)
+    _, lists, *_ = entries(tmp_path / "trace/rank0.jsonl")
+    (load,) = [told for told in lists["instructions"] if told["kind"] == "Load"]
+    assert load["phase"] == "forward/backward"

@@ -35,7 +35,13 @@ KIND = st.sampled_from(["Run", "Start", "Wait", "Free"])
 def test_what_is_hidden_is_computed_and_under_way(instructions):
     times = [0.0, *accumulate(seconds for _, seconds, _ in instructions)]
     slices = [
-        Slice(3, place, {"kind": kind, "pending": name}, times[place], times[place + 1])
+        Slice(
+            3,
+            place,
+            {"kind": kind, "pending": name} | ({"phase": ""} if kind == "Run" else {}),
+            times[place],
+            times[place + 1],
+        )
         for place, (kind, _, name) in enumerate(instructions)
     ]
     found = overlap([Part(0, {}, "h", 1, slices=slices)])

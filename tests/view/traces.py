@@ -7,7 +7,7 @@ import json
 START = {"kind": "Start", "name": "start", "op": "all_reduce", "axis": "data", "ranks": [0, 1],
          "pending": "~a", "bytes": 8, "serves": [], "why": "", "lines": []}  # fmt: skip
 WAIT = START | {"kind": "Wait", "name": "wait"}
-RUN = {"kind": "Run", "name": "forward", "segment": 0, "ops": 3, "lines": []}
+RUN = {"kind": "Run", "name": "forward", "phase": "forward", "segment": 0, "ops": 3, "lines": []}
 
 
 def written(folder, rank, instructions, *steps, ahead=0.0, cut=0):

@@ -60,6 +60,8 @@ class _Teller:
                 told = self._start(instruction)
             case "Wait":
                 told = self._wait(instruction)
+            case "Load" if not instruction.outputs:  # eager: a Load does all the work
+                told = {"name": "eager forward and backward", "phase": "forward/backward"}
             case "Stash":
                 self._alias(instruction)
                 told = {"name": f"keep {len(instruction.inputs)} values"}

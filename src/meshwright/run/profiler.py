@@ -101,7 +101,9 @@ class Profiler:
     def _sizes(self) -> Mapping[str, int]:
         """Bytes of what a rank holds, by the names that instructions give them."""
         state = self._session.worker.state
-        held = {name: tensor.nbytes for name, tensor in state.values.items()}
+        whole = self._session.build.values().items()
+        held = {f"gradient/{name}": value.bytes for name, value in whole}
+        held |= {name: tensor.nbytes for name, tensor in state.values.items()}
         return held | {f"shard/{name}": shard.nbytes for name, shard in state.shards.items()}
 
     def after(self, *, last: bool = False) -> None:

@@ -39,7 +39,7 @@ def overlap(parts: Sequence[Part]) -> Overlap:
         waiting += sum(p.ended - p.began for p in part.slices if p.kind in kinds)
         spans = _union(part)
         under_way += sum(ended - began for began, ended in spans)
-        runs = [(p.began, p.ended) for p in part.slices if p.kind == "Run"]
+        runs = [(p.began, p.ended) for p in part.slices if p.computes]
         hidden += _shared(runs, spans)
     return Overlap(total, waiting, under_way, hidden)
 

@@ -29,6 +29,11 @@ class Slice:
         """Of the instruction."""
         return str(self.what["kind"])
 
+    @property
+    def computes(self) -> bool:
+        """Whether the model runs in it."""
+        return "phase" in self.what
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -22,7 +22,6 @@ Event = dict[str, Any]
 
 TRACKS = ("steps", "compute", "waiting", "data", "update", "memory")
 _TRACK = {
-    "Run": "compute",
     "Start": "waiting",
     "Wait": "waiting",
     "Agree": "waiting",
@@ -114,7 +113,7 @@ def _slice(rank: int, piece: Slice, zero: float, late: tuple[int, float] | None)
         "name": piece.what["name"],
         "cat": piece.kind,
         "pid": rank,
-        "tid": TRACKS.index(_TRACK.get(piece.kind, "update")),
+        "tid": TRACKS.index("compute" if piece.computes else _TRACK.get(piece.kind, "update")),
         "ts": _time(piece.began, zero),
         "dur": _lasting(piece.began, piece.ended, zero),
         "args": {"step": piece.step, "instruction": piece.place, **args},

@@ -143,7 +143,7 @@ def _joined(left: _Block, right: _Block) -> _Block:
 
 
 def _class(piece: Slice) -> str:
-    if piece.kind == "Run":
+    if piece.computes:
         return "part-forward" if piece.what.get("phase") == "forward" else "part-compute"
     return _CLASSES.get(piece.kind, "part-update")
 
