@@ -5,7 +5,8 @@
 Every round times each contestant once, in an order that rotates from round to round, after a
 warm-up of its own; ratios are taken within a round. A line shows medians of times, and medians of
 ratios with the 95 % interval of that median. `copy` is all ranks at once copying as many bytes from
-one private tensor to another: what is left to a collective is less than that only in cache.
+one private tensor to another: what is left to a collective is less than that only in cache. An
+all-reduce is timed into fresh tensors, and into its own where the caller gives them up (`donated`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,24 +97,35 @@ def work(
                 "gloo": lambda start=start: gloo.perform(one(start)),
                 "copy": lambda a=target, b=source: a.copy_(b),
             }
+            if op == "all_reduce":
+                given = replace(start, donate=True)
+                bodies["donated"] = lambda start=given: ours.perform(one(start))
             calls = max(1, min(ROUND_CALLS, ROUND_BYTES // size))
             times = {name: [] for name in bodies}
             names = list(bodies)
             for turn in range(rounds):
-                for name in names[turn % 3 :] + names[: turn % 3]:
+                for name in _turned(names, turn):
                     share = max(1, calls // 8) if name == "gloo" else calls
                     times[name].append(seconds(ours, bodies[name], share))
             if rank == 0:
-                spent = "  ".join(f"{middle(times[name])[0] * 1e6:11.1f}" for name in names)
+                spent = "  ".join(f"{middle(times[name])[0] * 1e6:11.1f}" for name in names[:3])
                 line = f"{n} {op:14} {size >> 10:7} KB  {spent}"
                 line += f"  {ratio(times['ours'], times['copy'])}"
-                print(f"{line}  {ratio(times['gloo'], times['ours'])}", flush=True)
+                line += f"  {ratio(times['gloo'], times['ours'])}"
+                if "donated" in times:
+                    line += f"  donated/copy {ratio(times['donated'], times['copy'])}"
+                print(line, flush=True)
                 if file:
                     cell = {"ranks": n, "op": op, "bytes": size, "seconds": times}
                     with file.open("a") as out:
                         out.write(json.dumps(cell) + "\n")
     gloo.close()
     ours.close()
+
+
+def _turned(names: list[str], turn: int) -> list[str]:
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def ports() -> tuple[int, int]:

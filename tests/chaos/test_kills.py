@@ -26,7 +26,7 @@ def crew():
 
 
 def kill_one(crew, seed):
-    """Kill a rank of a new world; seconds until each survivor knew, and what they said wrong."""
+    """Kill a rank of a new world: how long survivors waited for it, and what they said wrong."""
     dice = random.Random(seed)
     n = dice.choice([2, 3, 4])
     crew.start(n, "any_until_broken", seed=seed)
@@ -38,10 +38,11 @@ def kill_one(crew, seed):
     told = crew.answers([rank for rank in range(n) if rank != victim])
     wrong = [
         (seed, n, victim, kind, said)
-        for _, kind, said in told
+        for _, _, kind, said in told
         if kind != "PeerLost" or f"rank {victim} (pid {pid}) is gone" not in said
     ]
-    return [at - when for at, _, _ in told], wrong
+    # A survivor that comes to a collective only later, waits from then on.
+    return [at - max(when, began) for began, at, _, _ in told], wrong
 
 
 def kill_many(crew, seeds):

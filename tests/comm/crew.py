@@ -122,19 +122,20 @@ def until_broken(comm: Shared, size: int, seed: int) -> tuple[float, str, str]:
         return time.time(), type(error).__name__, str(error)
 
 
-def any_until_broken(comm: Shared, seed: int) -> tuple[float, str, str]:
-    """As `until_broken`, over all kinds of collectives and sizes."""
+def any_until_broken(comm: Shared, seed: int) -> tuple[float, float, str, str]:
+    """As `until_broken`, over all kinds and sizes; also when the one that failed began."""
     me, group, dice = comm.world.rank, Group.world(comm.world.size), random.Random(seed)
     calls = [starts(group, seed * 100_003 + k)[me] for k in range(16)]
     calls += [bucket(group, seed, op, [3, 40_000, 0, 500_001])[me] for op in BUCKETED]
-    mine = random.Random(seed + me)
+    mine, began = random.Random(seed + me), 0.0
     try:
         while True:
-            comm.perform(one(dice.choice(calls)))
             if mine.random() < 0.1:
                 pause(mine)
+            began = time.time()
+            comm.perform(one(dice.choice(calls)))
     except Exception as error:  # noqa: BLE001  the test looks at it
-        return time.time(), type(error).__name__, str(error)
+        return began, time.time(), type(error).__name__, str(error)
 
 
 def mapped(comm: Shared) -> tuple[int, int]:
@@ -196,15 +197,16 @@ def leaves_early(comm: Shared) -> None:
     comm.perform(barrier(group, "w"))
 
 
-def warm(comm: Shared, size: int, calls: int) -> tuple[int, int]:
-    """Bytes that are kept for results after some calls, and after many."""
+def warm(comm: Shared, size: int, calls: int) -> tuple[int, int, int]:
+    """Bytes that are kept for results after some calls, and after many, and the pages faulted."""
     group, tensor = Group.world(comm.world.size), torch.ones(size)
     for _ in range(3):
         comm.perform(all_reduce(tensor, group))
-    before = comm._pool.idle
+    before, faults = comm._pool.idle, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         comm.perform(all_reduce(tensor, group))
-    return before, comm._pool.idle
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return before, comm._pool.idle, faults
 
 
 def connected(rank: int, n: int, port: int, limit: int, **contract: Any) -> tuple[str, Any, Any]:
