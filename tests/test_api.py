@@ -422,3 +422,40 @@ def test_two_runs_one_after_the_other_on_two_ranks(capfd):
     assert status == 0, capfd.readouterr().err
     first, second = lines("a"), lines("b")
     assert [r["loss"] for r in first if "loss" in r] == [r["loss"] for r in second if "loss" in r]
+
+
+# ── traces ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def traced_steps(folder="r"):
+    whole = json.loads((Path(folder) / "trace.json").read_text())
+    steps = [e for e in whole["traceEvents"] if e.get("cat") == "step"]
+    return sorted((event["pid"], event["args"]["step"]) for event in steps)
+
+
+def test_steps_are_traced_on_every_rank_and_a_loop_that_ends_early_keeps_its_own(monkeypatch):
+    made = job()
+
+    def body():
+        with run(made, plan="zero1,data=2", trace="2-9") as trained:
+            for _ in range(3):
+                trained.step()
+
+    runs_of(2, body, monkeypatch)
+    assert traced_steps() == [(rank, step) for rank in (0, 1) for step in (2, 3)]
+    assert any("trace of steps 2 to 3" in line.get("note", "") for line in lines())
+
+
+def test_an_error_leaves_the_part_and_no_merged_trace():
+    def body():
+        with run(job(), trace=True) as trained:
+            for number in trained.steps(until=9):
+                trained.step()
+                if number == 4:
+                    raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        body()
+    part = [json.loads(line) for line in Path("r/trace/rank0.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in part if "step" in entry] == [3, 4, 5]
+    assert not Path("r/trace.json").exists()
