@@ -51,6 +51,11 @@ def test_processes_equal_one_device(cell):
     assert found["law"] == dict.fromkeys(KINDS, LAW)
 
 
+def test_processes_equal_one_device_over_gloo(monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_COMM", "gloo")  # they share memory by themselves
+    assert verified("digits zero1,data=2", SAMPLE["digits zero1,data=2"])["passed"]
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", MORE)
 def test_more_processes_equal_one_device(cell):
