@@ -96,8 +96,9 @@ class TensorBoard:
         """
         step = int(record.get("step", 0))
         try:
-            for name, value in flattened(record).items():
-                self._writer.add_scalar(name, value, step)
+            values = flattened(record)
+            if values:
+                self._writer.file_writer.add_summary(self._summary(values), step)
             if "note" in record:
                 self._writer.add_text("note", str(record["note"]), step)
         except OSError as error:
@@ -109,6 +110,13 @@ class TensorBoard:
             self._writer.close()
         finally:
             threading.excepthook = self._told
+
+    @staticmethod
+    def _summary(values: Mapping[str, float]) -> Any:
+        """One event for all of a step's values: eight events cost twice as much."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
 
     def _failed(self, failure: threading.ExceptHookArgs) -> None:
         """TensorBoard's thread raises again at the next call, which is where it is told."""
