@@ -7,6 +7,7 @@ import threading
 import pytest
 from torch.utils.data import DataLoader
 
+from meshwright.run import ahead as ahead_module
 from meshwright.run.ahead import ReadAhead
 from meshwright.run.data import open_source
 from tests.run.jobs import Points, alone, job, losses
@@ -142,3 +143,41 @@ def test_no_thread_beside_processes_that_read_ahead(data, ahead):
     source = open_source(data, batch_size=12, seed=0)
     assert source.reads_ahead is ahead
     source.close()
+
+
+class Clock:
+    """A clock whose hands are set by what is read."""
+
+    def __init__(self):
+        self.now = self.used = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def thread_time(self):
+        return self.used
+
+
+@pytest.mark.parametrize(
+    ("waits", "computes", "threads"),
+    [
+        ([1.0] * 6, 0.0, [False, False, False, True, True, True]),
+        ([0.0] * 6, 1.0, [False] * 6),
+        ([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], 0.0, [False] * 6),
+    ],
+    ids=["waits", "computes", "waits at times"],
+)
+def test_what_waits_each_time_is_read_on_a_thread(monkeypatch, waits, computes, threads):
+    clock, read = Clock(), Reading()
+    monkeypatch.setattr(ahead_module, "time", clock)
+
+    def slowly(step):
+        clock.now += waits[step] + computes
+        clock.used += computes
+        return read(step)
+
+    ahead = ReadAhead(slowly)
+    for step in range(6):
+        ahead.begin(step)
+        ahead.finish(step)
+    assert [thread is not MAIN for thread in read.threads] == threads

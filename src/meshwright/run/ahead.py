@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
+from collections import deque
 from collections.abc import Callable
 from threading import Thread
 from typing import Generic, TypeVar
@@ -13,11 +14,15 @@ __all__ = ["ReadAhead"]
 _Batch = TypeVar("_Batch")
 
 LONG = 2e-3
-"""Seconds of reading below which a thread costs more than it hides."""
+"""Seconds of waiting while reading, below which a thread costs more than it hides."""
 
 
 class ReadAhead(Generic[_Batch]):
-    """Reads batches on a thread between `begin` and `finish`, where reading takes long.
+    """Reads batches on a thread between `begin` and `finish`, where reading has to wait.
+
+    Waiting is what the clock shows beyond the reader's own processor time: what computes would only
+    take turns with the step. It counts if the last few batches all waited, for a machine with more
+    to do than it has cores lets anybody wait at times.
 
     Between the two nothing else may draw from the process's random generators: reading seeds them,
     and puts them back.
@@ -26,15 +31,15 @@ class ReadAhead(Generic[_Batch]):
     def __init__(self, read: Callable[[int], _Batch], long: float = LONG) -> None:
         """`read(step)` gives a batch or raises; `long` is `LONG` but in tests."""
         self._read, self._long = read, long
-        self._took = 0.0  # seconds, by the last batch
+        self._waited: deque[float] = deque([0.0], maxlen=3)  # seconds, by the last batches
         self._bound = False  # reading fails on threads other than the main one
         self._reading: tuple[int, Thread] | None = None
         self._found: _Batch | None = None
 
     def begin(self, step: int) -> None:
-        """Start to read the batch of `step`, if the one before took long."""
+        """Start to read the batch of `step`, if those before had to wait."""
         self.close()
-        if self._took > self._long and not self._bound:
+        if min(self._waited) > self._long and not self._bound:
             context = contextvars.copy_context()
             thread = Thread(target=context.run, args=(self._run, step), daemon=True)
             self._reading = step, thread
@@ -70,7 +75,7 @@ class ReadAhead(Generic[_Batch]):
             return
 
     def _timed(self, step: int) -> _Batch:
-        began = time.perf_counter()
+        began = time.perf_counter() - time.thread_time()
         found = self._read(step)
-        self._took = time.perf_counter() - began
+        self._waited.append(time.perf_counter() - time.thread_time() - began)
         return found
