@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -118,6 +119,8 @@ class Crew:
             except OSError:
                 raise Failed(self._reason(f"no answer in {seconds:.0f} s")) from None
             if not text:
+                with suppress(subprocess.TimeoutExpired):
+                    member.process.wait(5)  # its socket closes a little before it is gone
                 raise Failed(self._reason("it ended"))
             found.append(json.loads(text))
         return found
