@@ -143,6 +143,7 @@ def mapped(comm: Shared) -> tuple[int, int]:
     gc.collect()
     maps = Path("/proc/self/maps").read_text().splitlines()
     links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not any("/dev/shm/" in line for line in maps), "no file that could be left"
     kept = sum("memfd:meshwright" in line for line in maps)
     comm.perform(barrier(Group.world(comm.world.size)))
     return kept, sum("memfd:meshwright" in link for link in links)
