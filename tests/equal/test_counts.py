@@ -20,7 +20,7 @@ PLANS = ["data=2", "zero1,data=2", "zero2,data=2", "zero3,data=2"]
 
 @cache
 def gpt(depth, width=64):
-    job = example("gpt").job(depth=depth, width=width, context=16, batch=8, dropout=0.0)
+    job = example("gpt").job(depth=depth, width=width, context=16, batch=8, dropout=0.1)
     return Case(job)
 
 

@@ -19,7 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["SampleDim", "draw", "draw_op", "fill", "fill_op", "keep", "philox", "position_operand"]
+__all__ = [
+    "SampleDim",
+    "draw",
+    "draw_op",
+    "fill",
+    "fill_op",
+    "keep",
+    "later",
+    "philox",
+    "position_operand",
+]
 
 SampleDim = tuple[int, int, int]
 """(dim, outer, unit): the dim that counts samples, seen as (outer, samples, unit)."""
@@ -31,8 +41,15 @@ _BYTES = {"uniform": 4, "integers": 8, "keep": 1}
 
 
 def position_operand(seed: int, first: int, step: int, microbatch: int) -> Tensor:
-    """The operand that tells a program where it stands: int64 (seed, first sample, step, k)."""
-    return torch.tensor([seed, first, step, microbatch], dtype=torch.int64)
+    """Where a program stands: int64 (seed, first sample, step, micro-batch, draws before)."""
+    return torch.tensor([seed, first, step, microbatch, 0], dtype=torch.int64)
+
+
+def later(position: Tensor, draws: int) -> Tensor:
+    """The operand for code whose n-th random op is the forward's n + `draws`."""
+    found = position.clone()
+    found[4] += draws
+    return found
 
 
 def keep(p: float, dtype: torch.dtype) -> str:
@@ -78,12 +95,13 @@ def draw(
     Args:
         kind: `uniform` in [0, 1) or `normal`, float32; `integers` in [0, 2^63), int64; or `keep`.
         size: shape of the result (local, where the samples are sharded).
-        n: number of the random op in the forward.
+        n: number of the random op in the forward, or in its layer (then `position` says the rest).
         sample: which dim counts samples; None draws one block keyed by (step, micro-batch).
         start: first sample of this rank within the micro-batch.
         position: `position_operand`.
     """
-    seed, first, step, microbatch = position.tolist()
+    seed, first, step, microbatch, before = position.tolist()
+    n += before
     if sample is None:
         place = _Counters((0, 0, step, 2**32 + microbatch), (0, 0, step, 2**33 + microbatch))
         return _rows(kind, seed, n, place, (1, prod(size))).reshape(tuple(size))
@@ -219,7 +237,8 @@ def fill(x: Tensor, kind: str, n: int, scale: float, shift: float, position: Ten
 
     The numbers are those of `draw` without samples; beside `x` only a block is in memory.
     """
-    seed, _, step, microbatch = (int(number) for number in position.tolist())
+    seed, _, step, microbatch, before = position.tolist()
+    n += before
     generator = philox(seed, n, (step, 2**32 + microbatch))
     whole = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = whole.view(-1)

@@ -228,7 +228,7 @@ def _fakes(
             found[f"constant/{name}"] = like(tensor.shape, tensor.dtype)
         for name, kind, shape in example.leaves:
             found[f"batch/{name}"] = like((samples, *shape), kind)
-        found["position"] = torch.empty(4, dtype=torch.int64)
+        found["position"] = torch.empty(5, dtype=torch.int64)
         found["scale"] = torch.empty((), dtype=dtype or torch.float32)
     return found
 

@@ -41,6 +41,9 @@ class Instruction:
         version: of the weights it reads (0 is the newest).
         inputs, outputs: names of values; a Free's inputs are what it frees.
         axis: of a Start or Wait.
+        draws: of a Run with random ops, which of its inputs is the position, and how many random
+            ops of the forward come before its own, which it counts from zero: so equal layers are
+            one segment.
     """
 
     kind: Kind
@@ -50,6 +53,7 @@ class Instruction:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     axis: str | None = None
+    draws: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         """`Run 3 @0: a, b -> c`."""

@@ -148,6 +148,27 @@ def segments_of(
     return Program(values, inputs, renamed, outputs), reads, gives
 
 
+def _draws_from_zero(ops: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[int, int] | None]:
+    """Ops whose random ones are numbered from zero; (the position's value, how many come before).
+
+    None where nothing is drawn.
+    """
+    drawn = [op for op in ops if op.base == "meshwright.draw"]
+    if not drawn:
+        return ops, None
+    numbers = [n for op in drawn if isinstance(n := op.args[2], int)]
+    before = min(numbers)
+
+    def counted(op: Op) -> Op:
+        if op.base != "meshwright.draw":
+            return op
+        n = op.args[2]
+        assert isinstance(n, int)
+        return replace(op, args=(*op.args[:2], n - before, *op.args[3:]))
+
+    return tuple(map(counted, ops)), (drawn[0].inputs[0], before)
+
+
 def run_pieces(
     program: Program,
     table: Table,
@@ -185,10 +206,13 @@ def run_pieces(
     calls: dict[tuple[Op, ...], int] = {}
     for piece, wanted in zip(cut, later, strict=True):
         if piece.kind == "run":
-            segment, reads, gives = segments_of(program, piece.ops, wanted)
+            ops, draws = _draws_from_zero(piece.ops)
+            segment, reads, gives = segments_of(program, ops, wanted)
             index = table.segment(segment)
             inputs, outputs = tuple(map(name, reads)), tuple(map(name, gives))
-            found.append(Instruction("Run", index, microbatch, 0, inputs, outputs))
+            where = None if draws is None else (reads.index(draws[0]), draws[1])
+            run = Instruction("Run", index, microbatch, 0, inputs, outputs, draws=where)
+            found.append(run)
             continue
         axis = piece.ops[0].args[1]
         assert isinstance(axis, str)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meshwright.comm.base import Group, Handle, Wait
 from meshwright.compile.collective import start, unpack
+from meshwright.compile.draw import later
 from meshwright.program.instruction import Instruction, InstructionList, Kind
 from meshwright.program.program import Op
 
@@ -148,6 +149,9 @@ def _load(machine: _Machine, instruction: Instruction, step: Step) -> None:
 def _run(machine: _Machine, instruction: Instruction, _: Step) -> None:
     assert instruction.segment is not None
     operands = [machine.values[name] for name in instruction.inputs]
+    if instruction.draws is not None:
+        place, before = instruction.draws
+        operands[place] = later(operands[place], before)
     results = machine.functions[instruction.segment](*operands)
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
