@@ -57,7 +57,7 @@ def in_markdown(results: Sequence[Result], notes: Mapping[str, str]) -> str:
 def tally(results: Sequence[Result]) -> str:
     """How many hold."""
     counts = {said: sum(r.verdict == said for r in results) for said in COLOURS}
-    return ", ".join(f"{count} {said}" for said, count in counts.items() if count)
+    return ", ".join(f"{count} {said}" for said, count in counts.items() if count) or "no line"
 
 
 def rounds(results: Sequence[Result]) -> str:
