@@ -138,6 +138,8 @@ def _how(raw: Mapping[str, Any]) -> str:
   for its turn. All load the same initial weights and train on the same batches, in float32 unless
   said, with `AdamW(fused=True)`; the losses of their first three steps are compared, and who does
   other work is left out.
+- Rank k of every contestant is bound to core k, but for the process of two threads, which has both:
+  unbound, two ranks now and then share a core for a while.
 - In a round each contestant has one turn. The order rotates every second round and runs backwards
   in between, so that everyone runs as often before as after everyone else. A turn is an untimed
   step, a meeting of its ranks, and the timed steps; it takes from the first rank's start to the
