@@ -139,8 +139,8 @@ def _how(raw: Mapping[str, Any]) -> str:
   said, with `AdamW(fused=True)`; the losses of their first three steps are compared, and who does
   other work is left out.
 - Rank k of every contestant is bound to core k, but for the process of two threads, which has both:
-  unbound, two ranks now and then share a core for a while. Bound to different cores, our collectives
-  spin a little before they sleep. Collectives and the first step are measured unbound.
+  unbound, two ranks now and then share a core for a while. Bound to different cores, our
+  collectives spin a little before they sleep. Collectives and the first step are measured unbound.
 - In a round each contestant has one turn. The order rotates every second round and runs backwards
   in between, so that everyone runs as often before as after everyone else. A turn is an untimed
   step, a meeting of its ranks, and the timed steps; it takes from the first rank's start to the
