@@ -41,11 +41,9 @@ def parts(
     rounds: int | None, patience: float, *, quick: bool, reasons: dict[str, str]
 ) -> dict[str, Callable[[], Measured]]:
     """Everything that can be run, by name."""
-    most = rounds or (6 if quick else None)
+    most = rounds or (2 if quick else None)
     found: dict[str, Callable[[], Measured]] = {
-        group.name: functools.partial(
-            measure, group, reasons, say, most, 25.0 if quick else patience * group.seconds
-        )
+        group.name: functools.partial(measure, group, reasons, say, most, patience * group.seconds)
         for group in GROUPS
     }
     found["curve"] = lambda: special.curve(say, 20 if quick else 100)

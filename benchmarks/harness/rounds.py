@@ -46,7 +46,7 @@ def play(
         steps: timed in a turn.
         warm: untimed before them.
         most: rounds.
-        seconds: after which no other round begins.
+        seconds: after which no other round begins, but for the fewest that say anything.
         told: called after each round.
 
     Returns:
@@ -68,7 +68,7 @@ def play(
         times = {n: [t.seconds for t in found[n]] for n in found if n not in failed}
         if looked_at(number + 1) and all(decided(line, times) for line in lines):
             break
-        if time.monotonic() - began > seconds:
+        if number + 1 >= FEWEST and time.monotonic() - began > seconds:
             break
     return {name: found[name] for name in crews if name not in failed}, failed
 

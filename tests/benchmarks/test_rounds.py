@@ -9,7 +9,7 @@ import pytest
 from benchmarks.harness.crew import Failed, Timed
 from benchmarks.harness.lines import Line, judged, ratios
 from benchmarks.harness.rounds import looked_at, order, play
-from benchmarks.harness.statistics import HOLDS
+from benchmarks.harness.statistics import FEWEST, HOLDS
 
 NAMES = list("abcde")
 
@@ -51,6 +51,14 @@ class Scripted:
         return Timed(self.seconds, 0.0, 0, ())
 
 
+class Swinging(Scripted):
+    """Now faster, now slower than 1.25."""
+
+    def turn(self, steps, warm):
+        self.seconds = 2.5 - self.seconds
+        return super().turn(steps, warm)
+
+
 def played(crews, lines, most=20, seconds=60.0):
     return play(crews, lines, 1, 1, most, seconds, lambda number, turn: None)
 
@@ -64,20 +72,16 @@ def test_rounds_end_when_every_line_is_decided():
 
 
 def test_rounds_end_at_the_most_where_a_line_stays_open():
-    class Swinging(Scripted):
-        def turn(self, steps, warm):
-            self.seconds = 2.5 - self.seconds
-            return super().turn(steps, warm)
-
     found, _ = played(
         {"ours": Scripted(1.0), "peer": Swinging(0.5)}, [Line("", "", "ours", ("peer",), 1.0)], 10
     )
     assert len(found["ours"]) == 10
 
 
-def test_rounds_end_when_the_time_is_over():
-    found, _ = played({"ours": Scripted(1.0)}, [], seconds=0.0)
-    assert len(found["ours"]) == 1
+def test_rounds_end_when_the_time_is_over_but_not_before_they_say_something():
+    crews = {"ours": Scripted(1.0), "peer": Swinging(0.5)}
+    found, _ = played(crews, [Line("", "", "ours", ("peer",), 1.0)], seconds=0.0)
+    assert len(found["ours"]) == FEWEST
 
 
 def test_a_contestant_that_fails_is_left_out_with_its_reason():
