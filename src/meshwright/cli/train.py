@@ -32,6 +32,7 @@ from meshwright.cli.words import (
     require_world,
 )
 from meshwright.errors import UsageError
+from meshwright.launch.collector import seldom
 
 __all__ = ["EXAMPLE", "spelled_out", "train"]
 
@@ -210,6 +211,7 @@ def _start(wanted: _Wanted, text: str, ranks: int, run_dir: Path) -> int:
 
 def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> int:
     """Train in this process, which is the only rank or one of several; rank 0 prints the result."""
+    settled = seldom()
     from meshwright import api
     from meshwright.launch.contract import here
 
@@ -223,6 +225,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
             eager=wanted.eager,
             compile=wanted.compiled,
             trace=wanted.trace == _USUAL or wanted.trace or False,
+            on_step=[lambda _run, _metrics: settled()],
             info=_info(wanted, ranks),
             **folder,
         )
