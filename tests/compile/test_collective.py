@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshwright.comm.base import Group
 from meshwright.comm.local import collective
-from meshwright.compile.collective import local_move, narrow, start, unpack
+from meshwright.compile.collective import local_move, narrow, start, unpack, wire
 from meshwright.program.layout import chunk
 from meshwright.program.program import Op, Ref
 
@@ -51,9 +53,9 @@ def move(name, *args):
 
 def run(op, tensors, ranks):
     """Every member's result of a collective."""
-    starts = [start((op,), (tensor,), ranks, k) for k, tensor in enumerate(tensors)]
+    starts = [start(wire((op,)), (tensor,), ranks, k) for k, tensor in enumerate(tensors)]
     assert all(t.is_contiguous() for s in starts for t in s.tensors), "transports want them so"
-    return [unpack((op,), found)[0] for found in collective(starts)], starts
+    return [unpack(wire((op,)), found)[0] for found in collective(starts)], starts
 
 
 @given(case=cut_tensors())
@@ -87,13 +89,29 @@ def test_parts_that_lie_end_to_end_are_the_whole():
     gathered = [move("all_gather", (0, 1, 1, (0, 2), (2, 1)))] * 2
     parts = [memory[0:8].view(2, 4), memory[12:18].view(2, 3), memory[8:12].view(1, 4),
              memory[18:21].view(1, 3)]  # fmt: skip
-    first, second = unpack(gathered, parts)
+    first, second = unpack(wire(gathered), parts)
     assert (first.data_ptr(), second.data_ptr()) == (parts[0].data_ptr(), parts[1].data_ptr())
     assert first.tolist() == memory[0:12].view(3, 4).tolist()
     assert second.tolist() == memory[12:21].view(3, 3).tolist()
-    (apart,) = unpack(gathered[:1], [parts[0], parts[2].clone()])
+    (apart,) = unpack(wire(gathered[:1]), [parts[0], parts[2].clone()])
     assert apart.tolist() == first.tolist()
     assert apart.data_ptr() != parts[0].data_ptr()
+
+
+def test_a_gather_may_be_left_where_the_old_one_is():
+    """Rows lie in one piece, columns do not; then there is no such place."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    rows = Op("comm.all_gather", (Ref(0), "data", (0, 1, 1, (0, 2), (2, 2))), (("into", "model/w"),
+              ("value", "model/w")), (1,))  # fmt: skip
+    bucket = wire((rows,))
+    assert bucket.into == ("model/w",)
+    request = start(bucket, (whole[:2],), Group("data", (0, 1)), 0, (whole,))
+    assert [part.data_ptr() for part in request.into] == [whole.data_ptr(), whole[2:].data_ptr()]
+    (made,) = unpack(bucket, request.into)
+    assert made.data_ptr() == whole.data_ptr()
+    columns = replace(rows, args=(Ref(0), "data", (1, 1, 1, (0, 2), (2, 1))))
+    request = start(wire((columns,)), (whole[:, :2],), Group("data", (0, 1)), 0, (whole,))
+    assert request.into == ()
 
 
 @given(case=cut_tensors(), how=st.sampled_from(["sum", "max", "min"]))
@@ -124,11 +142,11 @@ def test_exchanging_two_dims_is_gathering_one_and_cutting_the_other(data):
 
 def test_a_request_says_what_it_serves():
     ranks = Group("data", (0, 1))
-    assert start((move("all_reduce", "sum"),), (torch.ones(2),), ranks, 0).label == "model/w"
+    assert start(wire((move("all_reduce", "sum"),)), (torch.ones(2),), ranks, 0).label == "model/w"
     unnamed = Op(
         "comm.all_reduce", (Ref(0), "data", "max"), (("value", ""),), (1,), source="a.py:3"
     )
-    request = start((unnamed,), (torch.ones(2),), ranks, 1)
+    request = start(wire((unnamed,)), (torch.ones(2),), ranks, 1)
     assert (request.op, request.reduce, request.label) == ("all_reduce", "max", "a.py:3")
     assert request.group is ranks
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshwright.comm.base import Group, Wait
 from meshwright.comm.local import run_local
-from meshwright.compile.collective import start, unpack
+from meshwright.compile.collective import start, unpack, wire
 from meshwright.compile.lower import lower
 from meshwright.plan.mesh import Mesh, StageMesh
 from meshwright.program.bucket import BUCKET_BYTES
@@ -78,13 +78,13 @@ def execute(instructions, segments, calls, values, coordinates, groups):
             made = functions[instruction.segment](*[values[name] for name in instruction.inputs])
             values.update(zip(instruction.outputs, made, strict=True))
         elif instruction.kind == "Start":
-            call, axis = calls[instruction.segment], instruction.axis
+            call, axis = wire(calls[instruction.segment]), instruction.axis
             operands = [values[name] for name in instruction.inputs]
             request = start(call, operands, groups[axis], coordinates[axis])
             values[instruction.outputs[0]] = yield request
         elif instruction.kind == "Wait":
             handle = values.pop(instruction.inputs[0])
-            results = unpack(calls[instruction.segment], (yield Wait(handle)))
+            results = unpack(wire(calls[instruction.segment]), (yield Wait(handle)))
             values.update(zip(instruction.outputs, results, strict=True))
         elif instruction.kind == "Free":
             for name in instruction.inputs:

@@ -85,6 +85,8 @@ class Start:
 
     `label` says what it serves (a parameter, a source line): for the ledger and for errors. With
     `donate` the caller gives its tensors up: an `all_reduce` may leave its answer in their memory.
+    `into` offers an `all_gather` memory for its answer, in the answer's order; a member's own part
+    may lie in its own tensors.
     """
 
     op: Op
@@ -95,6 +97,7 @@ class Start:
     root: int = 0
     label: str = ""
     donate: bool = False
+    into: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -112,19 +112,18 @@ def _all_gather(call: Call) -> Steps:
 def _gather_in_pieces(call: Call, shapes: Sequence[tuple[int, ...]]) -> Steps:
     channel, me, tensors = call.channel, call.channel.me, call.tensors
     piece, cargo, k = channel.capacity, Cargo(tensors), len(tensors)
-    # The parts of one tensor lie side by side: where they are rows, together they are the whole.
-    order = [member * k + j for j in range(k) for member in range(channel.size)]
-    whole = call.pool.empty((sum(map(math.prod, shapes)),), tensors[0].dtype)
-    laid = dict(zip(order, views(whole, [shapes[place] for place in order]), strict=True))
-    answers = tuple([laid[place] for place in range(len(order))])
+    answers = call.request.into or _side_by_side(call, shapes)
     targets = _cargoes(answers, channel.size)
+    mine = zip(answers[me * k : (me + 1) * k], tensors, strict=True)
+    there = all(answer.data_ptr() == tensor.data_ptr() for answer, tensor in mine)
     rounds = max(1, -(-max(target.size for target in targets) // piece))
 
     def post(r: int, number: int) -> None:
         low, high = r * piece, min((r + 1) * piece, cargo.size)
         slot = channel.address(channel.input(me, number))
         cargo.load(slot, low, high)
-        targets[me].unload(slot, low, high)
+        if not there:
+            targets[me].unload(slot, low, high)
 
     def take(r: int, number: int) -> None:
         for member in channel.others:
@@ -133,6 +132,15 @@ def _gather_in_pieces(call: Call, shapes: Sequence[tuple[int, ...]]) -> Steps:
 
     yield from pump(call, rounds, post, take)
     return answers
+
+
+def _side_by_side(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Memory for a gather: where the parts of a tensor are rows, together they are the whole."""
+    k, members = len(call.tensors), call.channel.size
+    order = [member * k + j for j in range(k) for member in range(members)]
+    whole = call.pool.empty((sum(map(math.prod, shapes)),), call.tensors[0].dtype)
+    laid = dict(zip(order, views(whole, [shapes[place] for place in order]), strict=True))
+    return tuple([laid[place] for place in range(len(order))])
 
 
 def _broadcast(call: Call) -> Steps:

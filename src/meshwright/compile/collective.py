@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from meshwright.comm.base import Group, Reduction, Start
 from meshwright.program.program import Op
 
-__all__ = ["local_move", "narrow", "start", "unpack"]
+__all__ = ["Wire", "local_move", "narrow", "start", "unpack", "wire"]
 
 _Slab = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 """(dim, outer, unit, starts, lengths) as `program.layout.Slab`."""
@@ -72,45 +73,88 @@ def _part_shape(shape: Sequence[int], slab: _Slab, member: int) -> tuple[int, ..
     return (*shape[:dim], outer * lengths[member] * unit, *shape[dim + 1 :])
 
 
-def start(ops: Sequence[Op], tensors: Sequence[Tensor], group: Group, index: int) -> Start:
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A bucket, ready to be started often.
+
+    Attributes:
+        op: of all its collectives.
+        slabs: per collective, how its tensor is cut, before and after.
+        reduction: of an all-reduce or reduce-scatter.
+        label: what it serves.
+        donate: whether nobody needs the operands of its all-reduces.
+        into: names of the values in whose memory gathers may leave what they make, where they may.
+    """
+
+    op: str
+    slabs: tuple[tuple[_Slab, ...], ...]
+    reduction: Reduction
+    label: str
+    donate: bool
+    into: tuple[str, ...]
+
+
+def wire(ops: Sequence[Op]) -> Wire:
+    """Look at a bucket of collectives of one kind."""
+    notes = [dict(op.kwargs) for op in ops]
+    into = tuple(found for note in notes if isinstance(found := note.get("into"), str))
+    return Wire(
+        ops[0].name.removeprefix("comm."),
+        tuple(_slabs(op) for op in ops),
+        _reduction(ops[0]),
+        _label(ops),
+        all(note.get("donate") is True for note in notes),
+        into if len(into) == len(ops) else (),
+    )
+
+
+def start(
+    bucket: Wire, tensors: Sequence[Tensor], group: Group, index: int, into: Sequence[Tensor] = ()
+) -> Start:
     """The request that begins a bucket.
 
     Args:
-        ops: collectives of one kind.
-        tensors: the operand of each.
+        bucket: what to begin.
+        tensors: the operand of each collective.
         group: of the ranks that take part.
         index: of this one among them.
+        into: the values that `bucket.into` names.
     """
-    reduction, name = ops[0].args[-1], ops[0].name.removeprefix("comm.")
-    label, members = _label(ops), range(len(group.ranks))
-    slabs = [_slabs(op) for op in ops]
-    if name == "all_reduce":
+    label, members, reduction = bucket.label, range(len(group.ranks)), bucket.reduction
+    if bucket.op == "all_reduce":
         whole = tuple([tensor.contiguous() for tensor in tensors])
-        donate = all(dict(op.kwargs).get("donate") for op in ops)
-        return Start("all_reduce", group, whole, _reduction(reduction), label=label, donate=donate)
-    pairs = list(zip(tensors, slabs, strict=True))
-    if name == "all_gather":
+        return Start("all_reduce", group, whole, reduction, label=label, donate=bucket.donate)
+    pairs = list(zip(tensors, bucket.slabs, strict=True))
+    if bucket.op == "all_gather":
         shapes = tuple(_part_shape(t.shape, cut[0], k) for k in members for t, cut in pairs)
         whole = tuple([tensor.contiguous() for tensor in tensors])
-        return Start("all_gather", group, whole, shapes=shapes, label=label)
-    parts = tuple(narrow(t, cut[-1], k).contiguous() for k in members for t, cut in pairs)
-    if name == "reduce_scatter":
-        return Start("reduce_scatter", group, parts, _reduction(reduction), label=label)
-    assert name == "all_to_all", name
-    mine = parts[index * len(ops) : (index + 1) * len(ops)]
-    shapes = tuple(
-        _part_shape(part.shape, cut[0], k)
-        for k in members
-        for part, cut in zip(mine, slabs, strict=True)
-    )
+        places = _places(into, bucket.slabs, members)
+        return Start("all_gather", group, whole, shapes=shapes, label=label, into=places)
+    parts = tuple([narrow(t, cut[-1], k).contiguous() for k in members for t, cut in pairs])
+    if bucket.op == "reduce_scatter":
+        return Start("reduce_scatter", group, parts, reduction, label=label)
+    assert bucket.op == "all_to_all", bucket.op
+    count = len(tensors)
+    mine = zip(parts[index * count : (index + 1) * count], bucket.slabs, strict=True)
+    kept = [(part.shape, cut[0]) for part, cut in mine]
+    shapes = tuple(_part_shape(shape, cut, k) for k in members for shape, cut in kept)
     return Start("all_to_all", group, parts, shapes=shapes, label=label)
 
 
-def unpack(ops: Sequence[Op], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _places(
+    into: Sequence[Tensor], slabs: Sequence[tuple[_Slab, ...]], members: range
+) -> tuple[Tensor, ...]:
+    """Where each member's parts lie in whole tensors; nothing if some part is in pieces."""
+    pairs = list(zip(into, slabs, strict=bool(into)))
+    found = tuple([narrow(whole, cut[0], k) for k in members for whole, cut in pairs])
+    return found if all(part.is_contiguous() for part in found) else ()
+
+
+def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a bucket from what `Wait` answered."""
-    if ops[0].name in ("comm.all_gather", "comm.all_to_all"):
-        count = len(ops)
-        return tuple(_join(tensors[k::count], _slabs(op)[0]) for k, op in enumerate(ops))
+    if bucket.op in ("all_gather", "all_to_all"):
+        count = len(bucket.slabs)
+        return tuple([_join(tensors[k::count], cut[0]) for k, cut in enumerate(bucket.slabs)])
     return tuple(tensors)
 
 
@@ -127,10 +171,11 @@ def _slabs(op: Op) -> tuple[_Slab, ...]:
     return tuple(arg for arg in found if isinstance(arg, tuple))
 
 
-def _reduction(arg: Any) -> Reduction:
-    assert arg in ("sum", "max", "min"), arg
-    found: Reduction = arg
-    return found
+def _reduction(op: Op) -> Reduction:
+    found: Any = op.args[-1] if op.name in ("comm.all_reduce", "comm.reduce_scatter") else "sum"
+    assert found in ("sum", "max", "min"), found
+    reduction: Reduction = found
+    return reduction
 
 
 def local_move(op: Op, tensor: Tensor, coordinates: Mapping[str, int]) -> Tensor:

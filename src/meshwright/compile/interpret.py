@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from meshwright.comm.base import Group, Wait
-from meshwright.compile.collective import start, unpack
+from meshwright.compile.collective import start, unpack, wire
 from meshwright.compile.lower import call
 from meshwright.program.partition import COLLECTIVES
 from meshwright.program.program import Op, Program
@@ -45,8 +45,9 @@ def interpret(
             axis = op.args[1]
             assert isinstance(axis, str)
             operand = (values[op.inputs[0]],)
-            handle = yield start((op,), operand, groups[axis], coordinates[axis])
-            (values[op.results[0]],) = unpack((op,), (yield Wait(handle)))
+            bucket = wire((op,))
+            handle = yield start(bucket, operand, groups[axis], coordinates[axis])
+            (values[op.results[0]],) = unpack(bucket, (yield Wait(handle)))
         else:
             made = call(op, values, coordinates)
             values |= {v: t for v, t in zip(op.outputs, made, strict=True) if v is not None}

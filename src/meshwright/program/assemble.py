@@ -161,12 +161,26 @@ def assemble(
         axes,
         coordinates,
     )
+    gather = _in_place(gather)
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
     return Compiled(lists, used, (gather,))
+
+
+def _in_place(gather: Local) -> Local:
+    """Gathers of updated weights may leave them where the old ones are."""
+    program = gather.program
+    names = {value: name for name, value in program.outputs}
+    ops = tuple(
+        replace(op, kwargs=(*op.kwargs, ("into", names[op.results[0]])))
+        if op.name == "comm.all_gather" and op.results[0] in names
+        else op
+        for op in program.ops
+    )
+    return replace(gather, program=replace(program, ops=ops))
 
 
 def _microbatch(k: int, program: Program, table: Table, *, last: bool) -> list[Instruction]:

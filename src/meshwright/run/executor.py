@@ -16,10 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from meshwright.comm.base import Group, Handle, Wait
-from meshwright.compile.collective import start, unpack
+from meshwright.compile.collective import Wire, start, unpack, wire
 from meshwright.compile.draw import later
 from meshwright.program.instruction import Instruction, InstructionList, Kind
-from meshwright.program.program import Op
 
 __all__ = ["Committed", "Place", "Step", "Timing", "execute"]
 
@@ -107,7 +106,7 @@ def execute(
         values: the rank's state by name; steps read and change it.
         place: the rank's.
     """
-    machine = _Machine(program, functions, values, place)
+    machine = _Machine(functions, values, place, tuple(map(wire, program.calls)))
     step: Step | None = yield Committed()
     while step is not None:
         result = None
@@ -127,16 +126,16 @@ def execute(
 class _Machine:
     """What instructions act on."""
 
-    program: InstructionList
     functions: Sequence[Callable[..., Sequence[Tensor]]]
     values: Environment
     place: Place
+    buckets: tuple[Wire, ...]
     pending: dict[str, Handle] = field(default_factory=dict)
 
-    def call(self, instruction: Instruction) -> tuple[Op, ...]:
-        """The bucket that a Start or Wait is about."""
+    def bucket(self, instruction: Instruction) -> Wire:
+        """What a Start or Wait is about."""
         assert instruction.segment is not None
-        return self.program.calls[instruction.segment]
+        return self.buckets[instruction.segment]
 
 
 def _load(machine: _Machine, instruction: Instruction, step: Step) -> None:
@@ -178,13 +177,15 @@ def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[An
     axis = instruction.axis or ""
     tensors = [machine.values[name] for name in instruction.inputs]
     group, index = machine.place.groups[axis], machine.place.coordinates[axis]
-    request = start(machine.call(instruction), tensors, group, index)
+    bucket = machine.bucket(instruction)
+    into = [machine.values[name] for name in bucket.into]
+    request = start(bucket, tensors, group, index, into)
     machine.pending[instruction.outputs[0]] = yield request
 
 
 def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
-    results = unpack(machine.call(instruction), tensors)
+    results = unpack(machine.bucket(instruction), tensors)
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
 

@@ -204,7 +204,9 @@ class StepWork:
             kind, _, bare = name.partition("/")
             tensor = values.pop(name)
             if kind == "gathered":
-                values[f"model/{bare}"].copy_(tensor)
+                whole = values[f"model/{bare}"]
+                if whole.data_ptr() != tensor.data_ptr():  # else it was gathered in place
+                    whole.copy_(tensor)
             elif kind == "watch":
                 watched[bare] = tensor
             elif not self.skipped:
