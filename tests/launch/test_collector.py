@@ -8,8 +8,9 @@ from meshwright.launch.collector import seldom
 
 
 def test_it_is_put_back_once():
-    usual, frozen = gc.get_threshold(), gc.get_freeze_count()
+    before, frozen, usual = gc.get_threshold(), gc.get_freeze_count(), (700, 10, 10)
     try:
+        gc.set_threshold(*usual)
         settled = seldom()
         assert gc.get_threshold()[0] > usual[0]
         settled()
@@ -21,7 +22,7 @@ def test_it_is_put_back_once():
         assert gc.get_freeze_count() < now + len(kept), "what came later can be collected"
     finally:
         gc.unfreeze()
-        gc.set_threshold(*usual)
+        gc.set_threshold(*before)
 
 
 def test_what_others_set_meanwhile_stays():

@@ -149,7 +149,7 @@ def test_a_draw_within_a_program_is_cut_with_its_samples():
     """Dropout: the mask follows the activations that it is multiplied with."""
     position = position_operand(1, 16, 0, 0)
     values = (
-        Value("float64", (5, 4)), Value("int64", (4,)), Value("float32", (5, 4)),
+        Value("float64", (5, 4)), Value("int64", (5,)), Value("float32", (5, 4)),
         Value("float64", (5, 4)),
     )  # fmt: skip
     draw = ("uniform", (5, 4), 0, 0, 1, 1, 0, Ref(1))

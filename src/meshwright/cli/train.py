@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -212,11 +212,33 @@ def _start(wanted: _Wanted, text: str, ranks: int, run_dir: Path) -> int:
 def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> int:
     """Train in this process, which is the only rank or one of several; rank 0 prints the result."""
     settled = seldom()
-    from meshwright import api
+    try:
+        summary = _trained(wanted, plan, ranks, folder, settled)
+    finally:
+        settled()
     from meshwright.launch.contract import here
 
+    if here().world.rank == 0:
+        if wanted.json:
+            print_json(summary)
+        else:
+            log("")
+            show(summary_text(summary))
+    return 0
+
+
+def _trained(
+    wanted: _Wanted,
+    plan: str,
+    ranks: int,
+    folder: Mapping[str, Any],
+    settled: Callable[[], None],
+) -> dict[str, Any]:
+    """Train; `settled` is called once a step is done."""
+    from meshwright import api
+
     with user_output(aside=wanted.json):
-        summary = api.train(
+        found: dict[str, Any] = api.train(
             wanted.which.load(),
             wanted.steps,
             plan,
@@ -229,13 +251,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
             info=_info(wanted, ranks),
             **folder,
         )
-    if here().world.rank == 0:
-        if wanted.json:
-            print_json(summary)
-        else:
-            log("")
-            show(summary_text(summary))
-    return 0
+    return found
 
 
 def _info(wanted: _Wanted, ranks: int) -> dict[str, Any]:
