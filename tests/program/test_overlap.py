@@ -134,6 +134,23 @@ def test_the_new_order_can_run_and_loses_nothing(case, limit):
     assert made == sorted(made), "what is computed keeps its order"
 
 
+def test_what_the_batch_alone_decides_is_summed_first():
+    """The count of a loss's tokens; not a sum of what weights have touched."""
+    values = tuple(Value("float64", (4,)) for _ in range(7))
+    ops = (
+        compute(0, 1, result=2),
+        compute(1, 1, result=3),
+        reduce(3, 4),
+        reduce(2, 5),
+        compute(4, 5, result=6),
+    )
+    made = Program(values, (("model/w", 0), ("batch/x", 1)), ops, (("y", 6),))
+    found = overlapped(made)
+    assert [op.results[0] for op in found.ops] == [3, 4, 2, 5, 6]
+    cut = [(piece.kind, len(piece.ops)) for piece in pieces(found)]
+    assert cut[:3] == [("run", 1), ("start", 1), ("run", 1)]
+
+
 def stack(layers_, ops_each=8):
     """Layers `blocks.k` of equal ops, and a head."""
     ops, x = [], 0

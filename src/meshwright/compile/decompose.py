@@ -27,7 +27,20 @@ def _nll_forward(
     if reduction != MEAN:
         return NotImplemented
     total, count = aten.nll_loss_forward.default(x, target, weight, SUM, ignore)
+    count = _counted(x, target, weight, ignore, count)
     return total / count, count
+
+
+def _counted(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore: int, count: Tensor
+) -> Tensor:
+    """How many targets count, of the targets alone: ranks can then add them up before they compute.
+
+    Where classes have weights, or a short dtype could not count so far, it is the kernel's `count`.
+    """
+    if weight is not None or x.dtype in _SHORT:
+        return count
+    return (target != ignore).sum().to(x.dtype)
 
 
 def _nll_backward(
@@ -148,7 +161,10 @@ def _nll_2d_forward(
     found, count = aten.nll_loss_forward.default(_rows(x), target.reshape(-1), weight, how, ignore)
     if reduction == 0:
         return found.reshape(target.shape), count
-    return (found / count if reduction == MEAN else found), count
+    if reduction == SUM:
+        return found, count
+    count = _counted(x, target, weight, ignore, count)
+    return found / count, count
 
 
 def _nll_2d_backward(

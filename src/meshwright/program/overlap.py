@@ -19,6 +19,9 @@ __all__ = ["AHEAD_BYTES", "overlapped"]
 AHEAD_BYTES = 2 * BUCKET_BYTES
 """Gathered bytes that may be there at once because of gathering ahead."""
 
+_FEW, _SMALL = 16, 2**16
+"""Ops that make a sum over the batch, and its bytes, up to which it goes first."""
+
 _Place = tuple[int, int]
 """(number of an op, -2: before it, -1: right before it, 0: itself, 1: right after it)."""
 
@@ -36,7 +39,9 @@ def overlapped(program: Program, limit: int = BUCKET_BYTES, ahead: int = AHEAD_B
     sources = {number: _sources(program, made, number) for number in numbers}
     stored = {number: found for number, found in sources.items() if found is not None}
     moved = _ahead(program, stored, limit, ahead)
-    moved |= _at_once(program, made, [n for n in numbers if n not in stored], limit)
+    known = _of_batch(program, made, [n for n in numbers if n not in stored])
+    moved |= known
+    moved |= _at_once(program, made, [n for n in numbers if n not in moved], limit)
     order = sorted(range(len(program.ops)), key=lambda n: (*moved.get(n, (n, 0)), n))
     return replace(program, ops=tuple(program.ops[number] for number in order))
 
@@ -53,6 +58,35 @@ def _sources(program: Program, made: Mapping[int, int], number: int) -> tuple[in
             return None
         found.append(producer)
     return tuple(found)
+
+
+def _of_batch(
+    program: Program, made: Mapping[int, int], numbers: Sequence[int]
+) -> dict[int, _Place]:
+    """Small sums over what comes with the batch: they and what makes them go first."""
+    moved: dict[int, _Place] = {}
+    for number in numbers:
+        before = _made_of_batch(program, made, number)
+        if before is not None and load_of(program.ops[number], program) <= _SMALL:
+            moved |= dict.fromkeys(before, (-1, -2)) | {number: (-1, -1)}
+    return moved
+
+
+def _made_of_batch(program: Program, made: Mapping[int, int], number: int) -> set[int] | None:
+    """The few ops that make an operand; None if they are many, or read more than the batch."""
+    batch = {value for name, value in program.inputs if name.startswith("batch/")}
+    found: set[int] = set()
+    values = list(program.ops[number].inputs)
+    while values:
+        value = values.pop()
+        if value in batch:
+            continue
+        producer = made.get(value)
+        if producer is None or program.ops[producer].name in COLLECTIVES or len(found) == _FEW:
+            return None
+        found.add(producer)
+        values += program.ops[producer].inputs
+    return found
 
 
 def _ahead(
