@@ -7,8 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from meshwright import Job
 from meshwright.plan.plan import Plan
 from meshwright.program import partition
 from meshwright.program.explain import collectives
@@ -40,6 +44,35 @@ def test_a_plan_in_bf16_is_one_device_without_its_rounding(plan):
 def test_and_with_it_eager_autocast(name, plan):
     outcome = case(name).rounded(f"{plan},precision=bf16")
     assert outcome["passed"], outcome
+
+
+class Denoiser(nn.Module):
+    """Two convolutions of floating inputs, with a bias that batch norm cancels, and noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x):
+        t, noise = torch.rand(len(x), 1, 1, 1), torch.randn_like(x)
+        made = self.last(F.silu(self.norm(self.first(x * (1 - t) + noise * t))))
+        return F.mse_loss(made, noise)
+
+
+def test_convolutions_and_noise_are_verified_in_bf16_too():
+    images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    job = Job(
+        Denoiser,
+        lambda model, batch: model(batch[0]),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+        lambda: TensorDataset(images),
+        12,
+    )
+    outcome = verify_local(job, Plan.parse("zero2,data=2,precision=bf16"), 2, 2, "float64")
+    assert outcome["passed"], outcome
+    # The norm cancels that bias, whose gradient is rounding; the mean it keeps drifts along.
+    assert set(outcome["rounding"]) <= {"first.bias", "norm.running_mean"}
 
 
 def test_the_outcome_says_what_was_compared_in_what():

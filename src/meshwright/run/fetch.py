@@ -153,9 +153,17 @@ class Reader:
         except Exception as error:  # the user's collate may raise anything
             raise UserCodeError(
                 f"collating {len(samples)} samples of step {step + 1} raised {_said(error)}; "
-                f"samples are of type {type(samples[0]).__name__}; make them alike, or give the "
-                "job a collate function"
+                f"{_types(samples)}; make them alike, or give the job a collate function"
             ) from error
+
+
+def _types(samples: list[Any]) -> str:
+    """Of which types samples are, and the first that is unlike sample 0."""
+    first = type(samples[0]).__name__
+    other = next((k for k, s in enumerate(samples) if type(s).__name__ != first), None)
+    if other is None:
+        return f"samples are of type {first}"
+    return f"sample 0 is of type {first}, but sample {other} of {type(samples[other]).__name__}"
 
 
 class Workers:

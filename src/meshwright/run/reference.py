@@ -112,9 +112,9 @@ class Reference:
 
     def _microbatch(self, step: int, k: int, start: int, stop: int) -> tuple[float, float]:
         tree = self.source.fetch(step, start, stop, (start, stop)).tree
+        table = self.draws(tree, stop - start)  # of the batch as it comes: a rank traces that too
         tree = pytree.tree_map_only(Tensor, self._as_given, tree)
         place = position_operand(self.job.seed, step * self.job.batch_size + start, step, k)
-        table = self.draws(tree, stop - start)
 
         def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
             sample = table[n] if n < len(table) else None

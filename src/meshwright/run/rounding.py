@@ -10,14 +10,23 @@ its largest element. Docs: decisions/0010.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from meshwright.run.measure import Report, Worst, compare, order
 from meshwright.run.reference import Reference, Snapshot
 
-__all__ = ["BF16", "bf16_report", "float32_limits", "own_rounding", "same_sums", "settle_bf16"]
+__all__ = [
+    "BF16",
+    "allow_zeros",
+    "bf16_report",
+    "float32_limits",
+    "own_rounding",
+    "same_sums",
+    "settle_bf16",
+]
 
 TIMES = 4
 LARGEST = 1e-6
@@ -97,6 +106,28 @@ def settle_bf16(report: Report, first: Reference, others: Sequence[Reference], s
                 own = {name: max(error, found.get(name, 0.0)) for name, error in own.items()}
     report.limits["loss"] = max(BF16["loss"], TIMES * apart)
     report.rounding = {name: TIMES * error for name, error in own.items()}
+    _show_worst(report)
+
+
+def allow_zeros(report: Report, exact: Mapping[str, Tensor]) -> None:
+    """A gradient that is zero in float64 (a bias before a norm) is the rounding of what cancels.
+
+    It may be as far off as `BF16_FLOOR` of all others.
+
+    Args:
+        report: of a run in bf16, settled.
+        exact: the float64 gradients of the first step.
+    """
+    squares = sum(float(tensor.square().sum()) for tensor in exact.values())
+    typical = math.sqrt(squares / max(1, sum(tensor.numel() for tensor in exact.values())))
+    for name in report.over:
+        if name in exact and float(exact[name].abs().max()) <= SAME * typical:
+            report.rounding[name] = max(1.0, report.rounding[name])
+    _show_worst(report)
+
+
+def _show_worst(report: Report) -> None:
+    """Put the tensor that is furthest over, or nearest to, what it is allowed into the report."""
     if report.over:
         allowed = {name: max(BF16["gradients"], limit) for name, limit in report.rounding.items()}
         name = max(allowed, key=lambda name: order(report.over[name] / allowed[name]))
