@@ -98,17 +98,19 @@ def _overloads(packets: Sequence[OpOverloadPacket]) -> frozenset[OpOverload]:
 @contextmanager
 def _as_they_are(packets: Sequence[OpOverloadPacket]) -> Iterator[None]:
     """Within, inductor calls these ops' own kernels."""
-    from torch._inductor.lowering import fallback_handler, user_lowerings
+    from torch._inductor.lowering import fallback_handler, lowerings
 
-    before = dict(user_lowerings)
-    user_lowerings.update(
-        {op: fallback_handler(op, add_to_fallback_set=False) for op in _overloads(packets)}
-    )
+    own: dict[Any, Any] = {
+        op: fallback_handler(op, add_to_fallback_set=False) for op in _overloads(packets)
+    }
+    before = {op: lowerings[op] for op in own if op in lowerings}
+    lowerings.update(own)
     try:
         yield
     finally:
-        user_lowerings.clear()
-        user_lowerings.update(before)
+        for op in own:
+            del lowerings[op]
+        lowerings.update(before)
 
 
 def require_compiler() -> None:

@@ -2,7 +2,8 @@
 
 A reduction starts as soon as what its bucket carries is made, and its first reader waits for it. A
 gather of stored weights starts while the compute before its readers runs: one bucket ahead of need,
-as far as a cap on gathered bytes allows. Everything else stays where it stands.
+as far as a cap on gathered bytes allows. A small sum over the batch alone (tokens that count) goes
+first, so that no rank waits for another amid a step. Everything else stays where it stands.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def overlapped(program: Program, limit: int = BUCKET_BYTES, ahead: int = AHEAD_B
     sources = {number: _sources(program, made, number) for number in numbers}
     stored = {number: found for number, found in sources.items() if found is not None}
     moved = _ahead(program, stored, limit, ahead)
-    known = _of_batch(program, made, [n for n in numbers if n not in stored])
-    moved |= known
+    moved |= _of_batch(program, made, [n for n in numbers if n not in stored])
     moved |= _at_once(program, made, [n for n in numbers if n not in moved], limit)
     order = sorted(range(len(program.ops)), key=lambda n: (*moved.get(n, (n, 0)), n))
     return replace(program, ops=tuple(program.ops[number] for number in order))
@@ -64,17 +64,19 @@ def _of_batch(
     program: Program, made: Mapping[int, int], numbers: Sequence[int]
 ) -> dict[int, _Place]:
     """Small sums over what comes with the batch: they and what makes them go first."""
+    batch = frozenset(value for name, value in program.inputs if name.startswith("batch/"))
     moved: dict[int, _Place] = {}
     for number in numbers:
-        before = _made_of_batch(program, made, number)
+        before = _made_of(batch, program, made, number)
         if before is not None and load_of(program.ops[number], program) <= _SMALL:
             moved |= dict.fromkeys(before, (-1, -2)) | {number: (-1, -1)}
     return moved
 
 
-def _made_of_batch(program: Program, made: Mapping[int, int], number: int) -> set[int] | None:
+def _made_of(
+    batch: frozenset[int], program: Program, made: Mapping[int, int], number: int
+) -> set[int] | None:
     """The few ops that make an operand; None if they are many, or read more than the batch."""
-    batch = {value for name, value in program.inputs if name.startswith("batch/")}
     found: set[int] = set()
     values = list(program.ops[number].inputs)
     while values:
