@@ -15,12 +15,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from meshwright.api import Run, train, verify, watch
+    from meshwright.compile.annotate import annotate
     from meshwright.errors import MeshwrightError
     from meshwright.job import Job
     from meshwright.plan.mesh import Mesh
     from meshwright.plan.plan import Plan
+    from meshwright.program.rules.user import rule
 
-__all__ = ["Job", "Mesh", "MeshwrightError", "Plan", "Run", "train", "verify", "watch"]
+__all__ = [
+    "Job",
+    "Mesh",
+    "MeshwrightError",
+    "Plan",
+    "Run",
+    "annotate",
+    "rule",
+    "train",
+    "verify",
+    "watch",
+]
 
 __version__ = "0.1.0"
 
@@ -30,6 +43,8 @@ _HOMES: Final = {
     "MeshwrightError": "meshwright.errors",
     "Plan": "meshwright.plan.plan",
     "Run": "meshwright.api",
+    "annotate": "meshwright.compile.annotate",
+    "rule": "meshwright.program.rules.user",
     "train": "meshwright.api",
     "verify": "meshwright.api",
     "watch": "meshwright.api",

@@ -434,7 +434,7 @@ def train(
             "steps": run.step_number,
             "loss": loss,
             "evaluation": evaluation,
-            "plan": run.plan.text(),
+            "plan": run.plan.label,
             "ranks": run.plan.ranks,
         }
 

@@ -11,7 +11,8 @@ from meshwright.comm.local import LocalWorld
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import complete_unit
-from meshwright.run.build import Build, prepare
+from meshwright.run.prepare import prepare
+from meshwright.run.build import Build
 from meshwright.run.data import open_source
 from meshwright.run.measure import KINDS, LAW, Report
 from meshwright.run.reference import Reference, Snapshot
@@ -56,12 +57,14 @@ class Case:
     def build(self, plan_text: str, dtype: torch.dtype | None = torch.float64) -> Build:
         """The build under a plan; units traced for one plan serve the others of that dtype."""
         plan = Plan.parse(plan_text)
-        build = prepare(self.job, plan, plan.data or 2, dtype)
+        build = prepare(self.job, plan, plan.ranks if plan.ranks > 1 else 2, dtype, self.data)
         return self.shared(build)
 
     def shared(self, build: Build) -> Build:
         """The build with the units that others of its dtype have traced."""
-        build.units = self.units.setdefault(build.dtype, build.units)
+        build.units = self.units.setdefault(
+            (build.dtype, build.plan.context, build.plan.tensor > 1), build.units
+        )
         return build
 
     def reference(self, build: Build) -> Played:

@@ -11,8 +11,8 @@ from torch import nn
 
 from meshwright import Job
 from meshwright.compile.init import blueprint, seeded
-from meshwright.program.layout import region
-from meshwright.run.worker import box, initial_state
+from meshwright.run.part import part_of
+from meshwright.run.worker import initial_state
 from tests.equal.cells import MODELS
 from tests.equal.harness import Case
 from tests.equal.live import Live
@@ -132,13 +132,8 @@ def test_ranks_hold_their_part_of_the_same_model_under_every_plan(plan):
     for rank in range(build.plan.ranks):
         state = initial_state(build, rank)
         for name, tensor in own.named_parameters():
-            bounds = region(
-                tuple(tensor.shape),
-                build.states[name].weights,
-                build.axes,
-                build.place(rank).coordinates,
-            )
-            assert torch.equal(state.values[f"model/{name}"], box(tensor, bounds))
+            layout, where = build.states[name].weights, (build.axes, build.place(rank).coordinates)
+            assert torch.equal(state.values[f"model/{name}"], part_of(tensor, layout, *where))
 
 
 class Deep(nn.Module):

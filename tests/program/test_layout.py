@@ -14,18 +14,17 @@ from meshwright.program.layout import (
     Shard,
     chunk,
     local_shape,
-    region,
+    pieces,
+    primary,
     slab,
 )
 from tests.program.worlds import axes_of, everywhere, factored, held, layouts, meshes
 
 
 @st.composite
-def cases(draw, whole_dims=False):
+def cases(draw):
     axes = draw(meshes())
     shape, shards = draw(factored())
-    if whole_dims:
-        shards = [Shard(dim) for dim in range(len(shape))]
     return shape, axes, draw(layouts(axes, shards))
 
 
@@ -84,14 +83,31 @@ def test_slabs_cut_the_local_array_as_the_layout_says(case):
                 assert cut.reshape(wanted.shape).tolist() == wanted.tolist()
 
 
-@given(case=cases(whole_dims=True))
-def test_a_box_is_what_is_held_of_whole_dims(case):
+def slices(box):
+    return tuple(slice(start, start + length) for start, length in box)
+
+
+@given(case=cases())
+def test_boxes_side_by_side_are_what_is_held(case):
     shape, axes, layout = case
     whole = np.arange(int(np.prod(shape))).reshape(shape)
     for here in everywhere(axes):
-        box = region(shape, layout, axes, here)
-        cut = whole[tuple(slice(start, start + length) for start, length in box)]
-        assert cut.tolist() == held(shape, layout, axes, here).tolist()
+        part = np.full(local_shape(shape, layout, axes, here), -1)
+        for there, mine in pieces(shape, layout, axes, here):
+            assert (part[slices(mine)] == -1).all()
+            part[slices(mine)] = whole[slices(there)]
+        assert part.tolist() == held(shape, layout, axes, here).tolist()
+
+
+@given(case=cases())
+def test_primary_parts_hold_each_element_once(case):
+    shape, axes, layout = case
+    count = np.zeros(shape, int)
+    for here in everywhere(axes):
+        if primary(layout, axes, here):
+            for there, _ in pieces(shape, layout, axes, here):
+                count[slices(there)] += 1
+    assert (count == 1).all()
 
 
 @given(units=st.integers(1, 4), n=st.integers(1, 7), sizes=st.lists(st.integers(1, 3), max_size=3))
@@ -99,7 +115,7 @@ def test_a_box_of_granules_keeps_them_whole(units, n, sizes):
     axes = axes_of(*sizes)
     layout = Layout.of(axes, {axis.name: Shard(0, 1, units) for axis in axes})
     for here in everywhere(axes):
-        ((start, length),) = region((n * units,), layout, axes, here)
+        ((((start, length),), _),) = pieces((n * units,), layout, axes, here)
         assert list(range(start, start + length)) == held((n * units,), layout, axes, here).tolist()
 
 

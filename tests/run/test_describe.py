@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meshwright.plan.plan import Plan
-from meshwright.run.build import prepare
+from meshwright.run.prepare import prepare
 from meshwright.run.describe import describe_run, explain, facts_of
 from tests.run.jobs import alone, job, on_ranks, step
 

@@ -9,7 +9,8 @@ import torch
 
 from meshwright.plan.plan import Plan
 from meshwright.program.program import Program
-from meshwright.run.build import Build, Lowered, prepare
+from meshwright.run.prepare import prepare
+from meshwright.run.build import Build, Lowered
 from meshwright.run.data import open_source
 from meshwright.run.lockstep import first_difference
 from meshwright.run.step import Policy

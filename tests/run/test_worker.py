@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from meshwright.run.part import part_of
 from meshwright.errors import UserCodeError
-from meshwright.program.layout import region
 from tests.run.jobs import Net, Points, alone, fresh, job, losses, mean_loss, on_ranks, step
 
 
@@ -104,11 +104,7 @@ def test_ranks_begin_with_parts_of_the_same_weights(plan):
         worker, build = session.worker, session.build
         for name, tensor in want.items():
             layout, place = build.states[name].weights, worker.place
-            part = tensor.detach()
-            for dim, (start, length) in enumerate(
-                region(tuple(tensor.shape), layout, build.axes, place.coordinates)
-            ):
-                part = part.narrow(dim, start, length)
+            part = part_of(tensor.detach(), layout, build.axes, place.coordinates)
             assert torch.equal(worker.state.values[f"model/{name}"], part)
         held = sum(worker.state.values[f"model/{n}"].numel() for n in want)
         slots = sum(shard.numel() for shard in worker.state.shards.values())

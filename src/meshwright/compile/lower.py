@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from meshwright.compile.collective import local_move
 from meshwright.compile.draw import draw, draw_op
 from meshwright.compile.inductor import Compiled
+from meshwright.compile.window import WINDOWS, window
 from meshwright.errors import UserCodeError
 from meshwright.program.program import Arg, Op, Program, Ref, Symbol
 
@@ -120,7 +121,7 @@ _OF_VALUES = (IndexError, torch.linalg.LinAlgError)  # type: ignore[attr-defined
 
 
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if op.name.startswith(("comm.", "meshwright.draw")):
+    if op.name.startswith(("comm.", "meshwright.draw")) or op.base in WINDOWS:
         return tuple(nodes[value] for value in op.inputs), {}
     args = tuple(_argument(arg, nodes) for arg in op.args)
     return args, {name: _argument(arg, nodes) for name, arg in op.kwargs}
@@ -142,6 +143,8 @@ def function_of(op: Op, coordinates: Mapping[str, int]) -> Callable[..., Any]:
         return _named("move", partial(_move, op, dict(coordinates)))
     if op.base == "meshwright.draw":
         return _named("draw", partial(_draw, op, dict(coordinates)))
+    if op.base in WINDOWS:
+        return _named("window", window(op, coordinates))
     namespace, name, overload = op.name.split(".")
     found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     return found

@@ -130,12 +130,33 @@ def batch_norm_keeps_its_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...
     )
 
 
+def shards_divide_the_data_axis(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """Groups that share state are as large as said, all of them."""
+    del facts
+    shard, data = plan.shard, plan.sizes["data"]
+    if shard is None:
+        return ()
+    if data % shard:
+        fits = max(size for size in range(1, shard + 1) if data % size == 0)
+        return (
+            Problem(
+                f"plan asks for shard={shard}, which does not divide data={data}",
+                f"use shard={fits}, or drop shard",
+            ),
+        )
+    if not plan.zero:
+        return (
+            Problem(
+                f"plan asks for shard={shard} without ZeRO, but nothing is sharded then",
+                "use zero3, zero2 or zero1, or drop shard",
+            ),
+        )
+    return ()
+
+
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "pipeline": (1,),
-    "tensor": (1,),
-    "context": (1,),
-    "expert": (1,),
     "schedule": (None,),
     "virtual": (1,),
     "gather": (None,),
@@ -173,7 +194,7 @@ def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     )
     listed = tuple(
         Problem(f"plan has {name}, but this version runs plans without", f"drop {name}")
-        for name, value in (("layouts", plan.layouts), ("cuts", plan.cuts))
+        for name, value in (("cuts", plan.cuts),)
         if value
     )
     return keyed + listed
@@ -191,6 +212,7 @@ def _ranks(count: int) -> str:
 CHECKS: Final[dict[str, Check]] = {
     "world": world_is_filled,
     "samples": microbatches_hold_samples,
+    "shard": shards_divide_the_data_axis,
     "batch norm": batch_norm_keeps_its_samples,
     "version": version_runs_it,
 }

@@ -21,10 +21,14 @@ from dataclasses import dataclass
 
 from meshwright.errors import PlanError
 
-__all__ = ["AXES", "Axis", "Mesh", "StageMesh"]
+__all__ = ["AXES", "SAMPLE_AXES", "Axis", "Mesh", "StageMesh"]
 
-AXES = ("data", "context", "expert", "tensor")
+AXES = ("data", "shard", "context", "expert", "tensor")
 """Axes within a stage, major first: the nearest ranks share the axis that talks most."""
+
+SAMPLE_AXES = ("data", "shard")
+"""Axes that split samples. Under hybrid sharding ranks of `shard` share state, and groups along
+`data` are replicas of it; else there is `data` alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from meshwright.plan.presets import PRESETS
 __all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
 
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
-COUNTS: Final = (*AXES, "virtual", "microbatches")  # whole numbers, 1 or more
+COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
 _WHOLE: Final = ("zero", "redundancy")  # whole numbers, 0 or more
 _WORDS: Final = ("schedule", "gather", "remat", "precision", "offload", "regime", "codec")
-_OPTIONAL: Final = ("data", "schedule", "gather")  # None: left to Meshwright
+_OPTIONAL: Final = ("data", "shard", "schedule", "gather")  # None: left to Meshwright
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
@@ -38,6 +38,8 @@ class Plan:
         context: ranks that share each sequence.
         expert: ranks that share each layer's experts.
         zero: 0 to 3, what the data axis shards: 1 optimizer state, 2 gradients too, 3 weights too.
+        shard: ranks, next to each other on the data axis, that ZeRO shards state over; groups of
+            them are replicas (hybrid sharding). None: the whole axis.
         schedule: the pipeline's order of work; None takes the default.
         virtual: stages per pipeline rank.
         microbatches: parts a global batch is split into, run one after another.
@@ -62,6 +64,7 @@ class Plan:
     context: int = 1
     expert: int = 1
     zero: int = 0
+    shard: int | None = None
     schedule: str | None = None
     virtual: int = 1
     microbatches: int = 1
@@ -128,6 +131,13 @@ class Plan:
         if self.zero:
             items.insert(0, f"zero{self.zero}")
         return ",".join(items) or "data"
+
+    @property
+    def label(self) -> str:
+        """The plan for people to read: its text, and how many layouts and cuts it has beside."""
+        listed = (("layout", len(self.layouts)), ("cut", len(self.cuts)))
+        beside = [f"{n} {name}{'s' * (n > 1)}" for name, n in listed if n]
+        return " + ".join([replace(self, layouts=(), cuts=()).text(), *beside])
 
     @classmethod
     def parse(cls, text: str) -> Plan:

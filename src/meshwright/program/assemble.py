@@ -7,10 +7,11 @@ body   for each micro-batch: Load, its pieces, Stash what outlives it; the last 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from meshwright.plan.mesh import Axis
+from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.donate import donated
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
@@ -70,11 +71,11 @@ def accumulated(unit: Program, *, first: bool) -> Program:
 def unit_outputs(
     unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts], *, last: bool
 ) -> dict[str, Layout]:
-    """Where a unit's outputs must lie: sums partial over data, buffers and watched values whole.
+    """Where a unit's outputs must lie: sums partial, buffers and watched values whole.
 
     Gradients are partial or sharded while they accumulate, and as the optimizer needs them at last.
     """
-    partial = Layout.of(axes, {a.name: Partial() for a in axes if a.name == "data" and a.size > 1})
+    partial = Layout.of(axes, {a.name: Partial() for a in axes if a.size > 1})
     found: dict[str, Layout] = {}
     for name, _ in unit.outputs:
         if name.startswith("gradient/"):
@@ -90,18 +91,28 @@ def complete_unit(
 ) -> Completed:
     """Propagate the unit's annotations: batches split by sample, weights as they rest."""
     sums = unit_outputs(unit, axes, states, last=False)
-    batch = Layout.of(axes, {a.name: Shard(0) for a in axes if a.name == "data" and a.size > 1})
-    ranks = next((a.size for a in axes if a.name == "data"), 1)  # fewer samples are done by all
+    split = [axis for axis in axes if axis.name in SAMPLE_AXES and axis.size > 1]
+    batch = Layout.of(axes, {axis.name: Shard(0) for axis in split})
+    ranks = math.prod(axis.size for axis in split)  # fewer samples are done by all
     pinned: dict[int, Layout] = {}
     stored: dict[int, Layout] = {}
     for name, value in unit.inputs:
         if name.startswith("model/"):
-            stored[value] = states[name.removeprefix("model/")].weights
+            state = states[name.removeprefix("model/")]
+            stored[value] = _resting(state)
+            if state.work.placements:
+                pinned[value] = state.work
         elif name.startswith("batch/"):
             pinned[value] = batch if unit.values[value].shape[0] >= ranks else REPLICATED
         else:
             pinned[value] = sums.get(name, REPLICATED)
     return propagate(unit, axes, pinned, stored)
+
+
+def _resting(state: StateLayouts) -> Layout:
+    """What is split at rest only."""
+    work = dict(state.work.placements)
+    return Layout(tuple((n, p) for n, p in state.weights.placements if work.get(n) != p))
 
 
 def move_program(
@@ -162,7 +173,7 @@ def assemble(
         coordinates,
     )
     gather = _in_place(gather)
-    body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
+    body += [Instruction("Finish"), Instruction("Agree", axis="world"), Instruction("Update")]
     body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))

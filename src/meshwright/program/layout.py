@@ -13,8 +13,9 @@ factor nest, in mesh order: the later axis splits what the earlier one left.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,6 +23,7 @@ from meshwright.plan.mesh import Axis
 
 __all__ = [
     "REPLICATED",
+    "Bounds",
     "Layout",
     "Partial",
     "Placement",
@@ -30,9 +32,14 @@ __all__ = [
     "chunk",
     "disjoint",
     "local_shape",
-    "region",
+    "pieces",
+    "primary",
     "slab",
 ]
+
+
+Bounds = tuple[tuple[int, int], ...]
+"""(start, length) per dim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,25 +212,55 @@ def slab(
     return Slab(shard.dim, outer, unit, starts, lengths)
 
 
-def region(
+def pieces(
     shape: tuple[int, ...],
     layout: Layout,
     axes: Sequence[Axis],
     coordinates: Mapping[str, int],
-) -> tuple[tuple[int, int], ...]:
-    """(start, length) per dim of the box that this rank holds; for layouts of whole dims.
+) -> Iterator[tuple[Bounds, Bounds]]:
+    """The boxes that a rank holds of a value: (bounds in the whole value, bounds in its part).
 
-    Layouts with an outer factor hold several boxes; no state is stored so.
+    One box, but for layouts with an outer factor: of a fused qkv split in heads there are three.
     """
-    box = [(0, size) for size in shape]
-    for axis in axes:
-        place = layout.on(axis.name)
-        if isinstance(place, Shard):
-            assert place.outer == 1, "state is stored in whole boxes"
-            start, length = box[place.dim]
-            first, count = chunk(length // place.unit, axis.size, coordinates[axis.name])
-            box[place.dim] = (start + first * place.unit, count * place.unit)
-    return tuple(box)
+    runs = [_runs(dim, size, layout, axes, coordinates) for dim, size in enumerate(shape)]
+    for found in itertools.product(*runs):
+        yield tuple(run[0] for run in found), tuple(run[1] for run in found)
+
+
+def _runs(
+    dim: int, size: int, layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """((start, length) in the dim, the same in the rank's part of it) of every run."""
+    shards = {p for _, p in layout.placements if isinstance(p, Shard) and p.dim == dim}
+    runs = [(0, size)]
+    # From coarse to fine: a finer factor repeats within each unit of a coarser one.
+    for shard in sorted(shards, key=lambda s: s.unit * s.granules(size), reverse=True):
+        first, count = 0, shard.granules(size)
+        block = count * shard.unit
+        for axis in axes:
+            if layout.on(axis.name) == shard:
+                skipped, count = chunk(count, axis.size, coordinates[axis.name])
+                first += skipped
+        cut = (first * shard.unit, count * shard.unit)
+        runs = [
+            (start + cut[0], cut[1])
+            for begin, length in runs
+            for start in range(begin, begin + length, block or 1)
+        ]
+    merged: list[tuple[int, int]] = []
+    for start, length in runs:
+        if merged and sum(merged[-1]) == start:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((start, length))
+    lengths = [length for _, length in merged]
+    begins = itertools.accumulate(lengths, initial=0)
+    return [(run, (begin, run[1])) for run, begin in zip(merged, begins, strict=False)]
+
+
+def primary(layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]) -> bool:
+    """Whether this rank keeps the replica that counts of a value under `layout`."""
+    return all(coordinates[a.name] == 0 for a in axes if not isinstance(layout.on(a.name), Shard))
 
 
 def elements(shape: tuple[int, ...]) -> int:

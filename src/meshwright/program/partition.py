@@ -15,7 +15,7 @@ from meshwright.program.layout import Layout, Partial, Placement, Shard, local_s
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
-from meshwright.program.rules import Rule, shard_of
+from meshwright.program.rules import Carry, Rule, shard_of
 from meshwright.program.widen import with_wide_sums
 
 __all__ = ["COLLECTIVES", "Local", "partition"]
@@ -172,6 +172,9 @@ class _Writer:
 
     def op(self, number: int, op: Op) -> None:
         """Write one op: operands brought, arguments made local, results laid out."""
+        if op.base == "meshwright.annotate":
+            self._annotated(number, op)
+            return
         rule = self.completed.rules[number]
         carried = dict(self.completed.carried[number])
         layouts, through = self._operands(rule, op, carried)
@@ -192,7 +195,28 @@ class _Writer:
         args = self._local_args(rule, op, args, brought, results)
         made = iter(results)
         outputs = tuple(None if value is None else next(made) for value in op.outputs)
-        self.ops.append(replace(op, args=args, kwargs=kwargs, outputs=outputs))
+        local = replace(op, args=args, kwargs=kwargs, outputs=outputs)
+        self.ops.append(self._windowed(rule, local, dict(carried), number))
+
+    def _annotated(self, number: int, op: Op) -> None:
+        """An annotation is no op: its result is its operand, brought to where it was said to lie.
+
+        Over an axis of which nothing was said it lies as it came.
+        """
+        (operand,), (result,) = op.inputs, op.results
+        carried = dict(self.completed.carried[number])
+        said = dict(self.completed.places)
+        placements: dict[str, Placement] = {}
+        for axis in self.axes:
+            name = axis.name
+            if result in said.get(name, {}):
+                placements[name] = said[name][result]
+            elif name not in carried and isinstance(self.lies[operand].on(name), Partial):
+                placements[name] = self.lies[operand].on(name)
+        layout = Layout.of(self.axes, placements)
+        local = self.bring(operand, layout, op)
+        self.lies[result] = layout
+        self.made[result, layout, None] = local
 
     def _operands(
         self, rule: Rule, op: Op, carried: Mapping[str, object]
@@ -246,14 +270,40 @@ class _Writer:
             changed[place] = self.values[results[result]].shape
         for place, operand, dim in rule.count_args:
             changed[place] = self.values[brought[operand]].shape[dim]
+        if rule.arguments is not None:
+            local = [self.values[result] for result in results]
+            changed = list(rule.arguments(tuple(changed), local))
         if op.base == "meshwright.draw":
             changed[6] = self._starts(op.results[0], self.origin[results[0]][1])
         return tuple(changed)
 
+    def _windowed(self, rule: Rule, op: Op, carried: Mapping[str, Carry], number: int) -> Op:
+        """The op, or the one that runs on a window of the factor that axes carry."""
+        if rule.window is None:
+            return op
+        factor, name = rule.window
+        split = {axis: carry for axis, carry in carried.items() if carry.factor == factor}
+        if not split:
+            return op
+        whole = self.program.ops[number]
+        dims = (*rule.operands, *rule.results)
+        values = (*whole.inputs, *whole.results)
+        shape, layout = next(
+            (self.program.values[value].shape, {a: shard_of(rule, d, c) for a, c in split.items()})
+            for value, d in zip(values, dims, strict=True)
+            if shard_of(rule, d, next(iter(split.values()))) is not None
+        )
+        lies = Layout.of(self.axes, layout)
+        starts = self._begins(shape, lies)
+        return replace(op, name=name, args=(*op.args, rule.sizes[factor], starts), kwargs=())
+
     def _starts(self, value: int, layout: Layout) -> Arg:
         """((axis, start of each coordinate's samples), ...) of a random draw."""
+        return self._begins(self.program.values[value].shape, layout)
+
+    def _begins(self, shape: tuple[int, ...], layout: Layout) -> Arg:
+        """((axis, where each coordinate's part begins), ...) of a value under a layout."""
         found: list[Arg] = []
-        shape = self.program.values[value].shape
         for name, place in layout.placements:
             assert isinstance(place, Shard)
             lies = slab(shape, layout, self.axes, self.coordinates, name, place)

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from meshwright.errors import PlanError
 from meshwright.plan.mesh import Axis
-from meshwright.program.layout import Layout, Placement, Shard, disjoint
+from meshwright.program.layout import REPLICATED, Layout, Placement, Shard, disjoint
 from meshwright.program.program import Program
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
@@ -50,7 +51,7 @@ def propagate(
         axes: of the mesh, major first; earlier axes choose first.
         pinned: value -> layout that it has (an input) or should have (any value). Inputs that
             neither `pinned` nor `stored` names are open: they take what their readers want.
-        stored: inputs laid out for rest.
+        stored: inputs laid out for rest; where an input is `pinned` too, over the other axes.
     """
     stored = stored or {}
     rules = tuple(rule_of(op, program.values) for op in program.ops)
@@ -60,9 +61,16 @@ def propagate(
     for axis in axes:
         if axis.size > 1:
             search = _Search(program, rules, axis, axes, places, carried)
-            resting |= search.rest({v: layout.on(axis.name) for v, layout in stored.items()})
-            places[axis.name] = search.complete({v: p.on(axis.name) for v, p in pinned.items()})
-    closed = {**pinned, **stored}
+            rests = {v: layout.on(axis.name) for v, layout in stored.items()}
+            works = {v: layout.on(axis.name) for v, layout in pinned.items()}
+            works |= _annotated(program, axis)
+            rests = {v: p for v, p in rests.items() if p is not None or v not in works}
+            resting |= search.rest(rests)
+            places[axis.name] = search.complete({v: works[v] for v in works if v not in rests})
+    closed = dict(pinned)
+    for value, layout in stored.items():
+        both = (*closed.get(value, REPLICATED).placements, *layout.placements)
+        closed[value] = Layout.of(axes, dict(both))
     inputs = tuple(
         closed[value]
         if value in closed
@@ -71,6 +79,34 @@ def propagate(
     )
     orders = [tuple(found.items()) for found in carried]
     return Completed(rules, tuple(orders), inputs, frozenset(resting), places)
+
+
+def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
+    """What the program's annotations say of `axis`, by value.
+
+    Raises:
+        PlanError: a dim has fewer elements than the axis has ranks.
+    """
+    found: dict[int, Placement] = {}
+    for op in program.ops:
+        if op.base != "meshwright.annotate":
+            continue
+        (value,), (_, dims, whole) = op.results, op.args
+        assert isinstance(dims, str)
+        assert isinstance(whole, str)
+        names = dims.split(",")
+        if axis.name in names:
+            dim = names.index(axis.name)
+            size = program.values[value].shape[dim]
+            if size < axis.size:
+                raise PlanError(
+                    f"{op.source}: annotate splits dim {dim} over {axis.name}={axis.size}, but it "
+                    f"has {size} elements; use {axis.name}={size} or fewer, or another dim"
+                )
+            found[value] = Shard(dim)
+        elif axis.name in whole.split(","):
+            found[value] = None
+    return found
 
 
 class _Search:
@@ -117,7 +153,7 @@ class _Search:
 
     def complete(self, pinned: Mapping[int, Placement]) -> dict[int, Placement]:
         """Forward and backward until nothing changes; the shards found."""
-        self.place |= {v: p for v, p in pinned.items() if isinstance(p, Shard)}
+        self.place |= pinned
         self.closed |= set(pinned)
         made = set(self.program.producers())
         self.open = {v for v in range(len(self.program.values)) if v not in self.closed}

@@ -13,14 +13,19 @@ partial sums and reduced once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from meshwright.plan.mesh import Axis
+from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
 from meshwright.program.program import Value
 
-__all__ = ["StateLayouts", "WHOLE_BELOW", "shard_dim", "zero_layouts"]
+__all__ = ["WHOLE_BELOW", "StateLayouts", "shard_dim", "zero_layouts"]
+
+_SUMMED = (*SAMPLE_AXES, "context")
+"""Axes that split samples or their tokens, so that every gradient is a sum over them."""
 
 WHOLE_BELOW = 1024
 """Parameters of fewer bytes stay whole: a collective costs more than they weigh."""
@@ -28,50 +33,75 @@ WHOLE_BELOW = 1024
 
 @dataclass(frozen=True, slots=True)
 class StateLayouts:
-    """Layouts of one parameter's state."""
+    """Layouts of one parameter's state.
+
+    Attributes:
+        weights: at rest.
+        gradients: while they accumulate.
+        optimizer: of its state, and of the gradients that it takes.
+        work: of weights as ops read them; what `weights` splits further is gathered for each use.
+    """
 
     weights: Layout
     gradients: Layout
     optimizer: Layout
+    work: Layout = REPLICATED
 
 
-def shard_dim(shape: tuple[int, ...], parts: int) -> int | None:
-    """The dim to split in `parts`: least padding, then the first; None if none is long enough."""
+def shard_dim(shape: tuple[int, ...], parts: int, work: Layout = REPLICATED) -> int | None:
+    """The dim to split in `parts`: least padding, then the first; None if none is long enough.
+
+    Dims that `work` splits over other axes are left alone.
+    """
+    taken = {place.dim for _, place in work.placements if isinstance(place, Shard)}
 
     def padding(dim: int) -> int:
         """Elements that a split into equal parts would add."""
-        size = shape[dim]
-        rest = 1
-        for other, length in enumerate(shape):
-            rest *= length if other != dim else 1
-        return (-size % parts) * rest
+        rest = math.prod(size for other, size in enumerate(shape) if other != dim)
+        return (-shape[dim] % parts) * rest
 
-    dims = [dim for dim, size in enumerate(shape) if size >= parts]
+    dims = [dim for dim, size in enumerate(shape) if size >= parts and dim not in taken]
     return min(dims, key=padding) if dims else None
 
 
 def zero_layouts(
-    zero: int, parameters: Mapping[str, Value], axis: Axis, still: frozenset[str] = frozenset()
+    zero: int,
+    parameters: Mapping[str, Value],
+    axes: Sequence[Axis],
+    still: frozenset[str] = frozenset(),
+    work: Mapping[str, Layout] = MappingProxyType({}),
 ) -> dict[str, StateLayouts]:
-    """The layouts of every parameter's state under ZeRO stage `zero` over `axis`.
+    """The layouts of every parameter's state under ZeRO stage `zero`.
 
-    Parameters that stay `still` (frozen, or not the optimizer's) have no optimizer state and no
-    update that would move them; stage 3 shards them all the same.
+    It shards over the axis `data`, or over `shard` where there is one.
+
+    Args:
+        zero: 0 to 3.
+        parameters: by name.
+        axes: of the mesh.
+        still: parameters that are frozen, or not the optimizer's: they have no optimizer state and
+            no update that would move them; stage 3 shards them all the same.
+        work: how the other axes split parameters; those not named are whole.
     """
+    sizes = {axis.name: axis.size for axis in axes}
+    over = "shard" if "shard" in sizes else "data"
+    parts = sizes.get(over, 1)
     found = {}
     for name, value in parameters.items():
-        dim = shard_dim(value.shape, axis.size) if value.bytes >= WHOLE_BELOW else None
-        if axis.size == 1:
-            found[name] = StateLayouts(REPLICATED, REPLICATED, REPLICATED)
-            continue
-        partial = Layout(((axis.name, Partial()),))
-        split = REPLICATED if dim is None else Layout(((axis.name, Shard(dim)),))
+        base = work.get(name, REPLICATED)
+        large = parts > 1 and value.bytes >= WHOLE_BELOW
+        dim = shard_dim(value.shape, parts, base) if large else None
+        shard = None if dim is None else Shard(dim)
+        owed = {a.name: Partial() for a in axes if a.name in _SUMMED and a.size > 1}
+        partial = Layout.of(axes, {**owed, **dict(base.placements)})
+        split = base.change(axes, over, shard)
         shards_state = zero >= (3 if name in still else 1)
         # Gradients of what stays whole are reduced once a step at any stage.
-        late = zero < 2 or dim is None or not shards_state
+        late = zero < 2 or shard is None or not shards_state
         found[name] = StateLayouts(
-            weights=split if zero == 3 else REPLICATED,
-            gradients=partial if late else split,
-            optimizer=split if shards_state else REPLICATED,
+            weights=split if zero == 3 else base,
+            gradients=partial if late else partial.change(axes, over, shard),
+            optimizer=split if shards_state else base,
+            work=base,
         )
     return found

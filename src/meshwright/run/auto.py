@@ -31,7 +31,7 @@ def candidates(world: int) -> Iterator[Plan]:
 def state_bytes(parameters: dict[str, Value], plan: Plan) -> int:
     """Bytes a rank keeps: weights, gradients, two optimizer slots."""
     data = plan.data or 1
-    layouts = zero_layouts(plan.zero, parameters, Axis("data", data))
+    layouts = zero_layouts(plan.zero, parameters, (Axis("data", data),))
 
     def held(value: Value, *, split: bool) -> int:
         return value.bytes // data if split else value.bytes

@@ -6,8 +6,9 @@ batches and equal ranks have in common.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,28 +16,30 @@ from torch import Tensor, nn
 
 from meshwright.comm.base import Group
 from meshwright.compile.example import Example
-from meshwright.compile.init import Blueprint, blueprint
+from meshwright.compile.init import Blueprint
 from meshwright.compile.lower import Segment, lower
 from meshwright.compile.precision import promoting
 from meshwright.compile.unit import Unit, trace_unit
-from meshwright.errors import PlanError
 from meshwright.job import Job
-from meshwright.plan.check import Facts, require
-from meshwright.plan.mesh import Axis, Mesh
+from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
+from meshwright.program.context import split_sequences
 from meshwright.program.layout import chunk
 from meshwright.program.program import Value
-from meshwright.program.zero import StateLayouts, zero_layouts
+from meshwright.program.vocabulary import split_losses
+from meshwright.program.zero import StateLayouts
 from meshwright.run.executor import Place
-from meshwright.run.optimizer import Recipe, is_elementwise, recipe
+from meshwright.run.optimizer import Recipe
 
-__all__ = ["Build", "Lowered", "Micro", "mesh_of", "micro_ranges", "prepare"]
+__all__ = ["Build", "Lowered", "Micro", "has_batch_norm", "mesh_of", "micro_ranges", "values_of"]
 
 
 def mesh_of(plan: Plan) -> Mesh:
     """The mesh of a plan whose `data` is filled."""
     sizes = {name: size for name, size in plan.sizes.items() if name != "pipeline"}
+    if plan.shard is not None:
+        sizes |= {"data": sizes["data"] // plan.shard, "shard": plan.shard}
     return Mesh.of(pipeline=plan.pipeline, **sizes)
 
 
@@ -104,10 +107,18 @@ class Build:
         """Dtype and global shape of every parameter."""
         return values_of(self.model.parameters, self.dtype)
 
+    @property
+    def everyone(self) -> Group:
+        """All ranks."""
+        return self.place(0).groups["world"]
+
     def place(self, rank: int) -> Place:
         """Coordinates and groups of a rank."""
         _, coordinates = self.mesh.coordinates(rank)
         groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
+        data = groups["data"]  # where it is all there is, it is the world
+        every = data if len(data.ranks) == self.mesh.size else Group.world(self.mesh.size)
+        groups["world"] = every
         return Place(coordinates, groups)
 
     def unit(
@@ -118,7 +129,7 @@ class Build:
         precision = self.plan.precision
         key = (micro.key, self._identity(function), precision, tuple(sorted(how.items())))
         if key not in self.units:
-            self.units[key] = trace_unit(
+            unit = trace_unit(
                 self.model,
                 function,
                 micro.example,
@@ -127,6 +138,12 @@ class Build:
                 precision=precision,
                 **how,
             )
+            stage = self.mesh.stages[0]
+            if stage.axis_size("tensor") > 1:
+                unit = replace(unit, program=split_losses(unit.program))
+            if (context := stage.axis_size("context")) > 1:
+                unit = replace(unit, program=split_sequences(unit.program, context))
+            self.units[key] = unit
         return self.units[key]
 
     def lowered(
@@ -165,11 +182,13 @@ class Build:
         """(start, stop) of the samples of a micro-batch that `rank` loads."""
         _, coordinates = self.mesh.coordinates(rank)
         start, stop = range_
-        data = self.mesh.stages[0].axis_size("data")
-        if stop - start < data:
+        axes = [axis for axis in self.axes if axis.name in SAMPLE_AXES]
+        if stop - start < math.prod(axis.size for axis in axes):
             return range_
-        first, length = chunk(stop - start, data, coordinates.get("data", 0))
-        return start + first, start + first + length
+        for axis in axes:
+            first, length = chunk(stop - start, axis.size, coordinates[axis.name])
+            start, stop = start + first, start + first + length
+        return start, stop
 
 
 def values_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Value]:
@@ -187,31 +206,3 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether statistics over samples are taken in training."""
     return any(isinstance(part, _NORMS) for part in module.modules())
-
-
-def prepare(job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None) -> Build:
-    """Blueprint the model and lay its state out.
-
-    Raises:
-        PlanError: the plan does not fit the world, the batch or the model.
-        UserCodeError: a factory raised or made what it must not.
-    """
-    plan = plan.filled(world)
-    require(plan, Facts(world, job.batch_size, job.normalize_over))
-    model = blueprint(job.model, job.seed)
-    norms = has_batch_norm(model.module)
-    require(plan, Facts(world, job.batch_size, job.normalize_over if norms else None, norms))
-    made = recipe(model, job.optimizer)
-    if plan.zero and plan.data and plan.data > 1 and not is_elementwise(made):
-        raise PlanError(
-            f"plan asks for zero={plan.zero}, but {made.kind.__name__} is not elementwise: its "
-            "update of"
-            " an element depends on others, which lie on other ranks; use zero=0 or an elementwise "
-            "optimizer such as AdamW"
-        )
-    mesh = mesh_of(plan)
-    values = values_of(model.parameters, dtype)
-    moved = {n for n in made.names if model.parameters[n].requires_grad}
-    axis = next(a for a in mesh.stages[0].axes if a.name == "data")
-    states = zero_layouts(plan.zero, values, axis, frozenset(values) - moved)
-    return Build(job, plan, mesh, model, made, states, dtype)

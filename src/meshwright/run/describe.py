@@ -14,17 +14,18 @@ from typing import Any
 import psutil
 import torch
 
-from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
+from meshwright.plan.toml import to_toml
 from meshwright.predict.memory import memory_bill
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
-from meshwright.run.build import Build, Micro, micro_ranges, prepare, values_of
-from meshwright.run.data import Source, open_source
+from meshwright.run.prepare import prepare
+from meshwright.run.build import Build, Micro, micro_ranges, values_of
 from meshwright.run.eager import EagerWorker
+from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe
 from meshwright.run.session import Session
 from meshwright.run.worker import Fetched
@@ -74,7 +75,7 @@ def facts_of(session: Session) -> dict[str, str]:
     return {
         "meshwright version": VERSION,
         "torch version": str(torch.__version__),
-        "plan": build.plan.text(),
+        "plan": to_toml(build.plan) if build.plan.layouts else build.plan.text(),
         "batch_size": str(job.batch_size),
         "seed": str(job.seed),
         "clip_norm": str(job.clip_norm),
@@ -126,22 +127,7 @@ def explain(job: Job, plan: Plan, ranks: int) -> dict[str, Any]:
     Only rank 0's samples of the first step are read, for their shapes.
     """
     build = prepare(job, plan, ranks)
-    source = open_source(job.data(), batch_size=job.batch_size, seed=job.seed, collate=job.collate)
-    try:
-        micros = [
-            _form(build, source, range_)
-            for range_ in micro_ranges(job.batch_size, plan.microbatches)
-        ]
-    finally:
-        source.close()
-    return describe_build(build, micros)
-
-
-def _form(build: Build, source: Source, range_: tuple[int, int]) -> Micro:
-    """The form of a micro-batch of the first step."""
-    start, stop = range_
-    batch = source.fetch(0, *build.samples_of(0, range_), range_)
-    return Micro(example_of(batch.tree)[0], stop - start)
+    return describe_build(build, first_micros(build))
 
 
 def _setting(build: Build) -> dict[str, Any]:
@@ -152,7 +138,7 @@ def _setting(build: Build) -> dict[str, Any]:
     return {
         "versions": versions(),
         "host": host(),
-        "plan": build.plan.text(),
+        "plan": build.plan.label,
         "mesh": {
             "axes": [[axis.name, axis.size] for axis in axes],
             "ranks": [{"rank": r, "coordinates": _coordinates(build, r, axes)} for r in ranks],

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from meshwright.comm.local import run_local
-from meshwright.compile.collective import narrow
 from meshwright.compile.draw import position_operand
 from meshwright.compile.interpret import interpret
 from meshwright.compile.precision import Promoting
-from meshwright.program.layout import Layout, Partial, Shard, region, slab
+from meshwright.plan.mesh import SAMPLE_AXES
+from meshwright.program.layout import Layout, Partial, pieces
 from meshwright.program.partition import Local
 from meshwright.program.program import Op
 from meshwright.run.build import Build
+from meshwright.run.part import box, part_of
 from meshwright.run.worker import Worker
 
 __all__ = ["first_difference"]
@@ -40,8 +41,9 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     unit = build.unit(fetched[0].micros[0])
     place = position_operand(build.job.seed, 0, 0, 0)
     names = [name for name, _, _ in fetched[0].micros[0].example.leaves]
+    parts = [f for w, f in zip(workers, fetched, strict=True) if _reads_first(w)]
     batch = {
-        f"batch/{name}": torch.cat([f.leaves[0][k] for f in fetched])
+        f"batch/{name}": torch.cat([f.leaves[0][k] for f in parts])
         for k, name in enumerate(names)
     }
     device: Values = {}
@@ -71,6 +73,12 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     return _compare(build, workers, locals_, seen, device)
 
 
+def _reads_first(worker: Worker) -> bool:
+    """Whether no rank before it reads the same samples."""
+    here = worker.place.coordinates
+    return all(index == 0 for axis, index in here.items() if axis not in SAMPLE_AXES)
+
+
 def _single(exchange: Any) -> None:
     """Run an exchange that communicates with nobody."""
     for request in exchange:
@@ -85,11 +93,9 @@ def _assembled(build: Build, workers: Sequence[Worker], name: str) -> Tensor:
     shape = tuple(build.model.parameters[bare].shape)
     target = torch.empty(shape, dtype=workers[0].state.values[name].dtype)
     for worker in workers:
-        part = target
-        bounds = region(shape, build.states[bare].weights, build.axes, worker.place.coordinates)
-        for dim, (start, length) in enumerate(bounds):
-            part = part.narrow(dim, start, length)
-        part.copy_(worker.state.values[name])
+        layout, part = build.states[bare].weights, worker.state.values[name]
+        for there, here in pieces(shape, layout, build.axes, worker.place.coordinates):
+            box(target, there).copy_(box(part, here))
     return target
 
 
@@ -130,14 +136,7 @@ def _error(
     owed = layout.partial_axes
     worst = 0.0
     for worker, part in zip(workers, parts, strict=True):
-        want = wide
-        for name, place in layout.placements:
-            if isinstance(place, Shard):
-                lies = slab(
-                    tuple(whole.shape), layout, build.axes, worker.place.coordinates, name, place
-                )
-                bounds = (lies.dim, lies.outer, lies.unit, lies.starts, lies.lengths)
-                want = narrow(want, bounds, worker.place.coordinates[name])
+        want = part_of(wide, layout, build.axes, worker.place.coordinates)
         have = part.to(torch.float64)
         if owed:
             have = _reduced(layout, workers, worker, parts)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meshwright.run.worker import box
-
 __all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "order"]
 
 KINDS = ("loss", "gradients", "weights", "optimizer")
@@ -108,11 +106,11 @@ def scales(tensors: Mapping[str, Tensor], kind_of: Callable[[str], str]) -> dict
 def compare(
     parts: Mapping[str, Tensor],
     whole: Mapping[str, Tensor],
-    bounds: Callable[[str, Tensor], tuple[tuple[int, int], ...]],
+    part_of: Callable[[str, Tensor], Tensor],
     kind_of: Callable[[str], str],
     floor: float = FLOOR,
 ) -> dict[str, float]:
-    """Error of each of a rank's parts against its region of the whole tensors.
+    """Error of each of a rank's parts against what `part_of` takes of the whole tensors.
 
     A name that only one side has is an infinite error.
     """
@@ -120,7 +118,7 @@ def compare(
     found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
     for name in set(parts) & set(whole):
         reference = whole[name].to(torch.float64)
-        part = box(reference, bounds(name, reference)) if reference.dim() else reference
+        part = part_of(name, reference)
         if part.shape != parts[name].shape:
             found[name] = math.inf
             continue

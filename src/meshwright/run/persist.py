@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meshwright.comm.base import Group
 from meshwright.errors import StorageError, UserCodeError
-from meshwright.program.layout import REPLICATED, Layout, region
+from meshwright.program.layout import (
+    REPLICATED,
+    Bounds,
+    Layout,
+    local_shape,
+    pieces,
+    primary,
+)
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.manifest import check_meta
 from meshwright.run.match import compare as match
+from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
-from meshwright.run.shard import dtype_name
+from meshwright.run.shard import dtype_name, dtype_of
 from meshwright.run.weights import read
-from meshwright.run.worker import Bounds, Make, Worker
+from meshwright.run.worker import Make, Worker
 
 __all__ = ["given_weights", "pieces_of", "restore", "save_worker"]
 
 
-def _first(worker: Worker) -> bool:
-    """Whether this rank keeps the replica that is written."""
-    return all(index == 0 for index in worker.place.coordinates.values())
-
-
-def _piece(
+def _pieces(
     worker: Worker, name: str, shape: tuple[int, ...], layout: Layout, part: Tensor
-) -> Piece:
-    bounds = region(shape, layout, worker.build.axes, worker.place.coordinates)
-    primary = _first(worker) or bool(layout.placements)
-    return Piece(name, shape, tuple(start for start, _ in bounds), part, primary)
+) -> Iterator[Piece]:
+    """The boxes of this rank's part; of replicas one is written."""
+    where = worker.build.axes, worker.place.coordinates
+    written = primary(layout, *where)
+    for there, here in pieces(shape, layout, *where):
+        start = tuple(start for start, _ in there)
+        yield Piece(name, shape, start, box(part, here), written)
 
 
 def pieces_of(worker: Worker) -> list[Piece]:
@@ -44,9 +51,9 @@ def pieces_of(worker: Worker) -> list[Piece]:
         kind, _, bare = name.partition("/")
         if kind == "model":
             shape = tuple(build.model.parameters[bare].shape)
-            found.append(_piece(worker, name, shape, build.states[bare].weights, tensor))
+            found += _pieces(worker, name, shape, build.states[bare].weights, tensor)
         elif kind == "buffer":
-            found.append(_piece(worker, name, tuple(tensor.shape), REPLICATED, tensor))
+            found += _pieces(worker, name, tuple(tensor.shape), REPLICATED, tensor)
     for bare, shard in worker.state.shards.items():
         shape, layout = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
         for slot, value in worker.state.optimizer.state.get(shard, {}).items():
@@ -54,9 +61,9 @@ def pieces_of(worker: Worker) -> list[Piece]:
             if not isinstance(value, Tensor):
                 continue  # kept in the manifest
             if value.shape == shard.shape and value.dim():
-                found.append(_piece(worker, name, shape, layout, value))
+                found += _pieces(worker, name, shape, layout, value)
             else:
-                found.append(_piece(worker, name, tuple(value.shape), REPLICATED, value))
+                found += _pieces(worker, name, tuple(value.shape), REPLICATED, value)
     return found
 
 
@@ -72,7 +79,7 @@ def meta_of(worker: Worker, step: int, extra: Mapping[str, Any]) -> dict[str, An
     if state.scheduler is not None:
         scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
     return {
-        "plan": worker.build.plan.text() if not worker.build.plan.layouts else "",
+        "plan": worker.build.plan.label,
         "batch_size": job.batch_size,
         "seed": job.seed,
         "optimizer": _optimizer_meta(worker),
@@ -166,8 +173,9 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
         kind, _, bare = name.partition("/")
         if kind == "model":
             fake = worker.build.model.parameters[bare]
-            bounds = region(tuple(fake.shape), worker.build.states[bare].weights, axes, coordinates)
-            checkpoint.read_into(tensor, name, tuple(start for start, _ in bounds))
+            layout = worker.build.states[bare].weights
+            for there, here in pieces(tuple(fake.shape), layout, axes, coordinates):
+                checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
         elif kind == "buffer":
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
     _restore_optimizer(worker, checkpoint)
@@ -245,12 +253,13 @@ def _restore_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
         if kind != "optimizer" or bare not in state.shards:
             continue
         whole = tuple(build.model.parameters[bare].shape)
-        start, shape = None, None
         if whole and entry.shape == whole:
-            layout = build.states[bare].optimizer
-            bounds = region(whole, layout, build.axes, worker.place.coordinates)
-            start, shape = tuple(s for s, _ in bounds), tuple(n for _, n in bounds)
-        tensor = checkpoint.read(name, start, shape)
+            layout, where = build.states[bare].optimizer, (build.axes, worker.place.coordinates)
+            tensor = torch.empty(local_shape(whole, layout, *where), dtype=dtype_of(entry.dtype))
+            for there, here in pieces(whole, layout, *where):
+                checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
+        else:
+            tensor = checkpoint.read(name)
         state.optimizer.state[state.shards[bare]][slot] = tensor
     for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=True):
         group.update({key: from_plain(value) for key, value in kept["settings"].items()})

@@ -21,7 +21,8 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run import persist
-from meshwright.run.build import Build, prepare
+from meshwright.run.prepare import prepare
+from meshwright.run.build import Build
 from meshwright.run.checkpoint import open_checkpoint, resume
 from meshwright.run.data import Source, open_source
 from meshwright.run.eager import EagerWorker
@@ -279,9 +280,15 @@ def open_session(
                 "leave one of them out"
             )
         require_compiler()
+    split = [axis for axis, size in plan.sizes.items() if axis != "data" and size > 1]
+    if eager and split:
+        raise UsageError(
+            f"--eager runs the user's code as it is, which {split[0]}={plan.sizes[split[0]]} would "
+            "have to split; use data parallelism alone, or leave --eager out"
+        )
     if nonfinite not in ("raise", "skip", "ignore"):
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
-    build = prepare(job, plan, comm.world.size, dtype)
+    build = prepare(job, plan, comm.world.size, dtype, data)
     build.compiled = compiled
     notes = [*build.model.notes, *notes_on(plan.precision)]
     source = open_source(

@@ -17,10 +17,12 @@ from meshwright.compile.draw import SampleDim
 from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
-from meshwright.program.layout import Layout, region
-from meshwright.run.build import Build, Micro, has_batch_norm, prepare
+from meshwright.program.layout import Layout
+from meshwright.run.prepare import prepare
+from meshwright.run.build import Build, Micro, has_batch_norm
 from meshwright.run.data import Source, open_source
 from meshwright.run.lockstep import first_difference
+from meshwright.run.part import part_of
 from meshwright.run.measure import KINDS, LAW, Report, Worst, compare
 from meshwright.run.persist import given_weights
 from meshwright.run.reference import Reference, Snapshot, slots
@@ -92,21 +94,18 @@ def compare_step(
         states = build.states.get(name)
         return None if states is None else states.optimizer if optimizer else states.weights
 
-    def bounds(name: str, tensor: Tensor, *, optimizer: bool) -> tuple[tuple[int, int], ...]:
+    def part(name: str, tensor: Tensor, *, optimizer: bool) -> Tensor:
         layout = lies(name, optimizer=optimizer)
-        shape = tuple(tensor.shape)
-        if layout is None or (
-            name in build.model.parameters and shape != tuple(build.model.parameters[name].shape)
-        ):
-            return tuple((0, size) for size in shape)
-        return region(shape, layout, build.axes, place.coordinates)
+        if layout is None or tensor.shape != build.model.parameters[name].shape:
+            return tensor
+        return part_of(tensor, layout, build.axes, place.coordinates)
 
     floor = max(abs(snapshot.loss), 1e-300)
     report.add("loss", abs(loss - snapshot.loss) / floor, "loss", step)
     found = compare(
         worker.keep_gradients or {},
         snapshot.gradients,
-        lambda name, t: bounds(name, t, optimizer=True),
+        lambda name, t: part(name, t, optimizer=True),
         lambda _: "gradients",
         report.floor,
     )
@@ -116,7 +115,7 @@ def compare_step(
     found = compare(
         state,
         snapshot.weights,
-        lambda name, t: bounds(
+        lambda name, t: part(
             name.partition("/")[2] if name.startswith("model/") else "", t, optimizer=False
         ),
         lambda name: name.partition("/")[0],
@@ -127,7 +126,7 @@ def compare_step(
     found = compare(
         slots(worker.state.optimizer, names),
         snapshot.optimizer,
-        lambda name, t: bounds(name.split("/", 2)[2], t, optimizer=True),
+        lambda name, t: part(name.split("/", 2)[2], t, optimizer=True),
         _slot_of,
     )
     for name, error in found.items():
@@ -238,7 +237,7 @@ class Trial:
         name = "{} in bf16".format if self.rounds else str
         return {
             "passed": report.passed,
-            "plan": self.build.plan.text(),
+            "plan": self.build.plan.label,
             "ranks": self.build.mesh.size,
             "steps": steps,
             "dtype": "bf16"

@@ -15,7 +15,14 @@ from meshwright.comm.base import Group, all_reduce
 from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
 from meshwright.errors import UserCodeError
-from meshwright.program.layout import region
+from meshwright.program.layout import (
+    REPLICATED,
+    Bounds,
+    Layout,
+    local_shape,
+    pieces,
+    primary,
+)
 from meshwright.program.program import Program
 from meshwright.run.agreement import same_programs
 from meshwright.run.ahead import ReadAhead
@@ -25,12 +32,10 @@ from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.optimizer import build as build_optimizer
 from meshwright.run.optimizer import scheduled
+from meshwright.run.part import box, finer
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
-__all__ = ["Bounds", "Fetched", "Make", "Worker", "advance", "box", "initial_state"]
-
-Bounds = tuple[tuple[int, int], ...]
-"""(start, length) per dim."""
+__all__ = ["Fetched", "Make", "Worker", "advance", "initial_state"]
 
 Make = Callable[[str, Tensor, Bounds], Tensor | None]
 """(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
@@ -41,13 +46,6 @@ _STATE = ("model/", "buffer/", "constant/", "scale")
 
 
 _FAILED_AHEAD = "a rank cannot load the next batch"
-
-
-def box(tensor: Tensor, bounds: Bounds) -> Tensor:
-    """The part of `tensor` within (start, length) bounds, a view."""
-    for dim, (start, length) in enumerate(bounds):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
 
 
 def initial_state(build: Build, rank: int, make: Make | None = None) -> RankState:
@@ -61,21 +59,25 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
     model, dtype = build.model, build.dtype
     axes, coordinates = build.axes, build.place(rank).coordinates
 
-    def part(name: str, fake: Tensor, bounds: Bounds) -> Tensor:
-        found = make(name, fake, bounds) if make is not None else None
-        if found is None:
-            found = box(model.make(fake), bounds)
+    def part(name: str, fake: Tensor, layout: Layout = REPLICATED) -> Tensor:
+        shape = tuple(fake.shape)
         kind = dtype if dtype is not None and fake.is_floating_point() else fake.dtype
-        return found.to(kind).clone(memory_format=torch.contiguous_format)
+        made = torch.empty(local_shape(shape, layout, axes, coordinates), dtype=kind)
+        whole: Tensor | None = None
+        for there, here in pieces(shape, layout, axes, coordinates):
+            found = make(name, fake, there) if make is not None else None
+            if found is None:
+                whole = model.make(fake) if whole is None else whole
+                found = box(whole, there)
+            box(made, here).copy_(found)
+        return made
 
     values: dict[str, Tensor] = {}
     for name, fake in model.parameters.items():
-        bounds = region(tuple(fake.shape), build.states[name].weights, axes, coordinates)
-        values[f"model/{name}"] = part(f"model/{name}", fake, bounds)
+        values[f"model/{name}"] = part(f"model/{name}", fake, build.states[name].weights)
     for kind, tensors in (("buffer", model.buffers), ("constant", model.constants)):
         for name, fake in tensors.items():
-            whole = tuple((0, size) for size in fake.shape)
-            values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake, whole)
+            values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake)
     values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
     return _with_optimizer(build, rank, values)
 
@@ -84,15 +86,15 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
     axes, coordinates = build.axes, build.place(rank).coordinates
     shards: dict[str, nn.Parameter] = {}
     counted: set[str] = set()
-    first = all(index == 0 for index in coordinates.values())
     for name in build.recipe.names:
         fake, states = build.model.parameters[name], build.states[name]
         part = values[f"model/{name}"]
         if states.optimizer != states.weights:
-            part = box(part, region(tuple(fake.shape), states.optimizer, axes, coordinates))
+            shape = tuple(fake.shape)
+            part = finer(part, shape, states.weights, states.optimizer, axes, coordinates)
         shards[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
     for name, fake in build.model.parameters.items():
-        if fake.requires_grad and (first or build.states[name].optimizer.placements):
+        if fake.requires_grad and primary(build.states[name].optimizer, axes, coordinates):
             counted.add(name)
     trained = tuple(n for n, p in build.model.parameters.items() if p.requires_grad)
     optimizer = build_optimizer(build.recipe, shards)
@@ -128,7 +130,7 @@ class Worker:
         self.source = source
         self.policy = policy
         self.place = build.place(rank)
-        self.group = self.place.groups["data"]
+        self.group = build.everyone
         self.state = initial_state(build, rank, make)
         self.running: dict[int, Generator[Any, Any, None]] = {}
         self.agreed: set[tuple[str, ...]] = set()

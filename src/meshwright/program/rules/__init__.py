@@ -8,6 +8,7 @@ from meshwright.program.program import Op, Value
 from meshwright.program.rules import create, matmul, network, pointwise, reduce, shape
 from meshwright.program.rules.factor import Carry, Dim, OpView, Rule, RuleMaker, carry_of, shard_of
 from meshwright.program.rules.factor import whole as _whole
+from meshwright.program.rules.user import declared, rule
 
 __all__ = [
     "RULES",
@@ -17,6 +18,7 @@ __all__ = [
     "Rule",
     "RuleMaker",
     "carry_of",
+    "rule",
     "rule_of",
     "shard_of",
 ]
@@ -34,5 +36,5 @@ RULES: Mapping[str, RuleMaker] = {
 def rule_of(op: Op, values: Sequence[Value]) -> Rule:
     """The rule of `op`; the fallback has `known=False`."""
     view = OpView.of(op, values)
-    maker = RULES.get(op.base)
+    maker = declared(op.base) or RULES.get(op.base)
     return maker(view) if maker is not None else _whole(view, known=False)

@@ -16,10 +16,24 @@ from typing import Literal
 from meshwright.program.layout import Shard
 from meshwright.program.program import Arg, Op, Ref, Value, refs
 
-__all__ = ["Carry", "Dim", "OpView", "Rule", "RuleMaker", "carry_of", "einsum", "shard_of", "whole"]
+__all__ = [
+    "Carry",
+    "Dim",
+    "Localize",
+    "OpView",
+    "Rule",
+    "RuleMaker",
+    "carry_of",
+    "einsum",
+    "shard_of",
+    "whole",
+]
 
 Dim = tuple[int, ...]
 """The factors that a dim is a product of, major first; a dim of size 1 has none."""
+
+
+Localize = Callable[[tuple[Arg, ...], Sequence[Value]], tuple[Arg, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,11 @@ class Rule:
         linear: sets of operands in which the op is linear together; a partial sum passes through.
         shape_args: (argument place, result number): sizes inside arguments that become local.
         count_args: (argument place, operand number, dim): an argument that is one operand's size.
+        arguments: (arguments, local results) -> local arguments, where sizes stand in them in
+            other ways than the two above.
+        window: (factor, name): where the factor is carried, the op of that name runs in place of
+            this one, with the factor's whole size and where each coordinate's part begins as its
+            last arguments.
         known: False for the fallback of an op that has no rule.
     """
 
@@ -49,6 +68,8 @@ class Rule:
     linear: tuple[frozenset[int], ...] = ()
     shape_args: tuple[tuple[int, int], ...] = ()
     count_args: tuple[tuple[int, int, int], ...] = ()
+    arguments: Localize | None = None
+    window: tuple[int, str] | None = None
     known: bool = True
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from meshwright.program.program import Arg, Ref
+from meshwright.program.program import Arg, Ref, Value
 from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum, whole
 
 __all__ = ["RULES"]
@@ -98,9 +99,14 @@ def _mask(view: OpView) -> str | None:
 
 
 def _kept_heads(view: OpView, query: int) -> str:
-    """Letters that stay whole; heads too where several queries share a key (grouped attention)."""
+    """Letters that stay whole; heads too where several queries share a key (grouped attention).
+
+    Queries may be split unless a flag says which keys each sees: their gradient to keys and values
+    is a sum.
+    """
     heads, shared = (view.operands[place].shape[1] for place in (query, query + 1))
-    return "t s d" if heads == shared else "h t s d"
+    causal = view.arg(7 if query else 4) is True
+    return "s d" + " t" * causal + " h" * (heads != shared)
 
 
 def _samples_only(view: OpView) -> Rule:
@@ -140,7 +146,11 @@ def _embedding(view: OpView) -> Rule:
     """weight (v d), indices (...) -> (... d)."""
     index = [f"i{k}" for k in range(len(view.operands[1].shape))]
     out = " ".join([*index, "d"])
-    return einsum(view, ["v d", " ".join(index)], [out], keep="v", linear=[[0]])
+    rule = einsum(view, ["v d", " ".join(index)], [out], linear=[[0]])
+    plain = len(view.op.args) < 4 or view.op.args[3] is False
+    if not plain or not rule.operands[0][0]:
+        return einsum(view, ["v d", " ".join(index)], [out], keep="v", linear=[[0]])
+    return replace(rule, window=(rule.operands[0][0][0], "meshwright.embedding_window.default"))
 
 
 def _embedding_backward(view: OpView) -> Rule:
@@ -148,7 +158,16 @@ def _embedding_backward(view: OpView) -> Rule:
     index = [f"i{k}" for k in range(len(view.operands[1].shape))]
     keep = " ".join(index) if view.arg(4) is True else ""  # divides by how often each index occurs
     operands = [" ".join([*index, "d"]), " ".join(index)]
-    return einsum(view, operands, ["1 d"], keep=keep, linear=[[0]])
+    rule = einsum(view, operands, ["v d"], keep=keep, linear=[[0]])
+    if keep or not rule.results[0][0]:
+        return einsum(view, operands, ["1 d"], keep=keep, linear=[[0]])
+    name = "meshwright.embedding_window_backward.default"
+    return replace(rule, window=(rule.results[0][0][0], name), arguments=_rows)
+
+
+def _rows(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
+    """embedding_dense_backward(grad, indices, rows, ..): the rows that this rank has."""
+    return (*args[:2], results[0].shape[0], *args[3:])
 
 
 def _nll_forward(view: OpView) -> Rule:

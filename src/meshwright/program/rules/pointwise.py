@@ -71,6 +71,12 @@ def _counts(dtype: str) -> bool:
     return "int" in dtype or dtype == "bool"
 
 
-RULES: dict[str, RuleMaker] = dict.fromkeys(
-    (f"aten.{name}" for name in (*_ANY, *_LINEAR)), pointwise
-)
+def _annotate(view: OpView) -> Rule:
+    return einsum(view, ["..."], ["..."], linear=[[0]])
+
+
+RULES: dict[str, RuleMaker] = {
+    **dict.fromkeys((f"aten.{name}" for name in (*_ANY, *_LINEAR)), pointwise),
+    "meshwright.annotate": _annotate,
+    "meshwright.classes": pointwise,
+}

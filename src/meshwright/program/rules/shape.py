@@ -6,7 +6,16 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from meshwright.program.rules.factor import Dim, OpView, Rule, RuleMaker, einsum, whole
+from meshwright.program.program import Arg, Value
+from meshwright.program.rules.factor import (
+    Dim,
+    Localize,
+    OpView,
+    Rule,
+    RuleMaker,
+    einsum,
+    whole,
+)
 
 __all__ = ["RULES", "split_factors"]
 
@@ -120,21 +129,83 @@ def _same_but(view: OpView, dims: Sequence[int], args: Sequence[tuple[int, int]]
     )
 
 
+def _parts(
+    view: OpView, dim: int, count: int, arguments: Localize | None = None, *, joined: bool = False
+) -> Rule:
+    """A dim of `count` equal parts, side by side: a fused qkv and its three, in either direction.
+
+    Args:
+        view: of the op.
+        dim: that the parts make up.
+        count: of parts.
+        arguments: how the arguments become local.
+        joined: the results have all parts (cat); else the operands have (split).
+    """
+    rank = len(view.operands[0].shape)
+    whole_dim = (view.results if joined else view.operands)[0].shape[dim]
+    shape = (*view.operands[0].shape[:dim], whole_dim // count, *view.operands[0].shape[dim + 1 :])
+    sizes = (*shape, count)
+    one = tuple((k,) if shape[k] > 1 else () for k in range(rank))
+    fused = (*one[:dim], (rank, dim), *one[dim + 1 :])
+    given, made = (one, fused) if joined else (fused, one)
+    return Rule(
+        sizes,
+        (given,) * len(view.operands),
+        (made,) * len(view.results),
+        whole=frozenset({rank}),
+        linear=(frozenset(range(len(view.operands))),),
+        arguments=arguments,
+    )
+
+
 def _slice(view: OpView) -> Rule:
     shape, made = view.operands[0].shape, view.results[0].shape
     dim = view.number(1, 0) % len(shape)
-    return _same_but(view, [] if shape == made and view.number(4, 1) == 1 else [dim])
+    if view.number(4, 1) != 1:
+        return _same_but(view, [dim])
+    if shape == made:
+        return _same_but(view, [])
+    start, length = _begin(view.arg(2), shape[dim]), made[dim]
+    if not length or shape[dim] % length or start % length:
+        return _same_but(view, [dim])
+
+    def local(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
+        size = results[0].shape[dim]
+        begin = start // length * size
+        return (*args[:2], begin, begin + size, *args[4:])
+
+    return _parts(view, dim, shape[dim] // length, local)
+
+
+def _begin(start: Arg, size: int) -> int:
+    """Where a slice begins: counted from the end where negative."""
+    begin = start if isinstance(start, int) else 0
+    return min(begin, size) if begin >= 0 else max(0, begin + size)
 
 
 def _split(view: OpView) -> Rule:
-    return _same_but(view, [view.number(2, 0) % len(view.operands[0].shape)])
+    dim = view.number(2, 0) % len(view.operands[0].shape)
+    sizes = {value.shape[dim] for value in view.results}
+    count = len(view.op.outputs)
+    if len(sizes) != 1 or count * min(sizes) != view.operands[0].shape[dim] or not min(sizes):
+        return _same_but(view, [dim])
+
+    def local(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
+        size = results[0].shape[dim]
+        return (args[0], (size,) * count if isinstance(args[1], tuple) else size, *args[2:])
+
+    return _parts(view, dim, count, local)
 
 
 def _cat(view: OpView) -> Rule:
     rank = len(view.results[0].shape)
     if any(len(value.shape) != rank for value in view.operands):
         return whole(view)  # legacy: an empty one-dim tensor among the operands
-    return _same_but(view, [view.number(1, 0) % rank])
+    dim = view.number(1, 0) % rank
+    sizes = {value.shape[dim] for value in view.operands}
+    if len(sizes) != 1 or not min(sizes):
+        return _same_but(view, [dim])
+    return _parts(view, dim, len(view.operands), joined=True)
 
 
 def _along(view: OpView) -> Rule:
@@ -208,8 +279,20 @@ def _select_backward(view: OpView) -> Rule:
 
 def _slice_backward(view: OpView) -> Rule:
     shape, made = view.operands[0].shape, view.results[0].shape
-    dims = [] if shape == made else [view.number(2) % len(made)]
-    return _same_but(view, dims, [(1, 0)])
+    if shape == made:
+        return _same_but(view, [], [(1, 0)])
+    dim = view.number(2) % len(made)
+    start, length = _begin(view.arg(3), made[dim]), shape[dim]
+    if view.number(5, 1) != 1 or not length or made[dim] % length or start % length:
+        return _same_but(view, [dim], [(1, 0)])
+    count = made[dim] // length
+
+    def local(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
+        size = results[0].shape[dim] // count
+        begin = start // length * size
+        return (args[0], results[0].shape, args[2], begin, begin + size, *args[5:])
+
+    return _parts(view, dim, count, local, joined=True)
 
 
 def _pad(view: OpView) -> Rule:

@@ -1,0 +1,75 @@
+"""`mw.annotate`: the user's word on how a value inside the model lies, as an op of the program.
+
+The gradient of an annotated value is annotated alike (GSPMD, Xu et al. 2021, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compile.trace import user_line
+from meshwright.errors import PlanError, nearest
+from meshwright.plan.mesh import AXES
+
+__all__ = ["annotate"]
+
+
+def annotate(tensor: Tensor, *dims: str | None, whole: tuple[str, ...] = ()) -> Tensor:
+    """Say how `tensor` lies over the mesh; outside a run, or where an axis is not there, a no-op.
+
+    Args:
+        tensor: any value inside a model or loss.
+        dims: for each dim, the mesh axis that splits it, or None; dims left out are None.
+        whole: mesh axes over which it must not be split. Axes named nowhere are left open.
+
+    Raises:
+        PlanError: an axis that there is not, named twice, or a dim that is not there.
+    """
+    _require(tensor, dims, whole)
+    if not torch.compiler.is_compiling() or not (any(dims) or whole):
+        return tensor
+    made: Tensor = _annotate(tensor, ",".join(dim or "" for dim in dims), ",".join(whole))
+    return made
+
+
+def _require(tensor: Tensor, dims: tuple[str | None, ...], whole: tuple[str, ...]) -> None:
+    named = [*(dim for dim in dims if dim is not None), *whole]
+    for axis in named:
+        if axis not in AXES:
+            raise PlanError(
+                f"{user_line()}: annotate names the mesh axis {axis!r}; {nearest(axis, AXES)}"
+            )
+        if named.count(axis) > 1:
+            raise PlanError(
+                f"{user_line()}: annotate names the mesh axis {axis} twice; an axis splits one dim"
+            )
+    if len(dims) > tensor.dim():
+        raise PlanError(
+            f"{user_line()}: annotate names {len(dims)} dims of a tensor of shape "
+            f"{list(tensor.shape)}; name {tensor.dim()} or fewer"
+        )
+
+
+@torch.library.custom_op("meshwright::annotate", mutates_args=())
+def _annotate(x: Tensor, dims: str, whole: str) -> Tensor:
+    return x.clone()
+
+
+@_annotate.register_fake
+def _(x: Tensor, dims: str, whole: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, str, str], output: Tensor) -> None:
+    del output
+    _, ctx.dims, ctx.whole = inputs
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _annotate(gradient, ctx.dims, ctx.whole), None, None
+
+
+_annotate.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,355 @@
+"""Annotations found from the graph: tensor parallelism as Megatron-LM lays it out, on any program.
+
+A weight may be split along an output dim when what it makes can be carried on, op by op and
+without moving anything, until another weight contracts it: a column-parallel weight with its
+row-parallel partner (Shoeybi et al. 2019, section 3). Only the former is annotated; the rest
+follows by propagation. No name of a module is looked at.
+
+    x -> [W1 split in columns] -> gelu -> [W2 contracts them] -> partial sums, one all-reduce
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from meshwright.errors import PlanError, nearest
+from meshwright.plan.mesh import SAMPLE_AXES, Axis
+from meshwright.program.layout import REPLICATED, Layout, Shard
+from meshwright.program.program import Op, Program, Value
+from meshwright.program.propagate import propagate
+from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
+
+__all__ = ["chosen_layouts", "columns", "work_layouts"]
+
+
+def work_layouts(
+    program: Program, axes: Sequence[Axis], chosen: Mapping[str, Layout]
+) -> dict[str, Layout]:
+    """How parameters lie while they are worked with, over the axes other than `data`.
+
+    Args:
+        program: of a micro-batch, with global shapes.
+        axes: of the mesh.
+        chosen: what the user said, by parameter; over an axis of which nothing is said, the
+            annotations are found (`tensor`).
+    """
+    inner = tuple(axis for axis in axes if axis.name not in SAMPLE_AXES and axis.size > 1)
+    found = dict(chosen)
+    for axis in inner:
+        if axis.name == "tensor" and all(p.on(axis.name) is None for p in chosen.values()):
+            for name, shard in columns(program, axis).items():
+                layout = found.get(name, REPLICATED)
+                found[name] = layout.change(axes, axis.name, shard)
+    inputs = dict(program.inputs)
+    pinned = {value: REPLICATED for name, value in inputs.items() if not _weight(name)}
+    pinned |= {inputs[f"model/{name}"]: layout for name, layout in found.items()}
+    completed = propagate(program, inner, pinned)
+    return {
+        name.removeprefix("model/"): layout
+        for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
+        if _weight(name)
+    }
+
+
+def chosen_layouts(
+    patterns: Sequence[tuple[str, Sequence[str | None]]],
+    parameters: Mapping[str, Value],
+    axes: Sequence[Axis],
+) -> dict[str, Layout]:
+    """The layouts that a plan's `layouts` give, by parameter; of patterns the later one holds.
+
+    Args:
+        patterns: (pattern of names, as a shell's; the mesh axis of each dim or None).
+        parameters: dtype and global shape by name.
+        axes: of the mesh.
+
+    Raises:
+        PlanError: a pattern matches nothing, or what it says does not fit what it matches.
+    """
+    found: dict[str, Layout] = {}
+    for pattern, dims in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise PlanError(
+                f"layout {pattern!r} matches no parameter; {nearest(pattern, list(parameters))}"
+            )
+        _require_axes(pattern, dims)
+        for name in names:
+            _require_dims(pattern, dims, name, parameters[name].shape, axes)
+            places = {axis: Shard(dim) for dim, axis in enumerate(dims) if axis is not None}
+            sizes = {axis.name: axis.size for axis in axes}
+            found[name] = Layout.of(axes, {a: p for a, p in places.items() if sizes[a] > 1})
+    return found
+
+
+def _require_axes(pattern: str, dims: Sequence[str | None]) -> None:
+    for dim, axis in enumerate(dims):
+        if axis is not None and axis in dims[:dim]:
+            raise PlanError(
+                f"layout {pattern!r} splits dims {dims.index(axis)} and {dim} over {axis}; an axis "
+                "splits one dim of a tensor"
+            )
+        if axis in ("data", "pipeline"):
+            raise PlanError(
+                f"layout {pattern!r} splits dim {dim} over {axis}; weights rest split over data "
+                "by zero=3, and pipeline is cut by `cuts`"
+            )
+
+
+def _require_dims(
+    pattern: str,
+    dims: Sequence[str | None],
+    name: str,
+    shape: tuple[int, ...],
+    axes: Sequence[Axis],
+) -> None:
+    if len(dims) != len(shape):
+        raise PlanError(
+            f"layout {pattern!r} names {len(dims)} dims, but {name} has {len(shape)}: "
+            f"{list(shape)}; give an axis or none for each"
+        )
+    for axis in axes:
+        if axis.name in dims and shape[dims.index(axis.name)] < axis.size:
+            dim = dims.index(axis.name)
+            raise PlanError(
+                f"layout {pattern!r} splits dim {dim} of {name} over {axis.name}={axis.size}, but "
+                f"it has {shape[dim]} elements; use {axis.name}={shape[dim]} or fewer"
+            )
+
+
+def _weight(name: str) -> bool:
+    return name.startswith("model/")
+
+
+def columns(program: Program, axis: Axis) -> dict[str, Shard]:
+    """The weights that `axis` may split along an output dim, and how."""
+    graph = _Graph.of(program)
+    found: dict[str, Shard] = {}
+    rows: set[str] = set()
+    for number, op in enumerate(graph.ops):
+        for place, value, shard in graph.outputs_of(number, axis.size):
+            weight = graph.weights[op.inputs[place]][0]
+            if weight in found or weight in rows:
+                continue
+            path = graph.path(number, place, value, shard, axis.size)
+            if path is not None and weight not in path.rows:
+                found[weight] = path.shard
+                rows |= path.rows
+    return found
+
+
+MOST_ROWS = 4
+"""Weights that may contract what one split weight makes. A residual stream is contracted by all."""
+
+_TRIES = 32
+"""Finer splits that are tried for one weight: by fused part, by head, by element."""
+
+_WORTH = 16
+"""A reduction over the split dim is welcome where it leaves this many times less to add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """A weight's split that can be carried on, and the weights that contract it in the end."""
+
+    shard: Shard
+    rows: frozenset[str]
+
+
+class _Finer(Exception):
+    """The split cuts across a dim's factors: (outer, unit) by which it may be finer, in order."""
+
+    def __init__(self, ways: Sequence[tuple[int, int]]) -> None:
+        self.ways = ways
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A program's forward part.
+
+    Attributes:
+        weights: value -> the parameter that it is, or is a view or cast of, and through which ops.
+        readers: value -> ops that read it.
+    """
+
+    program: Program
+    ops: tuple[Op, ...]
+    rules: tuple[Rule, ...]
+    weights: Mapping[int, tuple[str, tuple[int, ...]]]
+    readers: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(cls, program: Program) -> _Graph:
+        """The forward part of `program`, which comes first."""
+        ops = tuple(itertools.takewhile(lambda op: op.phase == "forward", program.ops))
+        rules = tuple(rule_of(op, program.values) for op in ops)
+        weights: dict[int, tuple[str, tuple[int, ...]]] = {
+            value: (name.removeprefix("model/"), ()) for name, value in program.inputs if _weight(name)
+        }
+        readers: dict[int, list[int]] = {}
+        for number, (op, rule) in enumerate(zip(ops, rules, strict=True)):
+            for value in set(op.inputs):
+                readers.setdefault(value, []).append(number)
+            views = rule.linear or op.base == "aten._to_copy"
+            if len(op.inputs) == len(op.results) == 1 and views and op.inputs[0] in weights:
+                name, chain = weights[op.inputs[0]]
+                weights[op.results[0]] = (name, (*chain, number))
+        return cls(program, ops, rules, weights, readers)
+
+    def outputs_of(self, number: int, parts: int) -> Iterator[tuple[int, int, Shard]]:
+        """(operand, result, its shard) for what weights give a contraction as output dims."""
+        op, rule = self.ops[number], self.rules[number]
+        others = {
+            factor
+            for value, dims in zip(op.inputs, rule.operands, strict=True)
+            if value not in self.weights
+            for dim in dims
+            for factor in dim
+        }
+        for place, value in enumerate(op.inputs):
+            if value not in self.weights or not _contracts(rule, place):
+                continue
+            for factor in (f for dim in rule.operands[place] for f in dim):
+                carry = Carry(factor)
+                made = [shard_of(rule, dims, carry) for dims in rule.results]
+                if factor in others or factor in rule.whole or rule.sizes[factor] < parts:
+                    continue
+                for result, shard in zip(op.results, made, strict=True):
+                    if shard is not None:
+                        yield place, result, shard
+                        break
+
+    def path(
+        self, number: int, place: int, value: int, shard: Shard, parts: int
+    ) -> _Path | None:
+        """How `shard` of `value` is carried on; None if it cannot be.
+
+        Op `number` makes the value, and its operand `place` the weight that is to be split.
+        """
+        waiting = [shard]
+        for _ in range(_TRIES):
+            if not waiting:
+                return None
+            tried = waiting.pop(0)
+            if tried.granules(self.program.values[value].shape[tried.dim]) < parts:
+                continue
+            try:
+                rows = self._carry_on(number, value, tried)
+            except _Finer as error:
+                finer = [
+                    replace(tried, outer=tried.outer * outer, unit=tried.unit * unit)
+                    for outer, unit in error.ways
+                ]
+                waiting = finer + waiting
+                continue
+            if rows is not None and len(rows) <= MOST_ROWS:
+                before = self._before(number, place, value, tried)
+                return None if before is None else _Path(before, rows)
+        return None
+
+    def _before(self, number: int, place: int, value: int, shard: Shard) -> Shard | None:
+        """The shard of the parameter that gives op `number`'s result this one."""
+        op, rule = self.ops[number], self.rules[number]
+        carry = carry_of(rule, rule.results[op.results.index(value)], shard)
+        found = None if carry is None else shard_of(rule, rule.operands[place], carry)
+        for step in reversed(self.weights[op.inputs[place]][1]):
+            if found is None:
+                return None
+            view = self.rules[step]
+            carry = carry_of(view, view.results[0], found)
+            found = None if carry is None else shard_of(view, view.operands[0], carry)
+        return found
+
+    def _carry_on(self, number: int, value: int, shard: Shard) -> frozenset[str] | None:
+        """Carry a shard forward; the weights that contract it, or None where it must be gathered.
+
+        Raises:
+            _Finer: a finer split may go further.
+        """
+        places: dict[int, Shard] = {value: shard}
+        rows: set[str] = set()
+        ended = False
+        queue = list(self.readers.get(value, ()))
+        heapq.heapify(queue)
+        done: set[int] = set()
+        while queue:
+            reader = heapq.heappop(queue)
+            if reader in done:
+                continue
+            done.add(reader)
+            op, rule = self.ops[reader], self.rules[reader]
+            carry = self._carry(op, rule, places)
+            if carry is None:
+                return None
+            made = [shard_of(rule, dims, carry) for dims in rule.results]
+            if all(place is None for place in made):
+                if not self._ends(op, rule, carry, rows):
+                    return None
+                ended = True
+                continue
+            for result, place in zip(op.results, made, strict=True):
+                if place is not None:
+                    places[result] = place
+                    for after in self.readers.get(result, ()):
+                        heapq.heappush(queue, after)
+        lost = {v for _, v in self.program.outputs} & places.keys()
+        return frozenset(rows) if ended and not lost else None
+
+    def _carry(self, op: Op, rule: Rule, places: Mapping[int, Shard]) -> Carry | None:
+        """The one factor that all operands that are split have split; None if there is none."""
+        found: set[Carry] = set()
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            if value not in places:
+                continue
+            shard = places[value]
+            carry = carry_of(rule, dims, shard)
+            if carry is None:
+                ways = _finer(rule, dims[shard.dim], shard)
+                if ways:
+                    raise _Finer(ways)
+                return None
+            found.add(carry)
+        return found.pop() if len(found) == 1 else None
+
+    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str]) -> bool:
+        """Whether a factor may end here: contracted by a weight, or summed to much less."""
+        sharing = [
+            value
+            for value, dims in zip(op.inputs, rule.operands, strict=True)
+            if shard_of(rule, dims, carry) is not None
+        ]
+        named = [self.weights[value][0] for value in sharing if value in self.weights]
+        if len(sharing) > 1:
+            rows.update(named)
+            return bool(named)
+        values = self.program.values
+        before, after = (sum(values[v].bytes for v in found) for found in (sharing, op.results))
+        return after * _WORTH <= before
+
+
+def _contracts(rule: Rule, place: int) -> bool:
+    """Whether operand `place` shares a factor with another operand that no result has."""
+    kept = {f for dims in rule.results for dim in dims for f in dim}
+    mine = {f for dim in rule.operands[place] for f in dim} - kept
+    others = {f for k, dims in enumerate(rule.operands) if k != place for dim in dims for f in dim}
+    return bool(mine & others)
+
+
+def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, int]]:
+    """By how much (outer, unit) must grow for `shard` to lie in one factor of its dim."""
+    size = math.prod(rule.sizes[f] for f in factors)
+    found = []
+    before = 1
+    for factor in factors:
+        after = size // (before * rule.sizes[factor])
+        outer, unit = math.lcm(shard.outer, before), math.lcm(shard.unit, after)
+        grown = (outer // shard.outer, unit // shard.unit)
+        if factor not in rule.whole and size % (outer * unit) == 0 and grown != (1, 1):
+            found.append(grown)
+        before *= rule.sizes[factor]
+    return found

@@ -1,0 +1,78 @@
+"""Prepare a job under a plan: blueprint the model, check the plan, lay the state out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from meshwright.compile.init import blueprint
+from meshwright.errors import PlanError
+from meshwright.job import Job
+from meshwright.plan.check import Facts, require
+from meshwright.plan.mesh import SAMPLE_AXES
+from meshwright.plan.plan import Plan
+from meshwright.program.annotate import chosen_layouts, work_layouts
+from meshwright.program.layout import Layout
+from meshwright.program.zero import zero_layouts
+from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
+from meshwright.run.form import first_micros
+from meshwright.run.optimizer import Recipe, is_elementwise, recipe
+
+__all__ = ["prepare"]
+
+
+def prepare(
+    job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None, data: Any = None
+) -> Build:
+    """Blueprint the model and lay its state out.
+
+    Where weights are split by how they are used (`tensor=2`), a micro-batch is traced for it.
+
+    Args:
+        job: what to train.
+        plan: with or without `data`.
+        world: ranks there are.
+        dtype: floating tensors' dtype instead of their own.
+        data: what `job.data()` returned, where it was called already.
+
+    Raises:
+        PlanError: the plan does not fit the world, the batch or the model.
+        UserCodeError: a factory raised or made what it must not.
+    """
+    plan = plan.filled(world)
+    require(plan, Facts(world, job.batch_size, job.normalize_over))
+    model = blueprint(job.model, job.seed)
+    norms = has_batch_norm(model.module)
+    require(plan, Facts(world, job.batch_size, job.normalize_over if norms else None, norms))
+    made = recipe(model, job.optimizer)
+    values = values_of(model.parameters, dtype)
+    moved = {n for n in made.names if model.parameters[n].requires_grad}
+    build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
+    work = _work_layouts(build, data)
+    states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
+    if any(states[name].optimizer.placements for name in moved):
+        _require_elementwise(plan, made)
+    return replace(build, states=states, units=build.units)
+
+
+def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:
+    """How axes other than `data` split the parameters."""
+    chosen = chosen_layouts(build.plan.layouts, build.values(), build.axes)
+    if all(axis.size == 1 for axis in build.axes if axis.name not in SAMPLE_AXES):
+        return {}
+    program = build.unit(first_micros(build, data)[0]).program
+    return work_layouts(program, build.axes, chosen)
+
+
+def _require_elementwise(plan: Plan, made: Recipe) -> None:
+    if is_elementwise(made):
+        return
+    axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
+    asked = ", ".join([f"zero={plan.zero}"] * bool(plan.zero) + axes)
+    raise PlanError(
+        f"plan asks for {asked}, but {made.kind.__name__} is not elementwise: its update of an "
+        "element depends on others, which lie on other ranks; use data parallelism alone, or an "
+        "elementwise optimizer such as AdamW"
+    )
