@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from meshwright.compile.annotate import annotate
     from meshwright.errors import MeshwrightError
     from meshwright.job import Job
+    from meshwright.plan import presets
     from meshwright.plan.mesh import Mesh
     from meshwright.plan.plan import Plan
     from meshwright.program.rules.user import rule
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "Run",
     "annotate",
+    "presets",
     "rule",
     "train",
     "verify",
@@ -52,6 +54,8 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module("meshwright.plan.presets")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'meshwright' has no attribute {name!r}")

@@ -11,10 +11,10 @@ from meshwright.comm.local import LocalWorld
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import complete_unit
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Build
 from meshwright.run.data import open_source
 from meshwright.run.measure import KINDS, LAW, Report
+from meshwright.run.prepare import prepare
 from meshwright.run.reference import Reference, Snapshot
 from meshwright.run.step import Policy
 from meshwright.run.verify import Trial, merge, reference_for, try_local, verify_rank
@@ -57,14 +57,19 @@ class Case:
     def build(self, plan_text: str, dtype: torch.dtype | None = torch.float64) -> Build:
         """The build under a plan; units traced for one plan serve the others of that dtype."""
         plan = Plan.parse(plan_text)
-        build = prepare(self.job, plan, plan.ranks if plan.ranks > 1 else 2, dtype, self.data)
-        return self.shared(build)
+        units = self.units.setdefault(dtype, {})
+        return prepare(
+            self.job,
+            plan,
+            plan.ranks if plan.data or plan.ranks > 1 else 2,
+            dtype,
+            self.data,
+            units,
+        )
 
     def shared(self, build: Build) -> Build:
         """The build with the units that others of its dtype have traced."""
-        build.units = self.units.setdefault(
-            (build.dtype, build.plan.context, build.plan.tensor > 1), build.units
-        )
+        build.units = self.units.setdefault(build.dtype, build.units)
         return build
 
     def reference(self, build: Build) -> Played:

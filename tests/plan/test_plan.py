@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 
 from meshwright.errors import PlanError, UsageError
+from meshwright.plan.named import PRESETS
 from meshwright.plan.plan import KEYS, Plan
-from meshwright.plan.presets import PRESETS
 from tests.plan.strategies import plans
 
 

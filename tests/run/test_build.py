@@ -9,8 +9,8 @@ from torch import nn
 from meshwright.compile.example import example_of
 from meshwright.errors import PlanError
 from meshwright.plan.plan import Plan
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Micro, has_batch_norm, mesh_of, micro_ranges
+from meshwright.run.prepare import prepare
 from tests.run.jobs import Net, job
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from meshwright.plan.plan import Plan
-from meshwright.run.prepare import prepare
 from meshwright.run.describe import describe_run, explain, facts_of
+from meshwright.run.prepare import prepare
 from tests.run.jobs import alone, job, on_ranks, step
 
 

@@ -9,10 +9,10 @@ import torch
 
 from meshwright.plan.plan import Plan
 from meshwright.program.program import Program
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Build, Lowered
 from meshwright.run.data import open_source
 from meshwright.run.lockstep import first_difference
+from meshwright.run.prepare import prepare
 from meshwright.run.step import Policy
 from meshwright.run.worker import Worker
 from tests.run.jobs import job, weighted_loss

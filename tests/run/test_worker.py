@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meshwright.run.part import part_of
 from meshwright.errors import UserCodeError
+from meshwright.run.part import part_of
 from tests.run.jobs import Net, Points, alone, fresh, job, losses, mean_loss, on_ranks, step
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Final, Literal, cast
 
 from meshwright.errors import PlanError, UsageError, nearest
-from meshwright.plan.presets import PRESETS
+from meshwright.plan.named import PRESETS
 
 __all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
 

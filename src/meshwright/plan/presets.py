@@ -1,16 +1,53 @@
-"""Names for common plans; each stands for a few keys."""
+"""Plans by the names of the systems that brought them; every one is a point of one space.
+
+mw.presets.megatron(tensor=2, data=4)
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from meshwright.plan.plan import Plan
 
-__all__ = ["PRESETS"]
+__all__ = ["context", "data_parallel", "expert", "hybrid", "megatron", "zero"]
 
-# ZeRO stages (Rajbhandari et al. 2020, section 5): 1 shards the optimizer state over the data axis,
-# 2 the gradients too, 3 the weights too.
-PRESETS: Final[dict[str, dict[str, int | str]]] = {
-    "data": {},
-    "zero1": {"zero": 1},
-    "zero2": {"zero": 2},
-    "zero3": {"zero": 3},
-}
+
+def data_parallel(data: int | None = None, *, microbatches: int = 1) -> Plan:
+    """Every rank holds the model and takes its samples (Horovod; Sergeev, Del Balso 2018)."""
+    return Plan(data=data, microbatches=microbatches)
+
+
+def zero(stage: int, data: int | None = None, *, microbatches: int = 1) -> Plan:
+    """Optimizer state (1), gradients too (2), weights too (3) split over `data`.
+
+    Rajbhandari et al. 2020, section 5.
+    """
+    return Plan(data=data, zero=stage, microbatches=microbatches)
+
+
+def hybrid(shard: int, data: int | None = None, *, stage: int = 3, microbatches: int = 1) -> Plan:
+    """ZeRO within groups of `shard` neighbouring ranks, replicas across them.
+
+    As FSDP's HYBRID_SHARD does; MiCS (Zhang et al. 2022, section 3.1).
+    """
+    return Plan(data=data, zero=stage, shard=shard, microbatches=microbatches)
+
+
+def megatron(
+    tensor: int, data: int | None = None, *, stage: int = 0, microbatches: int = 1
+) -> Plan:
+    """Weights split in columns and rows over `tensor`, found from the graph of any model.
+
+    Shoeybi et al. 2019, section 3.
+    """
+    return Plan(data=data, tensor=tensor, zero=stage, microbatches=microbatches)
+
+
+def context(
+    context: int, data: int | None = None, *, stage: int = 0, microbatches: int = 1
+) -> Plan:
+    """Sequences split over `context`; attention gathers keys and values."""
+    return Plan(data=data, context=context, zero=stage, microbatches=microbatches)
+
+
+def expert(expert: int, data: int | None = None, *, stage: int = 0, microbatches: int = 1) -> Plan:
+    """Each layer's experts split over `expert` (GShard; Lepikhin et al. 2020, section 3)."""
+    return Plan(data=data, expert=expert, zero=stage, microbatches=microbatches)

@@ -189,7 +189,9 @@ class _Graph:
         ops = tuple(itertools.takewhile(lambda op: op.phase == "forward", program.ops))
         rules = tuple(rule_of(op, program.values) for op in ops)
         weights: dict[int, tuple[str, tuple[int, ...]]] = {
-            value: (name.removeprefix("model/"), ()) for name, value in program.inputs if _weight(name)
+            value: (name.removeprefix("model/"), ())
+            for name, value in program.inputs
+            if _weight(name)
         }
         readers: dict[int, list[int]] = {}
         for number, (op, rule) in enumerate(zip(ops, rules, strict=True)):
@@ -224,9 +226,7 @@ class _Graph:
                         yield place, result, shard
                         break
 
-    def path(
-        self, number: int, place: int, value: int, shard: Shard, parts: int
-    ) -> _Path | None:
+    def path(self, number: int, place: int, value: int, shard: Shard, parts: int) -> _Path | None:
         """How `shard` of `value` is carried on; None if it cannot be.
 
         Op `number` makes the value, and its operand `place` the weight that is to be split.

@@ -110,7 +110,9 @@ def _causal(query: Value, key: Value, start: int, like: Op) -> tuple[list[tuple[
     t, s = query.shape[2], key.shape[2]
     made: list[tuple[Value, Op]] = []
 
-    def op(name: str, args: tuple[Arg, ...], dtype: str, shape: tuple[int, ...], **named: Arg) -> Ref:
+    def op(
+        name: str, args: tuple[Arg, ...], dtype: str, shape: tuple[int, ...], **named: Arg
+    ) -> Ref:
         number = start + len(made)
         kwargs = tuple(named.items())
         where = {"phase": like.phase, "module": like.module, "source": like.source}

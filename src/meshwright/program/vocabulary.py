@@ -44,7 +44,9 @@ class _Writer:
         assert isinstance(arg, Ref), (self.op.name, place)
         return self.values[arg.index]
 
-    def write(self, name: str, args: tuple[Arg, ...], like: Value, result: int | None = None) -> Ref:
+    def write(
+        self, name: str, args: tuple[Arg, ...], like: Value, result: int | None = None
+    ) -> Ref:
         """One op and its result: a new value, or one that the old op made."""
         if result is None:
             result = len(self.values)
@@ -128,7 +130,9 @@ def _likelihood(w: _Writer) -> bool:
         total = w.write("aten.sum.dim_IntList", (kept, (0,), False), Value(kind, ()))
         w.write("aten.neg.default", (total,), Value(kind, ()), loss)
     if weight is not None:
-        counted = w.write("aten.where.self", (valid, w.full(1.0, kind), zero), Value(kind, (tokens,)))
+        counted = w.write(
+            "aten.where.self", (valid, w.full(1.0, kind), zero), Value(kind, (tokens,))
+        )
         w.write("aten.sum.dim_IntList", (counted, (0,), False), Value(kind, ()), weight)
     return True
 

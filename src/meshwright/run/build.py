@@ -26,7 +26,7 @@ from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
 from meshwright.program.context import split_sequences
 from meshwright.program.layout import chunk
-from meshwright.program.program import Value
+from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts
 from meshwright.run.executor import Place
@@ -127,7 +127,9 @@ class Build:
         """The traced program of a micro-batch form; traced once."""
         function = loss or self.job.loss
         precision = self.plan.precision
-        key = (micro.key, self._identity(function), precision, tuple(sorted(how.items())))
+        stage = self.mesh.stages[0]
+        split = stage.axis_size("tensor") > 1, stage.axis_size("context")
+        key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
                 self.model,
@@ -138,13 +140,17 @@ class Build:
                 precision=precision,
                 **how,
             )
-            stage = self.mesh.stages[0]
-            if stage.axis_size("tensor") > 1:
-                unit = replace(unit, program=split_losses(unit.program))
-            if (context := stage.axis_size("context")) > 1:
-                unit = replace(unit, program=split_sequences(unit.program, context))
-            self.units[key] = unit
+            self.units[key] = replace(unit, program=self._split(unit.program))
         return self.units[key]
+
+    def _split(self, program: Program) -> Program:
+        """The program with what the mesh's axes need: ops that may be split, annotations."""
+        stage = self.mesh.stages[0]
+        if stage.axis_size("tensor") > 1:
+            program = split_losses(program)
+        if (parts := stage.axis_size("context")) > 1:
+            program = split_sequences(program, parts)
+        return program
 
     def lowered(
         self,

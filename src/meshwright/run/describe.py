@@ -22,11 +22,11 @@ from meshwright.predict.memory import memory_bill
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Build, Micro, micro_ranges, values_of
 from meshwright.run.eager import EagerWorker
 from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe
+from meshwright.run.prepare import prepare
 from meshwright.run.session import Session
 from meshwright.run.worker import Fetched
 

@@ -43,8 +43,7 @@ def first_difference(build: Build, workers: Sequence[Worker]) -> dict[str, Any] 
     names = [name for name, _, _ in fetched[0].micros[0].example.leaves]
     parts = [f for w, f in zip(workers, fetched, strict=True) if _reads_first(w)]
     batch = {
-        f"batch/{name}": torch.cat([f.leaves[0][k] for f in parts])
-        for k, name in enumerate(names)
+        f"batch/{name}": torch.cat([f.leaves[0][k] for f in parts]) for k, name in enumerate(names)
     }
     device: Values = {}
     state = {n: _assembled(build, workers, n) for n in whole.state.values}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from meshwright.compile.init import blueprint
+from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
@@ -24,7 +25,12 @@ __all__ = ["prepare"]
 
 
 def prepare(
-    job: Job, plan: Plan, world: int, dtype: torch.dtype | None = None, data: Any = None
+    job: Job,
+    plan: Plan,
+    world: int,
+    dtype: torch.dtype | None = None,
+    data: Any = None,
+    units: dict[tuple[Hashable, ...], Unit] | None = None,
 ) -> Build:
     """Blueprint the model and lay its state out.
 
@@ -36,6 +42,7 @@ def prepare(
         world: ranks there are.
         dtype: floating tensors' dtype instead of their own.
         data: what `job.data()` returned, where it was called already.
+        units: what other builds of this job and dtype have traced, to take from and add to.
 
     Raises:
         PlanError: the plan does not fit the world, the batch or the model.
@@ -50,11 +57,12 @@ def prepare(
     values = values_of(model.parameters, dtype)
     moved = {n for n in made.names if model.parameters[n].requires_grad}
     build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
+    build.units = {} if units is None else units
     work = _work_layouts(build, data)
-    states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
-    if any(states[name].optimizer.placements for name in moved):
+    build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
+    if any(build.states[name].optimizer.placements for name in moved):
         _require_elementwise(plan, made)
-    return replace(build, states=states, units=build.units)
+    return build
 
 
 def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:

@@ -21,13 +21,13 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run import persist
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Build
 from meshwright.run.checkpoint import open_checkpoint, resume
 from meshwright.run.data import Source, open_source
 from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
+from meshwright.run.prepare import prepare
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
 from meshwright.run.weights import export

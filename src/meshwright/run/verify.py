@@ -18,13 +18,13 @@ from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout
-from meshwright.run.prepare import prepare
 from meshwright.run.build import Build, Micro, has_batch_norm
 from meshwright.run.data import Source, open_source
 from meshwright.run.lockstep import first_difference
-from meshwright.run.part import part_of
 from meshwright.run.measure import KINDS, LAW, Report, Worst, compare
+from meshwright.run.part import part_of
 from meshwright.run.persist import given_weights
+from meshwright.run.prepare import prepare
 from meshwright.run.reference import Reference, Snapshot, slots
 from meshwright.run.rounding import (
     allow_zeros,

@@ -79,7 +79,10 @@ def _spelled(op: str, part: str) -> str:
 
 
 def _require_form(op: str, pattern: str, view: OpView, left: list[str], right: list[str]) -> None:
-    for what, parts, values in (("operands", left, view.operands), ("results", right, view.results)):
+    for what, parts, values in (
+        ("operands", left, view.operands),
+        ("results", right, view.results),
+    ):
         ranks = [len(value.shape) for value in values]
         told = [len(part.split()) for part in parts]
         fits = len(told) == len(ranks) and all(
