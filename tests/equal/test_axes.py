@@ -33,6 +33,6 @@ def case(tmp_path_factory):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("model", ["gpt, dropout", "llama"])
+@pytest.mark.parametrize("model", ["gpt", "gpt2", "llama"])
 def test_a_transformer_equals_one_device(case, model, plan):
     assert_equal(case(model).verify(plan, steps=2))

@@ -130,7 +130,7 @@ def test_every_zero_level_runs_at_any_data_size(zero):
 
 def test_all_problems_are_named_at_once():
     with pytest.raises(PlanError) as caught:
-        require(Plan(data=3, tensor=2, remat="full", microbatches=9), Facts(4, batch_size=8))
+        require(Plan(data=3, offload="cpu", remat="full", microbatches=9), Facts(4, batch_size=8))
     lines = str(caught.value).splitlines()
     assert lines[0] == "plan has 4 problems:"
     assert len(lines) == 5

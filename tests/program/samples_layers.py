@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import meshwright.compile.annotate
+import meshwright.compile.window  # noqa: F401 - both register ops
 from meshwright.compile.draw import position_operand
 from tests.program.call import Call, f, truth, unit, whole
 
@@ -179,6 +181,8 @@ def _made():
     yield Call("aten.linspace.default", (0.0, 1.0, 5), options)
     yield Call("aten.eye.default", (5,), options)
     yield Call("aten.scalar_tensor.default", (1.5,), options)
+    yield Call("meshwright.annotate.default", (f(5, 4), "", ""))
+    yield Call("meshwright.classes.default", (whole(5, high=4), 4, -100))
     where = position_operand(3, 8, 1, 0)
     for kind in ("uniform", "normal", "integers"):
         yield Call("meshwright.draw.default", (kind, (5, 4), 2, 0, 1, 1, 0, where), label=kind)

@@ -29,7 +29,7 @@ def classes(target: Tensor, count: int, ignored: int) -> Tensor:
 
 
 @classes.register_fake
-def _(target: Tensor, count: int, ignored: int) -> Tensor:
+def _(target: Tensor, *_: int) -> Tensor:
     return torch.empty_like(target)
 
 
@@ -48,7 +48,7 @@ def embedding_window(weight: Tensor, indices: Tensor, start: int, rows: int) -> 
 
 
 @embedding_window.register_fake
-def _(weight: Tensor, indices: Tensor, start: int, rows: int) -> Tensor:
+def _(weight: Tensor, indices: Tensor, *_: int) -> Tensor:
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
@@ -60,12 +60,15 @@ def embedding_window_backward(
     local, inside = _inside(indices, start, count)
     inside = inside & (indices != padding)
     aside = torch.where(inside, local, count)  # one row more, for all that lies elsewhere
-    made: Tensor = torch.ops.aten.embedding_dense_backward(gradient, aside, count + 1, -1, False)
+    made: Tensor = torch.ops.aten.embedding_dense_backward(
+        gradient, aside, count + 1, -1, scale_grad_by_freq=False
+    )
     return made[:count].clone()
 
 
 @embedding_window_backward.register_fake
 def _(gradient: Tensor, indices: Tensor, start: int, count: int, padding: int) -> Tensor:
+    del indices, start, padding
     return gradient.new_empty((count, gradient.shape[-1]))
 
 
@@ -79,14 +82,16 @@ def _inside(indices: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
 def _embedding(op: Op, start: int, weight: Tensor, indices: Tensor) -> Tensor:
     rows = op.args[-2]
     assert isinstance(rows, int)
-    return embedding_window(weight, indices, start, rows)
+    found: Tensor = embedding_window(weight, indices, start, rows)
+    return found
 
 
 def _embedding_backward(op: Op, start: int, gradient: Tensor, indices: Tensor) -> Tensor:
     count, padding = op.args[2], op.args[3]
     assert isinstance(count, int)
     assert isinstance(padding, int)
-    return embedding_window_backward(gradient, indices, start, count, padding)
+    found: Tensor = embedding_window_backward(gradient, indices, start, count, padding)
+    return found
 
 
 WINDOWS: Mapping[str, Callable[..., Tensor]] = {

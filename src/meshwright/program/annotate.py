@@ -10,21 +10,19 @@ follows by propagation. No name of a module is looked at.
 
 from __future__ import annotations
 
-import fnmatch
 import heapq
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from meshwright.errors import PlanError, nearest
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Layout, Shard
-from meshwright.program.program import Op, Program, Value
+from meshwright.program.program import Op, Program
 from meshwright.program.propagate import propagate
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
-__all__ = ["chosen_layouts", "columns", "work_layouts"]
+__all__ = ["columns", "work_layouts"]
 
 
 def work_layouts(
@@ -54,72 +52,6 @@ def work_layouts(
         for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
         if _weight(name)
     }
-
-
-def chosen_layouts(
-    patterns: Sequence[tuple[str, Sequence[str | None]]],
-    parameters: Mapping[str, Value],
-    axes: Sequence[Axis],
-) -> dict[str, Layout]:
-    """The layouts that a plan's `layouts` give, by parameter; of patterns the later one holds.
-
-    Args:
-        patterns: (pattern of names, as a shell's; the mesh axis of each dim or None).
-        parameters: dtype and global shape by name.
-        axes: of the mesh.
-
-    Raises:
-        PlanError: a pattern matches nothing, or what it says does not fit what it matches.
-    """
-    found: dict[str, Layout] = {}
-    for pattern, dims in patterns:
-        names = fnmatch.filter(parameters, pattern)
-        if not names:
-            raise PlanError(
-                f"layout {pattern!r} matches no parameter; {nearest(pattern, list(parameters))}"
-            )
-        _require_axes(pattern, dims)
-        for name in names:
-            _require_dims(pattern, dims, name, parameters[name].shape, axes)
-            places = {axis: Shard(dim) for dim, axis in enumerate(dims) if axis is not None}
-            sizes = {axis.name: axis.size for axis in axes}
-            found[name] = Layout.of(axes, {a: p for a, p in places.items() if sizes[a] > 1})
-    return found
-
-
-def _require_axes(pattern: str, dims: Sequence[str | None]) -> None:
-    for dim, axis in enumerate(dims):
-        if axis is not None and axis in dims[:dim]:
-            raise PlanError(
-                f"layout {pattern!r} splits dims {dims.index(axis)} and {dim} over {axis}; an axis "
-                "splits one dim of a tensor"
-            )
-        if axis in ("data", "pipeline"):
-            raise PlanError(
-                f"layout {pattern!r} splits dim {dim} over {axis}; weights rest split over data "
-                "by zero=3, and pipeline is cut by `cuts`"
-            )
-
-
-def _require_dims(
-    pattern: str,
-    dims: Sequence[str | None],
-    name: str,
-    shape: tuple[int, ...],
-    axes: Sequence[Axis],
-) -> None:
-    if len(dims) != len(shape):
-        raise PlanError(
-            f"layout {pattern!r} names {len(dims)} dims, but {name} has {len(shape)}: "
-            f"{list(shape)}; give an axis or none for each"
-        )
-    for axis in axes:
-        if axis.name in dims and shape[dims.index(axis.name)] < axis.size:
-            dim = dims.index(axis.name)
-            raise PlanError(
-                f"layout {pattern!r} splits dim {dim} of {name} over {axis.name}={axis.size}, but "
-                f"it has {shape[dim]} elements; use {axis.name}={shape[dim]} or fewer"
-            )
 
 
 def _weight(name: str) -> bool:
@@ -239,7 +171,7 @@ class _Graph:
             if tried.granules(self.program.values[value].shape[tried.dim]) < parts:
                 continue
             try:
-                rows = self._carry_on(number, value, tried)
+                rows = self._carry_on(value, tried)
             except _Finer as error:
                 finer = [
                     replace(tried, outer=tried.outer * outer, unit=tried.unit * unit)
@@ -265,8 +197,8 @@ class _Graph:
             found = None if carry is None else shard_of(view, view.operands[0], carry)
         return found
 
-    def _carry_on(self, number: int, value: int, shard: Shard) -> frozenset[str] | None:
-        """Carry a shard forward; the weights that contract it, or None where it must be gathered.
+    def _carry_on(self, value: int, shard: Shard) -> frozenset[str] | None:
+        """Carry a shard on; the weights that contract it, or None where it must be gathered.
 
         Raises:
             _Finer: a finer split may go further.

@@ -7,11 +7,13 @@ a rank's queries begin, so it becomes the mask that it stands for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from meshwright.errors import PlanError
-from meshwright.program.program import Arg, Op, Program, Ref, Symbol, Value
+from meshwright.program.program import Op, Program, Ref, Value, map_refs
+from meshwright.program.writer import Writer
 
 __all__ = ["split_sequences", "with_masks"]
 
@@ -75,7 +77,6 @@ def _annotated(program: Program, inputs: Sequence[int], dims: str) -> Program:
 
 
 def _reading(op: Op, known: dict[int, int]) -> Op:
-    from meshwright.program.program import map_refs
 
     args, kwargs = map_refs((op.args, op.kwargs), lambda value: known.get(value, value))
     return replace(op, args=args, kwargs=kwargs)
@@ -89,13 +90,11 @@ def with_masks(program: Program) -> Program:
         if place is None or len(op.args) <= place or op.args[place] is not True:
             ops.append(op)
             continue
-        query, key = (values[index] for index in _query_and_key(op))
-        made, mask = _causal(query, key, len(values), op)
-        values += [value for value, _ in made]
-        ops += [op for _, op in made]
+        writer = Writer(values, op)
+        mask = _mask(writer, *(values[index] for index in _query_and_key(op)))
         args = (*op.args[:place], False, *op.args[place + 1 :])
-        named = {**dict(op.kwargs), "attn_mask": Ref(mask)}
-        ops.append(replace(op, args=args, kwargs=tuple(named.items())))
+        named = {**dict(op.kwargs), "attn_mask": mask}
+        ops += [*writer.ops, replace(op, args=args, kwargs=tuple(named.items()))]
     return replace(program, values=tuple(values), ops=tuple(ops))
 
 
@@ -105,26 +104,10 @@ def _query_and_key(op: Op) -> tuple[int, int]:
     return query, key
 
 
-def _causal(query: Value, key: Value, start: int, like: Op) -> tuple[list[tuple[Value, Op]], int]:
-    """Ops that make the mask (queries, keys): 0 where a query sees a key, else -inf."""
+def _mask(w: Writer, query: Value, key: Value) -> Ref:
+    """(queries, keys): 0 where a query sees a key, else -inf."""
     t, s = query.shape[2], key.shape[2]
-    made: list[tuple[Value, Op]] = []
-
-    def op(
-        name: str, args: tuple[Arg, ...], dtype: str, shape: tuple[int, ...], **named: Arg
-    ) -> Ref:
-        number = start + len(made)
-        kwargs = tuple(named.items())
-        where = {"phase": like.phase, "module": like.module, "source": like.source}
-        made.append((Value(dtype, shape), Op(name, args, kwargs, (number,), **where)))  # type: ignore[arg-type]
-        return Ref(number)
-
-    whole, kind = Symbol("dtype", "int64"), Symbol("dtype", query.dtype)
-    rows = op("aten.arange.default", (t,), "int64", (t,), dtype=whole)
-    columns = op("aten.arange.default", (s,), "int64", (s,), dtype=whole)
-    rows = op("aten.unsqueeze.default", (rows, 1), "int64", (t, 1))
-    seen = op("aten.ge.Tensor", (rows, columns), "bool", (t, s))
-    zero = op("aten.full.default", ((), 0.0), query.dtype, (), dtype=kind)
-    never = op("aten.full.default", ((), float("-inf")), query.dtype, (), dtype=kind)
-    mask = op("aten.where.self", (seen, zero, never), query.dtype, (t, s))
-    return made, mask.index
+    rows = w.write("aten.unsqueeze.default", (w.arange(t), 1), Value("int64", (t, 1)))
+    seen = w.write("aten.ge.Tensor", (rows, w.arange(s)), Value("bool", (t, s)))
+    zero, never = w.full(0.0, query.dtype), w.full(-math.inf, query.dtype)
+    return w.write("aten.where.self", (seen, zero, never), Value(query.dtype, (t, s)))

@@ -34,6 +34,7 @@ __all__ = [
     "local_shape",
     "pieces",
     "primary",
+    "respelled",
     "slab",
 ]
 
@@ -261,6 +262,30 @@ def _runs(
 def primary(layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]) -> bool:
     """Whether this rank keeps the replica that counts of a value under `layout`."""
     return all(coordinates[a.name] == 0 for a in axes if not isinstance(layout.on(a.name), Shard))
+
+
+def respelled(shape: tuple[int, ...], here: Layout, like: Layout, axes: Sequence[Axis]) -> Layout:
+    """`here` with shards written as in `like` where both cut at the same places.
+
+    Two of 4 heads are the same elements as one of 2 pairs of heads.
+    """
+    spelled: dict[str, Shard] = {}
+    for axis in axes:
+        mine, other = here.on(axis.name), like.on(axis.name)
+        if not isinstance(mine, Shard) or not isinstance(other, Shard) or mine == other:
+            continue
+        if (mine.dim, mine.outer) != (other.dim, other.outer):
+            continue
+        before = [a for a in axes[: axes.index(axis)] if here.on(a.name) == mine]
+        if before != [a for a in axes[: axes.index(axis)] if like.on(a.name) == other]:
+            continue
+        parts = math.prod(a.size for a in before) * axis.size
+        if mine.granules(shape[mine.dim]) % parts == 0 == other.granules(shape[mine.dim]) % parts:
+            spelled[axis.name] = other
+    for name, mine in here.placements:  # axes that share a factor are written alike, or not at all
+        if name not in spelled and mine in {here.on(other) for other in spelled}:
+            spelled = {n: p for n, p in spelled.items() if here.on(n) != mine}
+    return Layout.of(axes, {**dict(here.placements), **spelled})
 
 
 def elements(shape: tuple[int, ...]) -> int:

@@ -25,6 +25,14 @@ COLLECTIVES = frozenset(
 )
 """Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not."""
 
+_VIEWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze",
+    )
+)  # fmt: skip
+"""Ops that neither compute nor change how many elements there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Local:
@@ -88,6 +96,7 @@ class _Writer:
         self.made: dict[tuple[int, Layout, tuple[str, str] | None], int] = {}
         self.names = {number: name for name, number in program.inputs}
         self.producers = program.producers()
+        self.readers = program.readers()
 
     def new(self, value: int, layout: Layout, scope: tuple[str, str] | None = None) -> int:
         """A local value for the global one under `layout`; the first is where the value lies."""
@@ -105,6 +114,7 @@ class _Writer:
         What is brought is kept for later readers; a stored weight's only within the same module
         and phase, so that ZeRO-3 never saves gathered weights from forward to backward.
         """
+        self._pay_at_root(value, layout, reader)
         here = self.lies[value]
         scope = None
         if value in self.completed.resting and layout != here:
@@ -118,7 +128,28 @@ class _Writer:
             if known is None:
                 known = self._step(value, current, step, reader, label, scope)
             current = known
+        self.made.setdefault((value, layout, scope), current)  # it may be spelled otherwise
         return current
+
+    def _pay_at_root(self, value: int, layout: Layout, reader: Op) -> None:
+        """Before a view of a partial value is paid for, pay for what it is a view of.
+
+        Other views of it would owe the same sum once more.
+        """
+        number = self.producers.get(value)
+        op = None if number is None else self.program.ops[number]
+        if op is None or op.base not in _VIEWS or len(self.readers[op.inputs[0]]) < 2:
+            return
+        operand = op.inputs[0]
+        here, there = self.lies[value], self.lies[operand]
+        paid = [a for a in here.partial_axes if layout.on(a) is None and a in there.partial_axes]
+        if paid:
+            for axis in paid:
+                there = there.change(self.axes, axis, None)
+            self.bring(operand, there, reader)
+            assert number is not None
+            del self.lies[value]
+            self.op(number, op)
 
     def _step(
         self,
@@ -249,6 +280,10 @@ class _Writer:
         """
         lies = [self.lies[value].on(axis) for value in op.inputs]
         owing = {place for place, found in enumerate(lies) if found == Partial("sum")}
+        values = self.program.values
+        owed = sum(values[op.inputs[place]].elements for place in owing)
+        if any(values[result].elements > owed for result in op.results):
+            return None  # what is owed would grow
         for group in rule.linear:
             if group & owing and all(
                 lies[place] is None or lies[place] == Partial("sum") for place in group

@@ -21,7 +21,7 @@ from typing import Literal
 
 from meshwright.errors import InternalError
 from meshwright.plan.mesh import Axis
-from meshwright.program.layout import Layout, Partial, Placement, Shard, disjoint
+from meshwright.program.layout import Layout, Partial, Placement, Shard, disjoint, respelled
 
 __all__ = ["Step", "reshard", "step_cost"]
 
@@ -42,6 +42,7 @@ def reshard(
     shape: tuple[int, ...], axes: Sequence[Axis], before: Layout, after: Layout
 ) -> tuple[Step, ...]:
     """The cheapest steps that bring a value of global `shape` from one layout to the other."""
+    before = respelled(shape, before, after, axes)
     if before == after:
         return ()
     tie = itertools.count()

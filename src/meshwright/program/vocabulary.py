@@ -7,9 +7,10 @@ the classes only a maximum and two sums per token travel (Shoeybi et al. 2019, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from meshwright.program.program import Arg, Op, Program, Ref, Symbol, Value
+from meshwright.program.program import Arg, Program, Ref, Value
+from meshwright.program.writer import Writer
 
 __all__ = ["split_losses"]
 
@@ -21,7 +22,7 @@ def split_losses(program: Program) -> Program:
     """The program with its log-softmaxes and likelihoods written out."""
     values, ops = list(program.values), []
     for op in program.ops:
-        writer = _Writer(values, op)
+        writer = Writer(values, op)
         maker = _FORMS.get(op.base)
         if maker is None or not maker(writer):
             ops.append(op)
@@ -30,46 +31,13 @@ def split_losses(program: Program) -> Program:
     return replace(program, values=tuple(values), ops=tuple(ops))
 
 
-@dataclass(slots=True)
-class _Writer:
-    """Writes ops in place of one; new values go to the program's."""
-
-    values: list[Value]
-    op: Op
-    ops: list[Op] = field(default_factory=list)
-
-    def value(self, place: int) -> Value:
-        """The tensor that is positional argument `place`."""
-        arg = self.op.args[place]
-        assert isinstance(arg, Ref), (self.op.name, place)
-        return self.values[arg.index]
-
-    def write(
-        self, name: str, args: tuple[Arg, ...], like: Value, result: int | None = None
-    ) -> Ref:
-        """One op and its result: a new value, or one that the old op made."""
-        if result is None:
-            result = len(self.values)
-            self.values.append(like)
-        where = replace(self.op, name=name, args=args, kwargs=(), outputs=(result,), packed=False)
-        self.ops.append(where)
-        return Ref(result)
-
-    def full(self, number: float, dtype: str) -> Ref:
-        """A scalar."""
-        made = self.write("aten.full.default", ((), number), Value(dtype, ()))
-        self.ops[-1] = replace(self.ops[-1], kwargs=(("dtype", Symbol("dtype", dtype)),))
-        return made
-
-    def hits(self, target: Arg, tokens: int, classes: int) -> Ref:
-        """(tokens, classes): whether a class is a token's."""
-        columns = self.write("aten.arange.default", (classes,), Value("int64", (classes,)))
-        self.ops[-1] = replace(self.ops[-1], kwargs=(("dtype", Symbol("dtype", "int64")),))
-        rows = self.write("aten.unsqueeze.default", (target, 1), Value("int64", (tokens, 1)))
-        return self.write("aten.eq.Tensor", (rows, columns), Value("bool", (tokens, classes)))
+def _hits(w: Writer, target: Arg, tokens: int, classes: int) -> Ref:
+    """(tokens, classes): whether a class is a token's."""
+    rows = w.write("aten.unsqueeze.default", (target, 1), Value("int64", (tokens, 1)))
+    return w.write("aten.eq.Tensor", (rows, w.arange(classes)), Value("bool", (tokens, classes)))
 
 
-def _log_softmax(w: _Writer) -> bool:
+def _log_softmax(w: Writer) -> bool:
     x, dim, widens = w.op.args[0], w.op.args[1], w.op.args[2]
     value = w.value(0)
     if widens is True or not value.shape:
@@ -87,7 +55,7 @@ def _log_softmax(w: _Writer) -> bool:
     return True
 
 
-def _log_softmax_backward(w: _Writer) -> bool:
+def _log_softmax_backward(w: Writer) -> bool:
     """gradient - softmax x sum of gradients."""
     gradient, out, dim = w.op.args[:3]
     value = w.value(1)
@@ -103,13 +71,13 @@ def _log_softmax_backward(w: _Writer) -> bool:
     return True
 
 
-def _simple(w: _Writer, x: int, weight: int, reduction: int) -> bool:
+def _simple(w: Writer, x: int, weight: int, reduction: int) -> bool:
     """Rows of classes without class weights, not averaged."""
     plain = len(w.value(x).shape) == 2 and w.op.args[weight] is None
     return plain and w.op.args[reduction] != _MEAN
 
 
-def _likelihood(w: _Writer) -> bool:
+def _likelihood(w: Writer) -> bool:
     """nll_loss_forward(x, target, weight, reduction, ignored) -> (loss, total weight)."""
     if not _simple(w, 0, 2, 3):
         return False
@@ -119,7 +87,7 @@ def _likelihood(w: _Writer) -> bool:
     checked = w.write("meshwright.classes.default", (target, classes, ignored), row)
     valid = w.write("aten.ne.Scalar", (checked, ignored), Value("bool", (tokens,)))
     zero = w.full(0.0, kind)
-    hits = w.hits(checked, tokens, classes)
+    hits = _hits(w, checked, tokens, classes)
     own = w.write("aten.where.self", (hits, x, zero), w.value(0))
     picked = w.write("aten.sum.dim_IntList", (own, (1,), False), Value(kind, (tokens,)))
     kept = w.write("aten.where.self", (valid, picked, zero), Value(kind, (tokens,)))
@@ -137,7 +105,7 @@ def _likelihood(w: _Writer) -> bool:
     return True
 
 
-def _likelihood_backward(w: _Writer) -> bool:
+def _likelihood_backward(w: Writer) -> bool:
     """nll_loss_backward(gradient, x, target, weight, reduction, ignored, total) -> dx."""
     if not _simple(w, 1, 3, 4):
         return False
@@ -152,12 +120,12 @@ def _likelihood_backward(w: _Writer) -> bool:
     valid = w.write("aten.ne.Scalar", (target, ignored), Value("bool", (tokens,)))
     rows = w.write("aten.unsqueeze.default", (valid, 1), Value("bool", (tokens, 1)))
     each = w.write("aten.where.self", (rows, down, zero), Value(kind, (tokens, 1)))
-    hits = w.hits(target, tokens, classes)
+    hits = _hits(w, target, tokens, classes)
     w.write("aten.where.self", (hits, each, zero), w.value(1), w.op.results[0])
     return True
 
 
-_FORMS: dict[str, Callable[[_Writer], bool]] = {
+_FORMS: dict[str, Callable[[Writer], bool]] = {
     "aten._log_softmax": _log_softmax,
     "aten._log_softmax_backward_data": _log_softmax_backward,
     "aten.nll_loss_forward": _likelihood,

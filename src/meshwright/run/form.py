@@ -29,13 +29,15 @@ def first_micros(build: Build, data: Any = None) -> list[Micro]:
 
 
 def _open(job: Job, data: Any) -> Source:
-    how = {"batch_size": job.batch_size, "seed": job.seed, "collate": job.collate}
+    def opened(data: Any) -> Source:
+        return open_source(data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
+
     if data is not None:
-        source = open_source(data, **how)
+        source = opened(data)
         if source.length is not None:
             return source
         source.close()
-    return open_source(job.data(), **how)
+    return opened(job.data())
 
 
 def _form(build: Build, source: Source, range_: tuple[int, int]) -> Micro:

@@ -46,7 +46,8 @@ def _pieces(
 
 def pieces_of(worker: Worker) -> list[Piece]:
     """Everything this rank holds, by global name."""
-    build, found = worker.build, []
+    build = worker.build
+    found: list[Piece] = []
     for name, tensor in worker.state.values.items():
         kind, _, bare = name.partition("/")
         if kind == "model":

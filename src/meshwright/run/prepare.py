@@ -14,7 +14,8 @@ from meshwright.job import Job
 from meshwright.plan.check import Facts, require
 from meshwright.plan.mesh import SAMPLE_AXES
 from meshwright.plan.plan import Plan
-from meshwright.program.annotate import chosen_layouts, work_layouts
+from meshwright.program.annotate import work_layouts
+from meshwright.program.chosen import chosen_layouts
 from meshwright.program.layout import Layout
 from meshwright.program.zero import zero_layouts
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
@@ -78,9 +79,10 @@ def _require_elementwise(plan: Plan, made: Recipe) -> None:
     if is_elementwise(made):
         return
     axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
-    asked = ", ".join([f"zero={plan.zero}"] * bool(plan.zero) + axes)
+    asked = [f"zero={plan.zero}"] * bool(plan.zero) + axes
+    less = "zero=0" if plan.zero and not axes else "data parallelism alone"
     raise PlanError(
-        f"plan asks for {asked}, but {made.kind.__name__} is not elementwise: its update of an "
-        "element depends on others, which lie on other ranks; use data parallelism alone, or an "
+        f"plan asks for {', '.join(asked)}, but {made.kind.__name__} is not elementwise: its "
+        f"update of an element depends on others, which lie on other ranks; use {less} or an "
         "elementwise optimizer such as AdamW"
     )

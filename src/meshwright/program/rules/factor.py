@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from meshwright.program.layout import Shard
@@ -68,7 +68,7 @@ class Rule:
     linear: tuple[frozenset[int], ...] = ()
     shape_args: tuple[tuple[int, int], ...] = ()
     count_args: tuple[tuple[int, int, int], ...] = ()
-    arguments: Localize | None = None
+    arguments: Localize | None = field(default=None, compare=False)
     window: tuple[int, str] | None = None
     known: bool = True
 

@@ -90,7 +90,8 @@ def _require_form(op: str, pattern: str, view: OpView, left: list[str], right: l
             for n, rank, part in zip(told, ranks, parts, strict=True)
         )
         if not fits:
+            line = view.op.source or "the loss"
             raise PlanError(
-                f"mw.rule({op!r}, {pattern!r}) does not fit its use at {view.op.source or 'the loss'}"
-                f": the op has {what} of shapes {[list(value.shape) for value in values]}"
+                f"mw.rule({op!r}, {pattern!r}) does not fit its use at {line}: the op has {what} "
+                f"of shapes {[list(value.shape) for value in values]}"
             )
