@@ -72,7 +72,8 @@ def columns(program: Program, axis: Axis) -> dict[str, Shard]:
             if path is not None and weight not in path.rows:
                 found[weight] = path.shard
                 rows |= path.rows
-    return found
+    tables = {name: shard for name, shard in graph.tables(axis.size) if name not in rows}
+    return {**tables, **found}
 
 
 MOST_ROWS = 4
@@ -82,7 +83,11 @@ _TRIES = 32
 """Finer splits that are tried for one weight: by fused part, by head, by element."""
 
 _WORTH = 16
-"""A reduction over the split dim is welcome where it leaves this many times less to add up."""
+"""A reduction over the split dim is welcome where it leaves this many times less to add up; a table
+is split where what is looked up in it is not so many times larger."""
+
+_GROWTH = 1.5
+"""What is contracted in the end stays below so many times the largest value that was carried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,22 @@ class _Graph:
                         yield place, result, shard
                         break
 
+    def tables(self, parts: int) -> Iterator[tuple[str, Shard]]:
+        """Weights that rows are looked up in, and the split of their rows."""
+        for op, rule in zip(self.ops, self.rules, strict=True):
+            if rule.window is None:
+                continue
+            carry = Carry(rule.window[0])
+            for value, dims in zip(op.inputs, rule.operands, strict=True):
+                shard = shard_of(rule, dims, carry)
+                if shard is None or value not in self.weights:
+                    continue
+                name, chain = self.weights[value]
+                made = sum(self.program.values[v].bytes for v in op.results)
+                worth = made <= _WORTH * self.program.values[value].bytes
+                if worth and not chain and rule.sizes[carry.factor] >= parts:
+                    yield name, shard
+
     def path(self, number: int, place: int, value: int, shard: Shard, parts: int) -> _Path | None:
         """How `shard` of `value` is carried on; None if it cannot be.
 
@@ -167,8 +188,9 @@ class _Graph:
         for _ in range(_TRIES):
             if not waiting:
                 return None
-            tried = waiting.pop(0)
-            if tried.granules(self.program.values[value].shape[tried.dim]) < parts:
+            size = self.program.values[value].shape[waiting[0].dim]
+            tried = _coarse(waiting.pop(0), size, parts)
+            if tried.granules(size) < parts:
                 continue
             try:
                 rows = self._carry_on(value, tried)
@@ -204,6 +226,7 @@ class _Graph:
             _Finer: a finer split may go further.
         """
         places: dict[int, Shard] = {value: shard}
+        largest = self.program.values[value].bytes
         rows: set[str] = set()
         ended = False
         queue = list(self.readers.get(value, ()))
@@ -220,13 +243,14 @@ class _Graph:
                 return None
             made = [shard_of(rule, dims, carry) for dims in rule.results]
             if all(place is None for place in made):
-                if not self._ends(op, rule, carry, rows):
+                if not self._ends(op, rule, carry, rows, largest):
                     return None
                 ended = True
                 continue
             for result, place in zip(op.results, made, strict=True):
                 if place is not None:
                     places[result] = place
+                    largest = max(largest, self.program.values[result].bytes)
                     for after in self.readers.get(result, ()):
                         heapq.heappush(queue, after)
         lost = {v for _, v in self.program.outputs} & places.keys()
@@ -248,19 +272,23 @@ class _Graph:
             found.add(carry)
         return found.pop() if len(found) == 1 else None
 
-    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str]) -> bool:
-        """Whether a factor may end here: contracted by a weight, or summed to much less."""
+    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str], largest: int) -> bool:
+        """Whether a factor may end here: contracted by a weight, or summed to much less.
+
+        A sum that is larger than what was carried is no saving (a residual stream, all of whose
+        readers contract it).
+        """
         sharing = [
             value
             for value, dims in zip(op.inputs, rule.operands, strict=True)
             if shard_of(rule, dims, carry) is not None
         ]
         named = [self.weights[value][0] for value in sharing if value in self.weights]
-        if len(sharing) > 1:
-            rows.update(named)
-            return bool(named)
         values = self.program.values
         before, after = (sum(values[v].bytes for v in found) for found in (sharing, op.results))
+        if len(sharing) > 1:
+            rows.update(named)
+            return bool(named) and after < _GROWTH * largest
         return after * _WORTH <= before
 
 
@@ -270,6 +298,15 @@ def _contracts(rule: Rule, place: int) -> bool:
     mine = {f for dim in rule.operands[place] for f in dim} - kept
     others = {f for k, dims in enumerate(rule.operands) if k != place for dim in dims for f in dim}
     return bool(mine & others)
+
+
+def _coarse(shard: Shard, size: int, parts: int) -> Shard:
+    """The same split in as many granules as there are parts, where it is even and not of elements.
+
+    Queries in heads and keys in groups of heads are then split alike.
+    """
+    n = shard.granules(size)
+    return replace(shard, unit=shard.unit * n // parts) if shard.unit > 1 and n % parts == 0 else shard
 
 
 def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, int]]:

@@ -33,11 +33,19 @@ def paid_where_made(
         axes: of the mesh.
         outputs: output name -> the layout to deliver; those not named stay as they come.
     """
-    return {
-        axis.name: _Prices(program, completed, axis.name).early(outputs)
-        for axis in axes
-        if axis.size > 1
-    }
+    found: dict[str, frozenset[int]] = {}
+    for axis in axes:
+        early: frozenset[int] = frozenset()
+        for _ in range(_ROUNDS if axis.size > 1 else 0):  # what is paid for owes nothing later
+            early = _Prices(program, completed, axis.name, early).early(outputs)
+        found[axis.name] = early
+    return found
+
+
+_ROUNDS = 3
+
+_LATENCY = 1 << 16
+"""Bytes that could travel while a collective gets under way."""
 
 
 @dataclass(slots=True)
@@ -56,12 +64,13 @@ class _Need:
 class _Prices:
     """Prices over one axis, from the last op to the first."""
 
-    def __init__(self, program: Program, completed: Completed, axis: str) -> None:
+    def __init__(self, program: Program, completed: Completed, axis: str, paid: frozenset[int]) -> None:
         self.program = program
         self.completed = completed
         self.axis = axis
         self.known = completed.places.get(axis, {})
         self.needs: dict[int, _Need] = {}
+        self.owing = self._owing(paid)
 
     def early(self, outputs: Mapping[str, Layout]) -> frozenset[int]:
         """The values for which paying at once is cheaper."""
@@ -74,12 +83,27 @@ class _Prices:
             self._read(number)
         return frozenset(v for v in self.needs if self._waiting(v) > self._at_once(v))
 
+    def _owing(self, paid: frozenset[int]) -> set[int]:
+        """Values that come as a partial sum, where those in `paid` are paid for."""
+        found: set[int] = set()
+        for number, op in enumerate(self.program.ops):
+            rule = self.completed.rules[number]
+            carry = dict(self.completed.carried[number]).get(self.axis)
+            made: set[int] = set()
+            if carry is not None:
+                dims = zip(op.results, rule.results, strict=True)
+                made = {value for value, d in dims if shard_of(rule, d, carry) is None}
+            elif any(found & {op.inputs[place] for place in group} for group in rule.linear):
+                made = set(op.results)
+            found |= made - paid
+        return found
+
     def _need(self, value: int) -> _Need:
         return self.needs.setdefault(value, _Need())
 
     def _at_once(self, value: int) -> int:
         """An all-reduce."""
-        return 2 * self.program.values[value].bytes
+        return 2 * self.program.values[value].bytes + _LATENCY
 
     def _waiting(self, value: int) -> int:
         """Paying for the value where that must be, and for what is made of it later."""
@@ -93,11 +117,14 @@ class _Prices:
         """What op `number` asks of its operands."""
         op, rule = self.program.ops[number], self.completed.rules[number]
         price = sum(min(self._waiting(v), self._at_once(v)) for v in op.results)
+        owing = {*op.inputs} & self.owing
         for value in dict.fromkeys(op.inputs):
             places = {place for place, other in enumerate(op.inputs) if other == value}
             asked = self._asked(number, op, rule, places)
-            if asked is None:
-                self._need(value).later += price
+            if asked is None:  # what comes together is paid for together, in proportion
+                owed = sum(self.program.values[v].bytes for v in owing | {value})
+                share = price * self.program.values[value].bytes // owed if owed else 0
+                self._need(value).later += share
             else:
                 self._need(value).places |= asked
 
