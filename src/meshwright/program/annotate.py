@@ -20,6 +20,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Op, Program
 from meshwright.program.propagate import propagate
+from meshwright.program.rows import rows
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
 __all__ = ["columns", "work_layouts"]
@@ -47,6 +48,14 @@ def work_layouts(
     pinned = {value: REPLICATED for name, value in inputs.items() if not _weight(name)}
     pinned |= {inputs[f"model/{name}"]: layout for name, layout in found.items()}
     completed = propagate(program, inner, pinned)
+    more = {
+        value: Layout.of(axes, {axis.name: shard})
+        for axis in inner
+        if axis.name == "tensor" and all(p.on(axis.name) is None for p in chosen.values())
+        for value, shard in rows(program, completed, axis).items()
+    }
+    if more:
+        completed = propagate(program, inner, pinned | more)
     return {
         name.removeprefix("model/"): layout
         for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
@@ -72,8 +81,7 @@ def columns(program: Program, axis: Axis) -> dict[str, Shard]:
             if path is not None and weight not in path.rows:
                 found[weight] = path.shard
                 rows |= path.rows
-    tables = {name: shard for name, shard in graph.tables(axis.size) if name not in rows}
-    return {**tables, **found}
+    return found
 
 
 MOST_ROWS = 4
@@ -83,8 +91,7 @@ _TRIES = 32
 """Finer splits that are tried for one weight: by fused part, by head, by element."""
 
 _WORTH = 16
-"""A reduction over the split dim is welcome where it leaves this many times less to add up; a table
-is split where what is looked up in it is not so many times larger."""
+"""A reduction over the split dim is welcome where it leaves this many times less to add up."""
 
 _GROWTH = 1.5
 """What is contracted in the end stays below so many times the largest value that was carried."""
@@ -162,22 +169,6 @@ class _Graph:
                     if shard is not None:
                         yield place, result, shard
                         break
-
-    def tables(self, parts: int) -> Iterator[tuple[str, Shard]]:
-        """Weights that rows are looked up in, and the split of their rows."""
-        for op, rule in zip(self.ops, self.rules, strict=True):
-            if rule.window is None:
-                continue
-            carry = Carry(rule.window[0])
-            for value, dims in zip(op.inputs, rule.operands, strict=True):
-                shard = shard_of(rule, dims, carry)
-                if shard is None or value not in self.weights:
-                    continue
-                name, chain = self.weights[value]
-                made = sum(self.program.values[v].bytes for v in op.results)
-                worth = made <= _WORTH * self.program.values[value].bytes
-                if worth and not chain and rule.sizes[carry.factor] >= parts:
-                    yield name, shard
 
     def path(self, number: int, place: int, value: int, shard: Shard, parts: int) -> _Path | None:
         """How `shard` of `value` is carried on; None if it cannot be.
