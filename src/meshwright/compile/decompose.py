@@ -79,6 +79,16 @@ def _mean_dim(
     return (total / count).to(dtype or x.dtype)
 
 
+def _repeat(x: Tensor, times: Sequence[int]) -> Tensor:
+    """Copies side by side: a dim of copies before each dim, so that either may be split."""
+    sizes = [1] * (len(times) - x.dim()) + list(x.shape)
+    if all(t == 1 for t in times):
+        return x.reshape(sizes).clone()
+    apart = [n for t, size in zip(times, sizes, strict=True) for n in (1, size)[t == 1 :]]
+    wide = [n for t, size in zip(times, sizes, strict=True) for n in (t, size)[t == 1 :]]
+    return x.reshape(apart).expand(wide).reshape([t * n for t, n in zip(times, sizes, strict=True)])
+
+
 def _mse(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
     return _averaged((x - y) ** 2, reduction)
 
@@ -334,6 +344,7 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.nll_loss_backward.default: _nll_backward,
     aten.mean.default: _mean,
     aten.mean.dim: _mean_dim,
+    aten.repeat.default: _repeat,
     aten.nll_loss2d_forward.default: _nll_2d_forward,
     aten.nll_loss2d_backward.default: _nll_2d_backward,
     aten.smooth_l1_loss.default: _smooth_l1,

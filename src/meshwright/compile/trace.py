@@ -331,7 +331,13 @@ _FILLED: dict[str, Arg] = {
     "aten.zeros_like": 0,
     "aten.empty_like": 0,
     "aten.full_like": None,
+    "aten.new_ones": 1,
+    "aten.new_zeros": 0,
+    "aten.new_empty": 0,
+    "aten.new_full": None,
 }
+_FILLS = {"aten.full_like": 1, "aten.new_full": 2}
+"""Where what they are filled with stands among the arguments."""
 
 
 def _digest(tensor: Tensor) -> str:
@@ -349,7 +355,7 @@ def _canonical(op: Op, values: Sequence[Value]) -> Op:
     """
     if op.base in _FILLED:
         made = values[op.results[0]]
-        fill = _FILLED[op.base] if op.base != "aten.full_like" else op.args[1]
+        fill = op.args[_FILLS[op.base]] if op.base in _FILLS else _FILLED[op.base]
         kwargs = (("dtype", Symbol("dtype", made.dtype)),)
         return replace(op, name="aten.full.default", args=(made.shape, fill), kwargs=kwargs)
     if op.base == "aten.squeeze":

@@ -20,6 +20,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Op, Program
 from meshwright.program.propagate import propagate
+from meshwright.program.rows import rows
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
 __all__ = ["columns", "work_layouts"]
@@ -47,6 +48,14 @@ def work_layouts(
     pinned = {value: REPLICATED for name, value in inputs.items() if not _weight(name)}
     pinned |= {inputs[f"model/{name}"]: layout for name, layout in found.items()}
     completed = propagate(program, inner, pinned)
+    more = {
+        value: Layout.of(axes, {axis.name: shard})
+        for axis in inner
+        if axis.name == "tensor" and all(p.on(axis.name) is None for p in chosen.values())
+        for value, shard in rows(program, completed, axis).items()
+    }
+    if more:
+        completed = propagate(program, inner, pinned | more)
     return {
         name.removeprefix("model/"): layout
         for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
@@ -83,6 +92,9 @@ _TRIES = 32
 
 _WORTH = 16
 """A reduction over the split dim is welcome where it leaves this many times less to add up."""
+
+_GROWTH = 1.5
+"""What is contracted in the end stays below so many times the largest value that was carried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +179,9 @@ class _Graph:
         for _ in range(_TRIES):
             if not waiting:
                 return None
-            tried = waiting.pop(0)
-            if tried.granules(self.program.values[value].shape[tried.dim]) < parts:
+            size = self.program.values[value].shape[waiting[0].dim]
+            tried = _coarse(waiting.pop(0), size, parts)
+            if tried.granules(size) < parts:
                 continue
             try:
                 rows = self._carry_on(value, tried)
@@ -204,6 +217,7 @@ class _Graph:
             _Finer: a finer split may go further.
         """
         places: dict[int, Shard] = {value: shard}
+        largest = self.program.values[value].bytes
         rows: set[str] = set()
         ended = False
         queue = list(self.readers.get(value, ()))
@@ -220,13 +234,14 @@ class _Graph:
                 return None
             made = [shard_of(rule, dims, carry) for dims in rule.results]
             if all(place is None for place in made):
-                if not self._ends(op, rule, carry, rows):
+                if not self._ends(op, rule, carry, rows, largest):
                     return None
                 ended = True
                 continue
             for result, place in zip(op.results, made, strict=True):
                 if place is not None:
                     places[result] = place
+                    largest = max(largest, self.program.values[result].bytes)
                     for after in self.readers.get(result, ()):
                         heapq.heappush(queue, after)
         lost = {v for _, v in self.program.outputs} & places.keys()
@@ -248,19 +263,23 @@ class _Graph:
             found.add(carry)
         return found.pop() if len(found) == 1 else None
 
-    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str]) -> bool:
-        """Whether a factor may end here: contracted by a weight, or summed to much less."""
+    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str], largest: int) -> bool:
+        """Whether a factor may end here: contracted by a weight, or summed to much less.
+
+        A sum that is larger than what was carried is no saving (a residual stream, all of whose
+        readers contract it).
+        """
         sharing = [
             value
             for value, dims in zip(op.inputs, rule.operands, strict=True)
             if shard_of(rule, dims, carry) is not None
         ]
         named = [self.weights[value][0] for value in sharing if value in self.weights]
-        if len(sharing) > 1:
-            rows.update(named)
-            return bool(named)
         values = self.program.values
         before, after = (sum(values[v].bytes for v in found) for found in (sharing, op.results))
+        if len(sharing) > 1:
+            rows.update(named)
+            return bool(named) and after < _GROWTH * largest
         return after * _WORTH <= before
 
 
@@ -270,6 +289,15 @@ def _contracts(rule: Rule, place: int) -> bool:
     mine = {f for dim in rule.operands[place] for f in dim} - kept
     others = {f for k, dims in enumerate(rule.operands) if k != place for dim in dims for f in dim}
     return bool(mine & others)
+
+
+def _coarse(shard: Shard, size: int, parts: int) -> Shard:
+    """The same split in as many granules as there are parts, where it is even and not of elements.
+
+    Queries in heads and keys in groups of heads are then split alike.
+    """
+    n = shard.granules(size)
+    return replace(shard, unit=shard.unit * n // parts) if shard.unit > 1 and n % parts == 0 else shard
 
 
 def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, int]]:

@@ -106,7 +106,12 @@ def complete_unit(
             pinned[value] = batch if unit.values[value].shape[0] >= ranks else REPLICATED
         else:
             pinned[value] = sums.get(name, REPLICATED)
-    return propagate(unit, axes, pinned, stored)
+    wanted = {
+        value: states[name.removeprefix("gradient/")].work
+        for name, value in unit.outputs
+        if name.startswith("gradient/")
+    }
+    return propagate(unit, axes, pinned, stored, wanted)
 
 
 def _resting(state: StateLayouts) -> Layout:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import Axis
 from meshwright.program.layout import Layout, Partial, Placement, Shard, local_shape, slab
+from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
@@ -24,14 +25,6 @@ COLLECTIVES = frozenset(
     {"comm.all_gather", "comm.all_reduce", "comm.reduce_scatter", "comm.all_to_all"}
 )
 """Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not."""
-
-_VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze",
-    )
-)  # fmt: skip
-"""Ops that neither compute nor change how many elements there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +52,7 @@ def partition(
         outputs: output name -> the layout to deliver; those not named stay as they come.
     """
     writer = _Writer(program, completed, axes, coordinates)
+    writer.early = paid_where_made(program, completed, axes, outputs)
     inputs = tuple(
         (name, writer.new(value, layout))
         for (name, value), layout in zip(program.inputs, completed.inputs, strict=True)
@@ -96,7 +90,7 @@ class _Writer:
         self.made: dict[tuple[int, Layout, tuple[str, str] | None], int] = {}
         self.names = {number: name for name, number in program.inputs}
         self.producers = program.producers()
-        self.readers = program.readers()
+        self.early: Mapping[str, frozenset[int]] = {}
 
     def new(self, value: int, layout: Layout, scope: tuple[str, str] | None = None) -> int:
         """A local value for the global one under `layout`; the first is where the value lies."""
@@ -114,7 +108,6 @@ class _Writer:
         What is brought is kept for later readers; a stored weight's only within the same module
         and phase, so that ZeRO-3 never saves gathered weights from forward to backward.
         """
-        self._pay_at_root(value, layout, reader)
         here = self.lies[value]
         scope = None
         if value in self.completed.resting and layout != here:
@@ -130,26 +123,6 @@ class _Writer:
             current = known
         self.made.setdefault((value, layout, scope), current)  # it may be spelled otherwise
         return current
-
-    def _pay_at_root(self, value: int, layout: Layout, reader: Op) -> None:
-        """Before a view of a partial value is paid for, pay for what it is a view of.
-
-        Other views of it would owe the same sum once more.
-        """
-        number = self.producers.get(value)
-        op = None if number is None else self.program.ops[number]
-        if op is None or op.base not in _VIEWS or len(self.readers[op.inputs[0]]) < 2:
-            return
-        operand = op.inputs[0]
-        here, there = self.lies[value], self.lies[operand]
-        paid = [a for a in here.partial_axes if layout.on(a) is None and a in there.partial_axes]
-        if paid:
-            for axis in paid:
-                there = there.change(self.axes, axis, None)
-            self.bring(operand, there, reader)
-            assert number is not None
-            del self.lies[value]
-            self.op(number, op)
 
     def _step(
         self,
@@ -228,6 +201,16 @@ class _Writer:
         outputs = tuple(None if value is None else next(made) for value in op.outputs)
         local = replace(op, args=args, kwargs=kwargs, outputs=outputs)
         self.ops.append(self._windowed(rule, local, dict(carried), number))
+        for value in op.results:
+            self._pay(value, op)
+
+    def _pay(self, value: int, op: Op) -> None:
+        """Pay for what was made, over the axes where waiting would cost more."""
+        layout = self.lies[value]
+        for axis in layout.partial_axes:
+            if value in self.early.get(axis, ()):
+                layout = layout.change(self.axes, axis, None)
+        self.bring(value, layout, op)
 
     def _annotated(self, number: int, op: Op) -> None:
         """An annotation is no op: its result is its operand, brought to where it was said to lie.

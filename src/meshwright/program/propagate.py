@@ -43,6 +43,7 @@ def propagate(
     axes: Sequence[Axis],
     pinned: Mapping[int, Layout],
     stored: Mapping[int, Layout] | None = None,
+    wanted: Mapping[int, Layout] | None = None,
 ) -> Completed:
     """Complete the annotations of `program`.
 
@@ -52,8 +53,9 @@ def propagate(
         pinned: value -> layout that it has (an input) or should have (any value). Inputs that
             neither `pinned` nor `stored` names are open: they take what their readers want.
         stored: inputs laid out for rest; where an input is `pinned` too, over the other axes.
+        wanted: value -> layout that it should have over the axes that this one names.
     """
-    stored = stored or {}
+    stored, wanted = stored or {}, wanted or {}
     rules = tuple(rule_of(op, program.values) for op in program.ops)
     places: dict[str, dict[int, Placement]] = {}
     carried: list[dict[str, Carry]] = [{} for _ in program.ops]
@@ -63,6 +65,7 @@ def propagate(
             search = _Search(program, rules, axis, axes, places, carried)
             rests = {v: layout.on(axis.name) for v, layout in stored.items()}
             works = {v: layout.on(axis.name) for v, layout in pinned.items()}
+            works |= {v: p for v, w in wanted.items() if (p := w.on(axis.name)) is not None}
             works |= _annotated(program, axis)
             rests = {v: p for v, p in rests.items() if p is not None or v not in works}
             resting |= search.rest(rests)

@@ -58,7 +58,7 @@ def _layer_norm(view: OpView) -> Rule:
 def _layer_norm_backward(view: OpView) -> Rule:
     full, stats, tail = _norm_patterns(view, len(view.operands[0].shape), 2)
     operands = [full, full, stats, stats, _if(view.arg(5), tail), _if(view.arg(6), tail)]
-    return einsum(view, operands, _made(view, full, tail, tail), keep=tail)
+    return einsum(view, operands, _made(view, full, tail, tail), keep=tail, linear=[[0]])
 
 
 def _group_norm(view: OpView) -> Rule:
@@ -212,20 +212,45 @@ def _scatter(view: OpView) -> Rule:
 
 def _index(view: OpView) -> Rule:
     """x[i, j, ..]: dims that are not indexed pass; the indices' own dims pass, broadcast."""
+    found = _picked(view, view.operands[1:])
+    if found is None:
+        return whole(view)
+    x, indices, out = found
+    return einsum(view, [x, *indices], [out], linear=[[0]])
+
+
+def _index_put(view: OpView) -> Rule:
+    """x.index_put((i, j, ..), values, accumulate): what is added up over a split index is a term."""
+    found = _picked(view, view.operands[1:-1])
+    if found is None:
+        return whole(view)
+    x, indices, out = found
+    adds = view.arg(3, default=False) is True
+    put = out.split()
+    places = [k for k, letter in enumerate(put) if letter.startswith("i")]
+    values = " ".join(put[len(put) - len(view.operands[-1].shape) :])
+    keep = "" if adds else " ".join(put[k] for k in places)
+    last = len(view.operands) - 1
+    operands = [x, *indices, values]
+    addends = [0] if adds else []
+    return einsum(view, operands, [x], keep=keep, addends=addends, linear=[[0, last]])
+
+
+def _picked(view: OpView, indices: Sequence[Value]) -> tuple[str, list[str], str] | None:
+    """Patterns of x, of its indices and of x[indices]; None for masks and indices that lie apart."""
     picks = view.arg(1)
     assert isinstance(picks, tuple)
-    x = view.operands[0].shape
     used = [k for k, pick in enumerate(picks) if isinstance(pick, Ref)]
-    if any(value.dtype == "bool" for value in view.operands[1:]) or not used:
-        return whole(view)
+    if any(value.dtype == "bool" for value in indices) or not used:
+        return None
     if used != list(range(used[0], used[-1] + 1)):
-        return whole(view)
-    letters = ["1" if k in used else f"d{k}" for k in range(len(x))]
-    rank = max(len(value.shape) for value in view.operands[1:])
+        return None
+    letters = ["1" if k in used else f"d{k}" for k in range(len(view.operands[0].shape))]
+    rank = max(len(value.shape) for value in indices)
     index = [f"i{k}" for k in range(rank)]
-    patterns = [" ".join(index[rank - len(v.shape) :]) for v in view.operands[1:]]
+    patterns = [" ".join(index[rank - len(value.shape) :]) for value in indices]
     out = letters[: used[0]] + index + letters[used[-1] + 1 :]
-    return einsum(view, [" ".join(letters), *patterns], [" ".join(out)], linear=[[0]])
+    return " ".join(letters), patterns, " ".join(out)
 
 
 def _index_select(view: OpView) -> Rule:
@@ -288,6 +313,8 @@ RULES: dict[str, RuleMaker] = {
     "aten.scatter": _scatter,
     "aten.scatter_add": _scatter,
     "aten.index": _index,
+    "aten.index_put": _index_put,
+    "aten._unsafe_index_put": _index_put,
     "aten.index_select": _index_select,
     "aten.index_add": _index_add,
     # Of a weight alone, which is whole wherever it is read.
