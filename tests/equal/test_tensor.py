@@ -29,21 +29,21 @@ def rows(case, plan):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_layer_takes_four_all_reduces_and_the_head_one(depth):
+def test_a_layer_takes_four_all_reduces_the_table_and_the_head_one_each(depth):
     found = rows(gpt(depth), "tensor=2")
     assert {row.op for row in found} == {"all_reduce"}
     sizes = Counter()
     for row in found:
         sizes[row.elements // row.count] += row.count
     # Of two ranks each sends and receives as much as is reduced.
-    assert sizes == {TOKENS * WIDTH: 4 * depth + 1, TOKENS: 3}
+    assert sizes == {TOKENS * WIDTH: 4 * depth + 2, TOKENS: 3}
 
 
 def test_data_and_tensor_share_nothing():
     found = rows(gpt(1), "data=2,tensor=2")
     tensor = [row for row in found if row.axis == "tensor"]
     data = [row for row in found if row.axis == "data"]
-    assert sum(row.elements for row in tensor) == 5 * TOKENS * WIDTH // 2 + 3 * TOKENS // 2
+    assert sum(row.elements for row in tensor) == 6 * TOKENS * WIDTH // 2 + 3 * TOKENS // 2
     assert {row.value.partition("/")[0] for row in data} == {"gradient", "batch"}
 
 
@@ -65,5 +65,5 @@ def test_llama_is_laid_out_as_megatron_does():
 
 def test_a_fused_projection_is_split_by_heads_within_each_of_its_three():
     build = Case(FAMILIES["gpt2"]()).build("tensor=2")
-    assert build.states["transformer.h.0.attn.c_attn.weight"].work.on("tensor") == Shard(1, 3, 8)
+    assert build.states["transformer.h.0.attn.c_attn.weight"].work.on("tensor") == Shard(1, 3, 16)
     assert build.states["transformer.wte.weight"].work.on("tensor") == Shard(0)

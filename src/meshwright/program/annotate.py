@@ -297,7 +297,9 @@ def _coarse(shard: Shard, size: int, parts: int) -> Shard:
     Queries in heads and keys in groups of heads are then split alike.
     """
     n = shard.granules(size)
-    return replace(shard, unit=shard.unit * n // parts) if shard.unit > 1 and n % parts == 0 else shard
+    return (
+        replace(shard, unit=shard.unit * n // parts) if shard.unit > 1 and n % parts == 0 else shard
+    )
 
 
 def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, int]]:

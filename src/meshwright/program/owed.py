@@ -64,7 +64,9 @@ class _Need:
 class _Prices:
     """Prices over one axis, from the last op to the first."""
 
-    def __init__(self, program: Program, completed: Completed, axis: str, paid: frozenset[int]) -> None:
+    def __init__(
+        self, program: Program, completed: Completed, axis: str, paid: frozenset[int]
+    ) -> None:
         self.program = program
         self.completed = completed
         self.axis = axis

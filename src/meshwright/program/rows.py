@@ -20,7 +20,7 @@ from meshwright.program.rules import Carry, Rule, carry_of, shard_of
 
 __all__ = ["rows"]
 
-_WORTH = 16
+_WORTH = 4
 """A table is split unless what is looked up in it is so many times larger."""
 
 
