@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meshwright.view.holdings import folded_name
+from meshwright.program.fold import folded_name
 from meshwright.view.runfile import Collective
 
 __all__ = ["Phase", "Row", "phases"]
