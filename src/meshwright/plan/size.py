@@ -34,7 +34,7 @@ def parse_bytes(text: str | int, what: str = "a size") -> int:
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise UsageError(f"{what} takes bytes, as in 512KiB, 2MiB or 1.5GiB, not {text!r}")
-    return round(float(match[1]) * unit)
+    return int(float(match[1]) * unit)
 
 
 def bytes_text(size: float) -> str:

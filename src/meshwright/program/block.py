@@ -75,6 +75,7 @@ class _Draft:
 
     module: str
     ops: list[Op] = field(default_factory=list)
+    views: list[Op] = field(default_factory=list)  # of what its last op made
     before: list[Row] = field(default_factory=list)
     backward: list[Row] = field(default_factory=list)
     update: list[Row] = field(default_factory=list)
@@ -86,13 +87,20 @@ def block(compiled: Compiled, axes: Sequence[Axis]) -> Block:
     forward = _computing(local.program)
     layer, alike = _layer(forward)
     drafts: list[_Draft] = []
+    base = bases(local.program)
     for op in forward:
         if layer and layer_of(op) != layer:
             continue
         module = op.module.removeprefix(layer).removeprefix(".")
-        if not drafts or drafts[-1].module != module:
-            drafts.append(_Draft(module))
-        drafts[-1].ops.append(op)
+        last = drafts[-1] if drafts else None
+        if all(base[value] != value for value in op.results):
+            if last is not None and last.module == module:
+                last.views.append(op)
+            continue
+        if last is None or last.module != module:
+            drafts.append(last := _Draft(module))
+        last.ops.append(op)
+        last.views.clear()
     _place(drafts, layer, local, list(sent(compiled, axes)))
     whole, _ = compiled.wholes[0]
     stations = tuple(_station(draft, local, whole) for draft in drafts)
@@ -126,7 +134,7 @@ def _layer(forward: Iterable[Op]) -> tuple[str, list[str]]:
         return "", [""]
     chosen = max(repeated, key=lambda name: (times[kinds[name]] * len(ops[name]), -len(name)))
     alike = [name for name in repeated if kinds[name] == kinds[chosen]]
-    return alike[0], alike
+    return alike[len(alike) // 2], alike  # the first one has no other before it
 
 
 def _place(drafts: list[_Draft], layer: str, local: Local, calls: Sequence[Sent]) -> None:
@@ -146,7 +154,9 @@ def _place(drafts: list[_Draft], layer: str, local: Local, calls: Sequence[Sent]
             if draft is not None:
                 (draft.backward if kind == "gradient" else draft.update).append(row)
         elif row.phase == "forward" and call.program is program:
-            draft = next((home[id(r)] for r in _reading(program, readers, op) if id(r) in home), None)
+            draft = next(
+                (home[id(r)] for r in _reading(program, readers, op) if id(r) in home), None
+            )
             if draft is not None:
                 draft.before.append(row)
         elif row.phase == "backward" and row.module.startswith(layer):
@@ -186,13 +196,10 @@ def _station(draft: _Draft, local: Local, whole: Program) -> Station:
     program, names = local.program, _weights(local.program)
     inputs = {n.removeprefix("model/"): v for n, v in program.inputs if n.startswith("model/")}
     read = dict.fromkeys(names[v] for op in draft.ops for v in op.inputs if v in names)
-    base = bases(program)
-    computed = [op for op in draft.ops if any(base[v] == v for v in op.results)]
-    last = draft.ops[-1].results[0]
-    dims, owes = _lies(local, whole, last)
+    dims, owes = _lies(local, whole, [*draft.ops, *draft.views][-1].results[0])
     return Station(
         module=draft.module,
-        ops=len(computed),
+        ops=len(draft.ops),
         source=draft.ops[-1].source,
         weights=tuple((n.rpartition(".")[2], _lies(local, whole, inputs[n])[0]) for n in read),
         dims=dims,

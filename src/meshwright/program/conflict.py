@@ -60,18 +60,15 @@ class Conflict:
 def conflicts(compiled: Compiled, axes: Sequence[Axis]) -> tuple[Conflict, ...]:
     """The conflicts of a step, those alike in all but number as one, most expensive first."""
     calls = list(sent(compiled, axes))
-    known: dict[tuple[str, ...], Conflict] = {}
+    known: dict[Conflict, tuple[int, int]] = {}  # (bytes, count)
     for (count, local), (program, completed) in zip(compiled.units, compiled.wholes, strict=True):
         costs = _costs(local, calls)
         for value, found in _of_unit(program, completed):
             key = (value, found.axis, found.phase, found.module, found.source)
-            cost = costs.pop(key, 0) if count else 0
-            key_of = (found.op, found.axis, found.source, found.module, found.phase,
-                      found.winner, found.loser, found.wanted)  # fmt: skip
-            old = known.get(key_of, replace(found, bytes=0, count=0))
-            more = {"bytes": old.bytes + cost, "count": old.count + count}
-            known[key_of] = replace(old, **more)
-    return tuple(sorted(known.values(), key=lambda found: -found.bytes))
+            size, number = known.get(found, (0, 0))
+            known[found] = (size + costs.pop(key, 0), number + count)
+    told = (replace(found, bytes=size, count=number) for found, (size, number) in known.items())
+    return tuple(sorted(told, key=lambda found: -found.bytes))
 
 
 _Key = tuple[int, str, str, str, str]
@@ -134,7 +131,7 @@ def _conflict(
         loser_bytes=program.values[op.inputs[operand]].bytes,
         wanted=text["wanted"],
         bytes=0,
-        count=1,
+        count=0,
     )
 
 

@@ -5,7 +5,7 @@ Read off the instruction list that is executed, bucket by bucket.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def collectives(compiled: Compiled, axes: Sequence[Axis]) -> tuple[Row, ...]:
     return merged(found.row for found in sent(compiled, axes))
 
 
-def merged(rows: Iterator[Row]) -> tuple[Row, ...]:
+def merged(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows, those alike in all but number as one, largest first."""
     known: dict[tuple[str, ...], Row] = {}
     for row in rows:

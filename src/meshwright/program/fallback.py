@@ -58,8 +58,8 @@ def fallbacks(compiled: Compiled, axes: Sequence[Axis]) -> tuple[Fallback, ...]:
         for found in _of_unit(local, program, completed, sizes):
             key = (found.op, found.source, found.module, found.phase)
             old = known.get(key, replace(found, count=0, bytes=0))
-            more = {"count": old.count + count, "bytes": old.bytes + count * found.bytes}
-            known[key] = replace(found, **more)
+            size = old.bytes + count * found.bytes
+            known[key] = replace(found, count=old.count + count, bytes=size)
     return tuple(sorted(known.values(), key=lambda found: -found.bytes))
 
 
@@ -81,9 +81,7 @@ def _of_unit(
         gathered = {step for value in op.inputs for step in _brought(part, makers, value)}
         size = sum(_bytes(part.ops[step], part, sizes) for step in gathered)
         name = "::".join(op.base.split(".", 1))
-        yield Fallback(
-            name, op.source, op.module, op.phase, 1, size, _remedy(name, whole, program)
-        )
+        yield Fallback(name, op.source, op.module, op.phase, 1, size, _remedy(name, whole, program))
 
 
 def _brought(program: Program, makers: Mapping[int, int], value: int) -> Iterator[int]:

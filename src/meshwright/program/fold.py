@@ -1,4 +1,4 @@
-"""Names that differ in numbers only, as one: `blocks.*.attn.q.weight` for those of twelve layers."""
+"""Names that differ in numbers only, as one: `blocks.*.up.weight` for those of all layers."""
 
 from __future__ import annotations
 

@@ -37,7 +37,16 @@ from meshwright.run.worker import Fetched
 
 VERSION = importlib.metadata.version("meshwright")
 
-__all__ = ["describe_build", "describe_run", "explain", "facts_of", "host", "nearby", "versions"]
+__all__ = [
+    "bills",
+    "describe_build",
+    "describe_run",
+    "explain",
+    "facts_of",
+    "host",
+    "nearby",
+    "versions",
+]
 
 
 def versions() -> dict[str, str]:
@@ -124,7 +133,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         "conflicts": [_near(found.as_json()) for found in conflicts(compiled, axes)],
         "block": _near(block(compiled, axes).as_json()),
         "memory": [
-            {"rank": rank, "parts": parts} for rank, parts in enumerate(_bills(build, micros))
+            {"rank": rank, "parts": parts} for rank, parts in enumerate(bills(build, micros))
         ],
     }
 
@@ -181,7 +190,7 @@ def _coordinates(build: Build, rank: int, axes: Sequence[Axis]) -> dict[str, int
     return {axis.name: found[axis.name] for axis in axes}
 
 
-def _bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
+def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
     """Memory by part on every rank; ranks whose shards are alike are compiled once."""
     slots = build.recipe.slots()
     seen: dict[Any, dict[str, int]] = {}
@@ -226,7 +235,6 @@ def _parameter(build: Build, name: str, value: Value) -> dict[str, Any]:
         "optimizer": str(states.optimizer) if trained and name in build.recipe.names else None,
         "local": {str(r): held(states.weights, r) for r in range(build.mesh.size)},
     }
-
 
 
 def _layouts(parameters: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 
 from meshwright.program.fold import folded_name
-
 from meshwright.view.layouts import KINDS, layout_of, rank_names, shards
 from meshwright.view.runfile import Axis, Parameter
 

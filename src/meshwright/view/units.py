@@ -9,7 +9,6 @@ from meshwright.plan.size import bytes_text
 __all__ = ["bytes_text", "count_text", "error_text", "percent_text", "seconds_text", "value_text"]
 
 
-
 def seconds_text(seconds: float) -> str:
     """A duration with three significant digits, as in `12.3 ms`; from a minute on `2 min 05 s`.
 
