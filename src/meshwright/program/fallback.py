@@ -22,6 +22,8 @@ from meshwright.program.propagate import Completed
 
 __all__ = ["Fallback", "fallbacks", "require_small"]
 
+_LETTERS = string.ascii_lowercase.replace("n", "")
+
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
@@ -34,7 +36,7 @@ class Fallback:
         phase: forward or backward.
         count: times per step.
         bytes: that a rank receives per step so that it has the op's operands whole.
-        remedy: the rule that would let it run on shards, if its first dim counts samples.
+        remedy: a rule that would let it run on shards, if its first dim counts samples.
     """
 
     op: str
@@ -101,22 +103,22 @@ def _bytes(op: Op, program: Program, sizes: Mapping[str, int]) -> int:
 
 def _remedy(name: str, op: Op, program: Program) -> str:
     """A rule to begin with: dims of one size are one letter, and only the first may be split."""
-    letters: dict[int, str] = {1: "1"}
-    fresh = iter(string.ascii_lowercase)
+    shapes = [program.values[value].shape for value in (*op.inputs, *op.results)]
+    samples = next((shape[0] for shape in shapes if shape and shape[0] > 1), 0)
+    letters: dict[int, str] = {}
 
-    def spelled(values: tuple[int, ...]) -> str:
-        parts = []
-        for value in values:
-            shape = program.values[value].shape
-            for size in shape:
-                letters[size] = letters.get(size) or next(fresh, "z")
-            parts.append(" ".join(letters[size] for size in shape))
-        return ", ".join(parts)
+    def letter(dim: int, size: int) -> str:
+        if size == 1:
+            return "1"
+        if dim == 0 and size == samples:
+            return "n"
+        return letters.setdefault(size, _LETTERS[len(letters) % len(_LETTERS)])
 
-    pattern = f"{spelled(op.inputs)} -> {spelled(op.results)}"
-    first, *rest = [letter for letter in letters.values() if letter != "1"] or ["a"]
-    whole = f', whole="{" ".join(rest)}"' if rest else ""
-    return f'mw.rule("{name}", "{pattern}"{whole})' if first else ""
+    spelled = [" ".join(letter(dim, size) for dim, size in enumerate(shape)) for shape in shapes]
+    count = len(op.inputs)
+    pattern = f"{', '.join(spelled[:count])} -> {', '.join(spelled[count:])}"
+    whole = f', whole="{" ".join(letters.values())}"' if letters else ""
+    return f'mw.rule("{name}", "{pattern}"{whole})'
 
 
 def require_small(compiled: Compiled, axes: Sequence[Axis], limit: int) -> None:

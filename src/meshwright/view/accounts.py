@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from meshwright.program.fold import folded, pattern_of
 from meshwright.view.fields import finite, integer, mapping, mappings, text
 
 __all__ = [
@@ -141,6 +142,45 @@ def parse_block(value: Any) -> Block:
         count=integer(entry.get("count"), 1),
         stations=tuple(map(_station, mappings(entry.get("stations")))),
     )
+
+
+def fallbacks_alike(fallbacks: Iterable[Fallback]) -> list[Fallback]:
+    """Those of repeated layers as one, in their order."""
+    alike: dict[Fallback, list[Fallback]] = {}
+    for found in fallbacks:
+        key = replace(found, module=pattern_of(found.module), count=0, bytes=0)
+        alike.setdefault(key, []).append(found)
+    return [
+        replace(key, module=_modules(group), count=_counts(group), bytes=_bytes(group))
+        for key, group in alike.items()
+    ]
+
+
+def conflicts_alike(conflicts: Iterable[Conflict]) -> list[Conflict]:
+    """Those of repeated layers as one, in their order."""
+    alike: dict[Conflict, list[Conflict]] = {}
+    for found in conflicts:
+        key = replace(found, module=pattern_of(found.module), count=0, bytes=0)
+        alike.setdefault(key, []).append(found)
+    return [
+        replace(key, module=_modules(group), count=_counts(group), bytes=_bytes(group))
+        for key, group in alike.items()
+    ]
+
+
+Group = list[Fallback] | list[Conflict]
+
+
+def _modules(group: Group) -> str:
+    return folded(found.module for found in group)
+
+
+def _counts(group: Group) -> int:
+    return sum(found.count for found in group)
+
+
+def _bytes(group: Group) -> int:
+    return sum(found.bytes for found in group)
 
 
 def _station(entry: Mapping[str, Any]) -> Station:

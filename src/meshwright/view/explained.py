@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.program.fold import folded, pattern_of
-from meshwright.view.accounts import Conflict, Fallback
+from meshwright.view.accounts import Conflict, Fallback, conflicts_alike, fallbacks_alike
 from meshwright.view.layouts import dims_of, owed
 from meshwright.view.picture import block_text, mesh_text
 from meshwright.view.runfile import Parameter, parse_setup
@@ -74,7 +74,7 @@ def _conflicts(conflicts: Sequence[Conflict]) -> RenderableType:
     if not conflicts:
         return Text("No op's operands wanted different splits.")
     lines = [Text("Ops whose operands wanted different splits", "bold")]
-    for found in conflicts:
+    for found in conflicts_alike(conflicts):
         cost = f"moves {bytes_text(found.bytes)}" if found.bytes else "costs nothing more"
         times = f" ×{found.count:,}" if found.count > 1 else ""
         lines += [
@@ -90,7 +90,7 @@ def fallback_table(fallbacks: Sequence[Fallback]) -> RenderableType:
     if not fallbacks:
         return Text("Every op has a rule.")
     lines = [Text("Ops without a rule, computed whole on every rank", "bold")]
-    for found in fallbacks:
+    for found in fallbacks_alike(fallbacks):
         times = f" ×{found.count:,}" if found.count > 1 else ""
         gathers = f"gathers {bytes_text(found.bytes)}" if found.bytes else "gathers nothing"
         where = _where(found.source, found.module)
