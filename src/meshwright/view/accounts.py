@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from meshwright.program.fold import folded, pattern_of
 from meshwright.view.fields import finite, integer, mapping, mappings, text
 
 __all__ = [
-    "Block", "Collective", "Conflict", "Fallback", "Station", "parse_block", "parse_collective",
-    "parse_conflict", "parse_fallback",
+    "Block", "Collective", "Conflict", "Fallback", "Station", "alike", "parse_block",
+    "parse_collective", "parse_conflict", "parse_fallback",
 ]  # fmt: skip
 
 
@@ -144,43 +144,24 @@ def parse_block(value: Any) -> Block:
     )
 
 
-def fallbacks_alike(fallbacks: Iterable[Fallback]) -> list[Fallback]:
+Lost = TypeVar("Lost", Fallback, Conflict)
+
+
+def alike(lost: Iterable[Lost]) -> list[Lost]:
     """Those of repeated layers as one, in their order."""
-    alike: dict[Fallback, list[Fallback]] = {}
-    for found in fallbacks:
+    groups: dict[Lost, list[Lost]] = {}
+    for found in lost:
         key = replace(found, module=pattern_of(found.module), count=0, bytes=0)
-        alike.setdefault(key, []).append(found)
+        groups.setdefault(key, []).append(found)
     return [
-        replace(key, module=_modules(group), count=_counts(group), bytes=_bytes(group))
-        for key, group in alike.items()
+        replace(
+            key,
+            module=folded(found.module for found in group),
+            count=sum(found.count for found in group),
+            bytes=sum(found.bytes for found in group),
+        )
+        for key, group in groups.items()
     ]
-
-
-def conflicts_alike(conflicts: Iterable[Conflict]) -> list[Conflict]:
-    """Those of repeated layers as one, in their order."""
-    alike: dict[Conflict, list[Conflict]] = {}
-    for found in conflicts:
-        key = replace(found, module=pattern_of(found.module), count=0, bytes=0)
-        alike.setdefault(key, []).append(found)
-    return [
-        replace(key, module=_modules(group), count=_counts(group), bytes=_bytes(group))
-        for key, group in alike.items()
-    ]
-
-
-Group = list[Fallback] | list[Conflict]
-
-
-def _modules(group: Group) -> str:
-    return folded(found.module for found in group)
-
-
-def _counts(group: Group) -> int:
-    return sum(found.count for found in group)
-
-
-def _bytes(group: Group) -> int:
-    return sum(found.bytes for found in group)
 
 
 def _station(entry: Mapping[str, Any]) -> Station:

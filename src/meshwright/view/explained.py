@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.program.fold import folded, pattern_of
-from meshwright.view.accounts import Conflict, Fallback, conflicts_alike, fallbacks_alike
+from meshwright.view.accounts import Conflict, Fallback, alike
 from meshwright.view.layouts import dims_of, owed
 from meshwright.view.picture import block_text, mesh_text
 from meshwright.view.runfile import Parameter, parse_setup
@@ -39,11 +39,11 @@ def _parameters(parameters: Sequence[Parameter]) -> Table:
     wrapped = frozenset({"weights", "gradients", "optimizer"})
     table = plain_table("parameter", ">", "weights", "gradients", "optimizer", wrapped=wrapped)
     names = [parameter.name for parameter in parameters]
-    alike: dict[tuple[object, ...], list[Parameter]] = {}
+    groups: dict[tuple[object, ...], list[Parameter]] = {}
     for p in parameters:
         key = (pattern_of(p.name), p.shape, p.dtype, p.weights, p.gradients, p.optimizer)
-        alike.setdefault(key, []).append(p)
-    for group in alike.values():
+        groups.setdefault(key, []).append(p)
+    for group in groups.values():
         first, number = group[0], len(group)
         weights = _dims(first.shape, first.weights)
         rest = (
@@ -74,7 +74,7 @@ def _conflicts(conflicts: Sequence[Conflict]) -> RenderableType:
     if not conflicts:
         return Text("No op's operands wanted different splits.")
     lines = [Text("Ops whose operands wanted different splits", "bold")]
-    for found in conflicts_alike(conflicts):
+    for found in alike(conflicts):
         cost = f"moves {bytes_text(found.bytes)}" if found.bytes else "costs nothing more"
         times = f" ×{found.count:,}" if found.count > 1 else ""
         lines += [
@@ -90,7 +90,7 @@ def fallback_table(fallbacks: Sequence[Fallback]) -> RenderableType:
     if not fallbacks:
         return Text("Every op has a rule.")
     lines = [Text("Ops without a rule, computed whole on every rank", "bold")]
-    for found in fallbacks_alike(fallbacks):
+    for found in alike(fallbacks):
         times = f" ×{found.count:,}" if found.count > 1 else ""
         gathers = f"gathers {bytes_text(found.bytes)}" if found.bytes else "gathers nothing"
         where = _where(found.source, found.module)

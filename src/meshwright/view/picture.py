@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from meshwright.view.accounts import Block, Collective, Station
+from meshwright.view.chart.block import of_state
 from meshwright.view.layouts import change
 from meshwright.view.runfile import Axis, Setup
 from meshwright.view.tables import plain_table
@@ -82,7 +83,7 @@ def _block(block: Block, microbatches: int, width: int) -> Iterator[Text]:
     title.append(f", one of {block.count:,} alike" if block.count > 1 else "", "")
     title.append(f"; a micro-batch of {microbatches:,}" if microbatches > 1 else "", "")
     yield title
-    cells = [(s.module or "·", _reads(s), _makes(s)) for s in block.stations]
+    cells = [(s.module or block.name or "the model", _reads(s), _makes(s)) for s in block.stations]
     heads = ("module", "reads", "makes")
     sizes = [max(len(row[k]) for row in (heads, *cells)) for k in range(3)]
     beside = sum(sizes) + 4 <= width
@@ -127,18 +128,5 @@ def _moves(sign: str, row: Collective, what: str = "") -> Text:
 
 
 def _of_state(block: Block) -> Iterator[Text]:
-    """What is moved of the block's weights and gradients, added up."""
-    stations = block.stations
-    kinds = {
-        ("weights", "↓"): [r for s in stations for r in s.before if r.value],
-        ("weights", "↑"): [r for s in stations for r in s.backward if _of(r, "model")],
-        ("gradients", "↑"): [r for s in stations for r in s.backward if _of(r, "gradient")],
-        ("weights, after the update", " "): [r for s in stations for r in s.update],
-    }
-    for (what, sign), rows in kinds.items():
-        for row in added(replace(row, why="") for row in rows):
-            yield _moves(sign, row, f"for {what}")
-
-
-def _of(row: Collective, kind: str) -> bool:
-    return row.value.startswith(f"{kind}/")
+    for sign, what, row in of_state(block):
+        yield _moves(sign or " ", row, what)
