@@ -80,7 +80,7 @@ def _costs(local: Local, calls: Sequence[Sent]) -> dict[_Key, int]:
     for call in calls:
         if call.program is local.program:
             op, row = call.op, call.row
-            key = (local.origin[op.inputs[0]][0], row.axis, op.phase, op.module, op.source)
+            key = (local.origin[op.results[0]][0], row.axis, op.phase, op.module, op.source)
             found[key] = found.get(key, 0) + row.bytes
     return found
 

@@ -110,11 +110,12 @@ def sent(compiled: Compiled, axes: Sequence[Axis]) -> Iterator[Sent]:
 
 def _origin(op: Op, program: Program, makers: dict[int, int]) -> Op:
     """The op that a collective serves: its reader, or what made its operand where nobody reads."""
-    while not op.source and op.inputs:
-        maker = makers.get(op.inputs[0])
-        if maker is None:
-            break
-        op = program.ops[maker]
+    waiting = [op]
+    while waiting:
+        found = waiting.pop(0)
+        if found.source:
+            return found
+        waiting += [program.ops[makers[value]] for value in found.inputs if value in makers]
     return op
 
 

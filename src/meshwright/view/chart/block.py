@@ -69,7 +69,7 @@ def _box(station: Station, own: str, width: int) -> _Row:
         + [f"{name}: {' × '.join(dims)}" for name, dims in station.weights]
     )
     name = _cut(station.module or own, (width - 24) * (0.28 if wide else 1))
-    height = 34.0 if wide else 22.0 + 17 * (bool(reads) + 1)
+    height = 34.0 if wide else 29.0 + 17 * (bool(reads) + 1)
     right = width - 12
     places = (
         [(0.3 * width, 22.0, ""), (right, 22.0, " end")]
