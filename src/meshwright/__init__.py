@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from meshwright.api import Run, train, verify, watch
+    from meshwright.api import Run, explain, train, verify, watch
     from meshwright.compile.annotate import annotate
     from meshwright.errors import MeshwrightError
     from meshwright.job import Job
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Run",
     "annotate",
+    "explain",
     "presets",
     "rule",
     "train",
@@ -46,6 +47,7 @@ _HOMES: Final = {
     "Plan": "meshwright.plan.plan",
     "Run": "meshwright.api",
     "annotate": "meshwright.compile.annotate",
+    "explain": "meshwright.api",
     "rule": "meshwright.program.rules.user",
     "train": "meshwright.api",
     "verify": "meshwright.api",

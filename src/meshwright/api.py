@@ -1,4 +1,4 @@
-"""What users call: `Run`, `train`, `verify`, `watch`.
+"""What users call: `Run`, `train`, `verify`, `explain`, `watch`.
 
 with mw.Run(job, plan="zero3") as run:
     for step in run.steps(until=1000):
@@ -31,9 +31,11 @@ from meshwright.launch.contract import Contract, here
 from meshwright.launch.signals import Stop, listen
 from meshwright.launch.worker import ending, guard
 from meshwright.plan.plan import Plan
+from meshwright.plan.size import parse_bytes
 from meshwright.plan.toml import AUTO, parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
+from meshwright.run.describe import explain as describe
 from meshwright.run.folder import choose
 from meshwright.run.profiler import Profiler
 from meshwright.run.session import Record, Session, open_session, steps_to_run
@@ -42,9 +44,10 @@ from meshwright.run.verify import verify_local, verify_session
 from meshwright.run.window import parse_steps, within
 from meshwright.run.worker import Fetched
 from meshwright.view.journal import Journal, Logger, open_journal
+from meshwright.view.limits import require_limits
 from meshwright.view.trace import write_trace
 
-__all__ = ["Run", "plan_of", "train", "verify", "watch"]
+__all__ = ["Run", "explain", "plan_of", "train", "verify", "watch"]
 
 CHECKPOINT_SECONDS = 600.0
 
@@ -386,6 +389,43 @@ def plan_of(plan: str | Plan, job: Job, world: int) -> Plan:
     if isinstance(found, Plan):
         return found.filled(world)
     return choose_plan(job, world)
+
+
+def explain(
+    job: Job,
+    plan: str | Plan = "auto",
+    *,
+    ranks: int | None = None,
+    max_bytes: int | str | None = None,
+    memory: int | str | None = None,
+) -> dict[str, Any]:
+    """What a plan makes every rank hold and move, and why, without starting any.
+
+    In a test of yours, `mw.explain(job, "zero3,data=4", max_bytes="2MiB")` holds a budget.
+
+    Args:
+        job: that would be trained.
+        plan: as for `Run`.
+        ranks: there are; by default as many as the plan names.
+        max_bytes: that a rank may move in a step: a number of bytes, or text such as `2MiB`.
+        memory: that a rank has, likewise.
+
+    Returns:
+        What `mw plan --json` prints: `traffic` in all, `collectives`, `fallbacks`, `conflicts`,
+        `layouts`, `block`, `memory` and more; docs/explain.md says what is in each.
+
+    Raises:
+        PlanError: the plan cannot be laid out, or is over a limit; then with the list of what it
+            moves or needs, largest first, and what to change.
+    """
+    asked = plan if isinstance(plan, Plan) else parse_plan(plan, lambda p: Path(p).read_text())
+    size = ranks or (asked.ranks if isinstance(asked, Plan) else 1)
+    laid = plan_of(plan, job, size)
+    found = describe(job, laid, size)
+    limits = {"max_bytes": max_bytes, "memory": memory}
+    sizes = {name: parse_bytes(limit, name) for name, limit in limits.items() if limit is not None}
+    require_limits(job, laid, found, **sizes)
+    return found
 
 
 def train(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from meshwright.cli.output import log, print_json, show, user_output
@@ -25,10 +26,26 @@ from meshwright.cli.words import (
     require_world,
 )
 from meshwright.errors import UsageError
+from meshwright.job import Job
+from meshwright.plan.plan import Plan
+from meshwright.plan.size import parse_bytes
 
 __all__ = ["EXAMPLE", "explained", "plan"]
 
-EXAMPLE = "Example:  mw plan examples/gpt.py --plan zero3 -n 4"
+EXAMPLE = "Example:  mw plan examples/gpt.py --plan tensor=2,data=2 --explain --max-bytes 64MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What was asked for."""
+
+    which: Which
+    plan: str | None
+    ranks: int | None
+    explain: bool
+    max_bytes: str | None
+    memory: str | None
+    json: bool
 
 
 def plan(
@@ -36,28 +53,60 @@ def plan(
     *,
     plan: PlanText = None,
     n: Ranks = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Every collective and why, the mesh, a block, every parameter, what was lost.",
+        ),
+    ] = False,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--max-bytes",
+            metavar="SIZE",
+            help="Fail if a rank moves more in a step, such as [bold]2MiB[/].",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Fail if a rank needs more, and say what would fit.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = None,
     settings: Settings = None,
     json: AsJson = False,
 ) -> Task:
     """Explain a plan: layouts, collectives with bytes and source lines, memory per rank."""
     which = Which(file, tuple(settings or ()), seed)
-    return partial(_plan, which, plan, n, json)
+    return partial(_plan, _Wanted(which, plan, n, explain, max_bytes, memory, json))
 
 
-def _plan(which: Which, given: str | None, n: int | None, json: bool) -> int:
+def _plan(wanted: _Wanted) -> int:
     from meshwright.launch.contract import here
-    from meshwright.view.tables import plan_table
+    from meshwright.view.limits import require_limits
 
     if here().world.size > 1:
         raise UsageError("mw plan needs no ranks: it works every rank out in one process")
-    with user_output(aside=json):
-        record = explained(which, given, n)
-    if json:
+    max_bytes, memory = _size("--max-bytes", wanted.max_bytes), _size("--memory", wanted.memory)
+    with user_output(aside=wanted.json):
+        job, laid, record = _laid_out(wanted.which, wanted.plan, wanted.ranks)
+    if wanted.json:
         print_json(record)
-    else:
-        show(plan_table(record, rows=None), *_more(record))
+    with user_output(aside=True):
+        require_limits(job, laid, record, max_bytes=max_bytes, memory=memory)
+    if not wanted.json:
+        show(*_shown(record, everything=wanted.explain))
     return 0
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text, flag)
 
 
 def explained(which: Which, given: str | None, n: int | None) -> dict[str, Any]:
@@ -68,8 +117,12 @@ def explained(which: Which, given: str | None, n: int | None) -> dict[str, Any]:
         given: the plan's text.
         n: ranks; by default what the plan names.
     """
+    return _laid_out(which, given, n)[2]
+
+
+def _laid_out(which: Which, given: str | None, n: int | None) -> tuple[Job, Plan, dict[str, Any]]:
+    """The job, the plan that was asked for or chosen, and what it means."""
     from meshwright import api
-    from meshwright.run.describe import explain
 
     text = plan_text(given)
     asked = read_plan(text)
@@ -79,33 +132,21 @@ def explained(which: Which, given: str | None, n: int | None) -> dict[str, Any]:
     laid = api.plan_of(text, job, ranks)
     if asked is None:
         log(f"auto takes {laid.text()}: its state fits this host's memory; time was not compared")
-    return {"file": which.path, "name": which.name, **explain(job, laid, ranks)}
+    return job, laid, {"file": which.path, "name": which.name, **api.explain(job, laid)}
 
 
-def _more(record: Mapping[str, Any]) -> list[RenderableType]:
-    """The parameters one by one, and the ops that no rule knows."""
-    parts: list[RenderableType] = [Text(), _parameters(record["parameters"])]
+def _shown(record: Mapping[str, Any], *, everything: bool) -> Iterator[RenderableType]:
+    from meshwright.view.explained import explained as all_of_it
+    from meshwright.view.explained import fallback_table
+    from meshwright.view.runfile import parse_setup
+    from meshwright.view.tables import plan_table
+
+    if everything:
+        yield plan_table(record, rows=None)
+        yield all_of_it(record)
+        return
+    yield plan_table(record)
     if record["fallbacks"]:
-        parts += [Text(), _fallbacks(record["fallbacks"])]
-    return parts
-
-
-def _parameters(parameters: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("parameter", "shape", "weights", "gradients", "optimizer"):
-        table.add_column(title)
-    for parameter in parameters:
-        shape = " × ".join(map(str, parameter["shape"])) or "scalar"
-        layouts = (parameter[kind] or "none" for kind in ("weights", "gradients", "optimizer"))
-        table.add_row(Text(parameter["name"]), shape, *map(Text, layouts))
-    return table
-
-
-def _fallbacks(fallbacks: Sequence[Mapping[str, str]]) -> Table:
-    """Ops without a rule: every rank gathers their operands and computes all of them."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("computed whole on every rank", "source", "module"):
-        table.add_column(title)
-    for op in fallbacks:
-        table.add_row(Text(op["op"], "yellow"), Text(op["source"]), Text(op["module"]))
-    return table
+        yield Text()
+        yield fallback_table(parse_setup(record).fallbacks)
+    yield Text("\n--explain adds every collective, the mesh, a block and all parameters", "dim")

@@ -17,7 +17,7 @@ __all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
 
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
 COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
-_WHOLE: Final = ("zero", "redundancy")  # whole numbers, 0 or more
+_WHOLE: Final = ("zero", "redundancy", "max_fallback")  # whole numbers, 0 or more
 _WORDS: Final = ("schedule", "gather", "remat", "precision", "offload", "regime", "codec")
 _OPTIONAL: Final = ("data", "shard", "schedule", "gather")  # None: left to Meshwright
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
@@ -51,6 +51,8 @@ class Plan:
         regime: how replicas stay consistent.
         codec: gradient compression on the wire.
         redundancy: snapshots kept on peers.
+        max_fallback: MiB that a rank may receive per step for an op that has no rule and is
+            computed whole; more is refused.
         layouts: (parameter name pattern, mesh axis or None for each dim) pairs.
         cuts: module paths at which pipeline stages begin.
 
@@ -75,6 +77,7 @@ class Plan:
     regime: str = "bsp"
     codec: str = "none"
     redundancy: int = 0
+    max_fallback: int = 64
     layouts: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     cuts: tuple[str, ...] = ()
 

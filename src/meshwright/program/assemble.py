@@ -42,11 +42,13 @@ class Compiled:
         units: per distinct micro-batch program, (how many micro-batches run it, its local program).
         moves: gradients to the optimizer's layout, where no unit does it, and updated weights to
             their resting layout; each once a step.
+        wholes: per unit, the global program that it is a part of, and how it was completed.
     """
 
     instructions: InstructionList
     units: tuple[tuple[int, Local], ...]
     moves: tuple[Local, ...]
+    wholes: tuple[tuple[Program, Completed], ...] = ()
 
 
 def accumulated(unit: Program, *, first: bool) -> Program:
@@ -151,6 +153,7 @@ def assemble(
     table = Table()
     body: list[Instruction] = []
     made: dict[tuple[str, bool, bool], Local] = {}
+    wholes: dict[tuple[str, bool, bool], tuple[Program, Completed]] = {}
     runs: dict[tuple[str, bool, bool], int] = {}
     for k, unit in enumerate(units):
         first, last = k == 0, k == len(units) - 1
@@ -158,6 +161,7 @@ def assemble(
         if key not in made:
             program = accumulated(unit, first=first)
             completed = complete_unit(program, axes, states)
+            wholes[key] = (program, completed)
             outputs = unit_outputs(program, axes, states, last=last)
             local = partition(program, completed, axes, coordinates, outputs)
             local = donated(local)
@@ -183,7 +187,7 @@ def assemble(
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
-    return Compiled(lists, used, (gather,))
+    return Compiled(lists, used, (gather,), tuple(wholes[key] for key in runs))
 
 
 def _in_place(gather: Local) -> Local:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from meshwright.program.program import Op, Program
 
-__all__ = ["repeated"]
+__all__ = ["layer_of", "repeated"]
 
 _LAYER = re.compile(r"(.*?)(?:^|(?<=\.))(\d+)(?=\.|$)")
 
@@ -40,7 +40,7 @@ def repeated(program: Program) -> frozenset[int]:
     """The numbers of the ops before which a program is cut: at both ends of layers that repeat."""
     runs: list[_Run] = []
     for number, op in enumerate(program.ops):
-        layer = _layer(op) if op.module else (runs[-1].layer if runs else "")
+        layer = layer_of(op) if op.module else (runs[-1].layer if runs else "")
         last = runs[-1] if runs else None
         if last is None or (last.layer, last.ops[0].phase) != (layer, op.phase):
             runs.append(_Run(number, layer))
@@ -51,6 +51,7 @@ def repeated(program: Program) -> frozenset[int]:
     return frozenset(end for run in cut for end in (run.first, run.first + len(run.ops)))
 
 
-def _layer(op: Op) -> str:
+def layer_of(op: Op) -> str:
+    """The layer that an op serves: its module up to the first number; empty outside of layers."""
     found = _LAYER.match(op.module)
     return found.group(0) if found else ""

@@ -25,6 +25,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
 from meshwright.program.context import split_sequences
+from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
 from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
@@ -167,6 +168,7 @@ class Build:
             units = [self.unit(m, loss, **how) for m in micros]
             programs = [unit.program for unit in units]
             compiled = assemble(programs, self.axes, place.coordinates, self.states)
+            require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = tuple(
                 promoting(lower(segment, place.coordinates))
                 if self.promotes

@@ -19,7 +19,12 @@ from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
 from meshwright.plan.toml import to_toml
 from meshwright.predict.memory import memory_bill
-from meshwright.program.explain import collectives
+from meshwright.program.block import block
+from meshwright.program.conflict import conflicts
+from meshwright.program.explain import Row, collectives
+from meshwright.program.exposure import calls
+from meshwright.program.fallback import fallbacks
+from meshwright.program.fold import folded, pattern_of
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
 from meshwright.run.build import Build, Micro, micro_ranges, values_of
@@ -32,7 +37,16 @@ from meshwright.run.worker import Fetched
 
 VERSION = importlib.metadata.version("meshwright")
 
-__all__ = ["describe_build", "describe_run", "explain", "facts_of", "host", "nearby", "versions"]
+__all__ = [
+    "bills",
+    "describe_build",
+    "describe_run",
+    "explain",
+    "facts_of",
+    "host",
+    "nearby",
+    "versions",
+]
 
 
 def versions() -> dict[str, str]:
@@ -108,17 +122,37 @@ def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
 
 def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     """The plan laid out: mesh, parameters, collectives with bytes and lines, memory per rank."""
-    lowered = build.lowered(0, micros)
-    rows = collectives(lowered.compiled, build.axes)
+    compiled, axes = build.lowered(0, micros).compiled, build.axes
+    rows = collectives(compiled, axes)
     return {
         **_setting(build),
         "compile": build.compiled,
-        "collectives": [{**row.as_json(), "source": nearby(row.source)} for row in rows],
+        "traffic": _traffic(rows, sum(1 for _ in calls(compiled.instructions))),
+        "collectives": [_near(row.as_json()) for row in rows],
+        "fallbacks": [_near(found.as_json()) for found in fallbacks(compiled, axes)],
+        "conflicts": [_near(found.as_json()) for found in conflicts(compiled, axes)],
+        "block": _near(block(compiled, axes).as_json()),
         "memory": [
-            {"rank": rank, "parts": parts} for rank, parts in enumerate(_bills(build, micros))
+            {"rank": rank, "parts": parts} for rank, parts in enumerate(bills(build, micros))
         ],
-        "fallbacks": fallbacks(build, micros),
     }
+
+
+def _traffic(rows: Sequence[Row], messages: int) -> dict[str, int]:
+    """A step's collectives added up; those of a bucket are one message."""
+    return {
+        "bytes": sum(row.bytes for row in rows),
+        "exposed_bytes": sum(row.exposed_bytes for row in rows),
+        "calls": sum(row.count for row in rows),
+        "messages": messages,
+    }
+
+
+def _near(value: Any) -> Any:
+    """The value with its source lines relative to the working folder."""
+    if isinstance(value, dict):
+        return {k: nearby(v) if k == "source" else _near(v) for k, v in value.items()}
+    return [_near(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def explain(job: Job, plan: Plan, ranks: int) -> dict[str, Any]:
@@ -135,6 +169,7 @@ def _setting(build: Build) -> dict[str, Any]:
     ranks = range(build.mesh.size)
     values = values_of(build.model.parameters, build.dtype)
     axes = [axis for axis in build.axes if axis.size > 1 or axis.name == "data"]
+    parameters = [_parameter(build, name, value) for name, value in values.items()]
     return {
         "versions": versions(),
         "host": host(),
@@ -144,7 +179,8 @@ def _setting(build: Build) -> dict[str, Any]:
             "ranks": [{"rank": r, "coordinates": _coordinates(build, r, axes)} for r in ranks],
         },
         "batch": {"batch_size": build.job.batch_size, "microbatches": build.plan.microbatches},
-        "parameters": [_parameter(build, name, value) for name, value in values.items()],
+        "parameters": parameters,
+        "layouts": _layouts(parameters),
     }
 
 
@@ -154,7 +190,7 @@ def _coordinates(build: Build, rank: int, axes: Sequence[Axis]) -> dict[str, int
     return {axis.name: found[axis.name] for axis in axes}
 
 
-def _bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
+def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
     """Memory by part on every rank; ranks whose shards are alike are compiled once."""
     slots = build.recipe.slots()
     seen: dict[Any, dict[str, int]] = {}
@@ -201,18 +237,14 @@ def _parameter(build: Build, name: str, value: Value) -> dict[str, Any]:
     }
 
 
-def fallbacks(build: Build, micros: Sequence[Micro]) -> list[dict[str, str]]:
-    """Ops without a rule, computed whole on every rank, with their source lines."""
-    from meshwright.program.rules import rule_of
-
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for micro in micros:
-        program = build.unit(micro).program
-        for op in program.ops:
-            if not rule_of(op, program.values).known:
-                found[op.name, op.source] = {
-                    "op": op.name,
-                    "source": nearby(op.source),
-                    "module": op.module,
-                }
-    return list(found.values())
+def _layouts(parameters: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameters, those of repeated layers as one: a pattern of names, and how many it is."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for parameter in parameters:
+        rest = {key: value for key, value in parameter.items() if key != "name"}
+        alike.setdefault(repr((pattern_of(parameter["name"]), rest)), []).append(parameter)
+    names = [parameter["name"] for parameter in parameters]
+    return [
+        {**group[0], "name": folded([p["name"] for p in group], names), "count": len(group)}
+        for group in alike.values()
+    ]

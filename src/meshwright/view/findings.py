@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshwright.view.accounts import Block
 from meshwright.view.chart.memory import equal_bills
 from meshwright.view.folder import Folder, Verification
 from meshwright.view.history import History
@@ -19,6 +20,7 @@ from meshwright.view.units import (
 
 __all__ = [
     "axes_text",
+    "block_finding",
     "loss_finding",
     "memory_finding",
     "mesh_finding",
@@ -52,12 +54,26 @@ def mesh_finding(setup: Setup) -> str:
 
 def axes_text(setup: Setup) -> str:
     """The mesh's axes, as in `data 2 (down) × tensor 4 (across)`; empty for a rank alone."""
-    if len(setup.axes) == 1:
-        return f"One axis, {setup.axes[0][0]}" if len(setup.ranks) > 1 else ""
-    names = [f"{axis} {size:,}" for axis, size in setup.axes]
+    axes = [axis for axis in setup.axes if axis[1] > 1] or setup.axes[:1]
+    if len(axes) == 1:
+        return f"One axis, {axes[0][0]}" if len(setup.ranks) > 1 else ""
+    names = [f"{axis} {size:,}" for axis, size in axes]
     if len(names) == 2:
         names = [f"{names[0]} (down)", f"{names[1]} (across)"]
     return "Axes: " + " × ".join(names) if names else ""
+
+
+def block_finding(block: Block) -> str:
+    """What a block waits for."""
+    rows = [r for s in block.stations for r in (*s.before, *s.backward) if not r.value]
+    name = f"Each of {block.count:,} {block.name}" if block.count > 1 else "The model"
+    if not rows:
+        return f"{name} hands every value on without a collective"
+    exposed = sum(row.exposed or 0 for row in rows)
+    size, calls = sum(row.bytes for row in rows), sum(row.count for row in rows)
+    waits = {0: "none of them exposed", calls: "all exposed"}.get(exposed, f"{exposed:,} exposed")
+    many = f"{calls:,} collective{'s' * (calls != 1)}"
+    return f"{name} moves {bytes_text(size)} of what it computes, in {many}, {waits}"
 
 
 def loss_finding(history: History, measures: Measures) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from meshwright.program.fold import folded_name
 from meshwright.view.layouts import KINDS, layout_of, rank_names, shards
 from meshwright.view.runfile import Axis, Parameter
 
-__all__ = ["Holding", "Module", "folded_name", "modules", "shape_text"]
+__all__ = ["Holding", "Module", "modules", "shape_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,29 +72,6 @@ def _likeness(parameter: Parameter) -> tuple[object, ...]:
     leaf = parameter.name.rpartition(".")[2]
     layouts = tuple(layout_of(parameter, kind) for kind in KINDS)
     return leaf, parameter.shape, parameter.dtype, layouts, parameter.local
-
-
-def folded_name(paths: Sequence[Path]) -> str:
-    """One name for modules that differ in numbers only.
-
-    >>> folded_name([("blocks", "0", "attn"), ("blocks", "1", "attn")])
-    'blocks.0–1.attn'
-    """
-    columns = [list(dict.fromkeys(column)) for column in zip(*paths, strict=True)]
-    ranges = [_range(column) for column in columns]
-    # A range in two places stands for every pair; where some are missing only `*` is true.
-    whole = prod(len(column) for column in columns) == len(paths)
-    words = [r if len(c) == 1 or whole else "*" for r, c in zip(ranges, columns, strict=True)]
-    return ".".join(words) or "(the model itself)"
-
-
-def _range(words: Sequence[str]) -> str:
-    if len(words) == 1:
-        return words[0]
-    numbers = sorted(int(word) for word in words)
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}–{numbers[-1]}"
-    return "{" + ",".join(str(number) for number in numbers) + "}"
 
 
 def _holding(parameter: Parameter, count: int, axes: Sequence[Axis]) -> Holding:

@@ -1,4 +1,4 @@
-"""Which part of the parameters a rank holds, read off the layouts' text."""
+"""Which part of a tensor a rank holds, read off the layouts' text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.view.runfile import Axis, Parameter, Rank
 
-__all__ = ["KINDS", "held", "layout_of", "rank_names", "shards"]
+__all__ = [
+    "KINDS", "change", "dims_of", "held", "layout_of", "owed", "placements", "rank_names", "shards",
+]  # fmt: skip
 
 KINDS = ("weights", "gradients", "optimizer")
 
-_SHARDED = re.compile(r"sharded\([^)]*\) over (\w+)")
+_PLACED = re.compile(r"(sharded|partial)\((\w+)(?:[^()]|\([^()]*\))*\) over (\w+)")
 
 
 def layout_of(parameter: Parameter, kind: str) -> str:
@@ -34,9 +36,57 @@ def shards(layout: str, axes: Sequence[Axis]) -> int:
         return 0
     sizes = dict(axes)
     parts = 1
-    for axis in _SHARDED.findall(layout):
-        parts *= max(1, sizes.get(axis, 1))
+    for kind, _, axis in placements(layout):
+        parts *= max(1, sizes.get(axis, 1)) if kind == "sharded" else 1
     return parts
+
+
+def placements(layout: str) -> tuple[tuple[str, str, str], ...]:
+    """(`sharded` or `partial`, the dim or the reduction, the axis) of each axis in a layout.
+
+    >>> placements("partial(sum) over data, sharded(0 in (3, n, 64)) over tensor")
+    (('partial', 'sum', 'data'), ('sharded', '0', 'tensor'))
+    """
+    return tuple(match.groups() for match in _PLACED.finditer(layout))  # type: ignore[misc]
+
+
+def dims_of(shape: Sequence[int], layout: str) -> tuple[str, ...]:
+    """Each dim of a tensor with the axes that split it.
+
+    >>> dims_of((512, 128), "sharded(0) over tensor, sharded(1) over data")
+    ('512/tensor', '128/data')
+    """
+    found = placements(layout)
+    return tuple(
+        "/".join([f"{size}", *(a for kind, d, a in found if kind == "sharded" and d == str(dim))])
+        for dim, size in enumerate(shape)
+    )
+
+
+def owed(layout: str) -> tuple[str, ...]:
+    """The axes over which a layout still owes a reduction."""
+    return tuple(axis for kind, _, axis in placements(layout) if kind == "partial")
+
+
+def change(why: str, axis: str) -> str:
+    """What a collective over `axis` changes; a reason in other words stays as it is.
+
+    >>> change("sharded(0) over data, partial(sum) over tensor -> sharded(0) over data", "tensor")
+    'partial → whole'
+    """
+    sides = [{a: (kind, d) for kind, d, a in placements(side)} for side in why.split(" -> ")]
+    if len(sides) != 2 or not any(axis in side for side in sides):
+        return why
+    return " → ".join(_place(side.get(axis)) for side in sides)
+
+
+def _place(found: tuple[str, str] | None) -> str:
+    if found is None:
+        return "whole"
+    kind, what = found
+    if kind == "sharded":
+        return f"dim {what}"
+    return "partial" if what == "sum" else f"partial {what}"
 
 
 def held(
@@ -62,8 +112,9 @@ def held(
 def _index(layout: str, coordinates: Mapping[str, int], sizes: Mapping[str, int]) -> int:
     """Which of the layout's parts the coordinates pick, the first axis slowest."""
     index = 0
-    for axis in _SHARDED.findall(layout):
-        index = index * max(1, sizes.get(axis, 1)) + coordinates.get(axis, 0)
+    for kind, _, axis in placements(layout):
+        if kind == "sharded":
+            index = index * max(1, sizes.get(axis, 1)) + coordinates.get(axis, 0)
     return index
 
 

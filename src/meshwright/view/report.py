@@ -22,7 +22,9 @@ from markupsafe import Markup
 
 from meshwright.errors import StorageError
 from meshwright.view import findings, units
+from meshwright.view.accounts import alike
 from meshwright.view.advice import advise
+from meshwright.view.chart.block import block_picture
 from meshwright.view.chart.gauge import error_gauge
 from meshwright.view.chart.loss import loss_chart, spark_line
 from meshwright.view.chart.memory import MOST_BARS, equal_bills, memory_chart, part_class
@@ -43,7 +45,7 @@ from meshwright.view.parts import Part
 from meshwright.view.runfile import Setup
 from meshwright.view.svg import both_widths
 from meshwright.view.trace import write_trace
-from meshwright.view.traffic import phases
+from meshwright.view.traffic import hidden_text, phases
 
 __all__ = ["render_report", "write_report"]
 
@@ -108,6 +110,8 @@ def _facts(folder: Folder) -> dict[str, Any]:
         "started": _when(setup.started),
         "modules": modules(setup.parameters, setup.axes),
         "phases": phases(setup.collectives),
+        "fallbacks": alike(setup.fallbacks),
+        "conflicts": [found for found in alike(setup.conflicts) if found.bytes],
         "advice": advise(folder, measures),
         "train_command": train_command(setup),
         "verify_command": verify_command(setup),
@@ -115,6 +119,7 @@ def _facts(folder: Folder) -> dict[str, Any]:
         "findings": {
             "mesh": findings.mesh_finding(setup),
             "axes": findings.axes_text(setup),
+            "block": findings.block_finding(setup.block),
             "loss": findings.loss_finding(folder.history, measures),
             "time": findings.time_finding(measures),
             "traffic": findings.traffic_finding(measures),
@@ -135,6 +140,7 @@ def _pictures(folder: Folder) -> dict[str, Any]:
     time = measures.time
     return {
         "mesh_picture": both_widths(partial(mesh_picture, setup)),
+        "block_picture": both_widths(partial(block_picture, setup.block)),
         "loss_picture": both_widths(partial(loss_chart, history)),
         "time_total": both_widths(partial(total_bar, time)) if time else "",
         "time_picture": both_widths(partial(time_chart, history.steps)) if time else "",
@@ -207,6 +213,7 @@ _FILTERS = {
     "bytes_text": units.bytes_text,
     "count": units.count_text,
     "error": units.error_text,
+    "hidden": hidden_text,
     "percent": units.percent_text,
     "seconds": units.seconds_text,
     "shape": shape_text,

@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meshwright.view.accounts import (
+    Block,
+    Collective,
+    Conflict,
+    Fallback,
+    parse_block,
+    parse_collective,
+    parse_conflict,
+    parse_fallback,
+)
 from meshwright.view.fields import finite, integer, mapping, mappings, numbers, shape, text
 
-__all__ = ["Axis", "Collective", "Parameter", "Rank", "RankMemory", "Setup", "parse_setup"]
+__all__ = ["Axis", "Parameter", "Rank", "RankMemory", "Setup", "parse_setup"]
 
 Axis = tuple[str, int]
 
@@ -34,20 +44,6 @@ class Parameter:
     gradients: str
     optimizer: str
     local: tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """A collective of one step: `bytes` are what a rank moves for all its `count` calls."""
-
-    op: str
-    axis: str
-    bytes: int
-    count: int
-    source: str
-    module: str
-    why: str
-    phase: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +77,10 @@ class Setup:
     ranks: tuple[Rank, ...]
     parameters: tuple[Parameter, ...]
     collectives: tuple[Collective, ...]
+    messages: int
+    fallbacks: tuple[Fallback, ...]
+    conflicts: tuple[Conflict, ...]
+    block: Block
     memory: tuple[RankMemory, ...]
 
 
@@ -101,7 +101,11 @@ def parse_setup(run: Mapping[str, Any]) -> Setup:
         axes=_axes(mesh.get("axes")),
         ranks=_ranks(mesh.get("ranks")),
         parameters=tuple(_parameter(entry) for entry in mappings(run.get("parameters"))),
-        collectives=tuple(_collective(entry) for entry in mappings(run.get("collectives"))),
+        collectives=tuple(map(parse_collective, mappings(run.get("collectives")))),
+        messages=integer(mapping(run.get("traffic")).get("messages")),
+        fallbacks=tuple(map(parse_fallback, mappings(run.get("fallbacks")))),
+        conflicts=tuple(map(parse_conflict, mappings(run.get("conflicts")))),
+        block=parse_block(run.get("block")),
         memory=tuple(_memory(entry) for entry in mappings(run.get("memory"))),
     )
 
@@ -142,19 +146,6 @@ def _parameter(entry: Mapping[str, Any]) -> Parameter:
         gradients=text(entry.get("gradients", "replicated"), "none"),
         optimizer=text(entry.get("optimizer", "replicated"), "none"),
         local=tuple((int(rank), shape(size)) for rank, size in local.items() if rank.isdecimal()),
-    )
-
-
-def _collective(entry: Mapping[str, Any]) -> Collective:
-    return Collective(
-        op=text(entry.get("op")),
-        axis=text(entry.get("axis")),
-        bytes=integer(entry.get("bytes")),
-        count=integer(entry.get("count"), 1),
-        source=text(entry.get("source")),
-        module=text(entry.get("module")),
-        why=text(entry.get("why")),
-        phase=text(entry.get("phase"), "other"),
     )
 
 

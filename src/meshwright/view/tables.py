@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,16 +13,16 @@ from rich.text import Text
 from meshwright.view.chart.memory import equal_bills
 from meshwright.view.findings import mesh_finding, verification_text
 from meshwright.view.folder import parse_verification
-from meshwright.view.layouts import KINDS, layout_of, shards
+from meshwright.view.layouts import KINDS, layout_of, placements, shards
 from meshwright.view.runfile import Setup, parse_setup
-from meshwright.view.traffic import Phase, phases
+from meshwright.view.traffic import Phase, Row, hidden_text, phases
 from meshwright.view.units import bytes_text, count_text, error_text
 
-__all__ = ["plan_table", "verify_table"]
+__all__ = ["plan_table", "plain_table", "verify_table"]
 
 _ROWS_PER_PHASE = 6
-_MOST_BILLS = 16
-_WRAPPED = frozenset({"module", "because", "layout"})
+_MOST_BILLS = 3
+_WRAPPED = frozenset({"layout"})
 
 
 def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) -> RenderableType:
@@ -33,8 +33,8 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
         rows: kinds of collectives shown of each phase, the largest; None shows all.
     """
     setup = parse_setup(run)
-    head = Text.assemble((setup.plan or "one device", "bold"), "  ", mesh_finding(setup))
-    parts: list[RenderableType] = [head]
+    parts: list[RenderableType] = [Text(setup.plan or "one device", "bold")]
+    parts.append(Text(mesh_finding(setup)))
     if setup.parameters:
         parts += [Text(), _state(setup)]
     if setup.memory:
@@ -44,80 +44,119 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
     return Group(*parts)
 
 
-def _table(*columns: str) -> Table:
-    """A table without lines; a column whose title begins with `>` holds numbers."""
+def plain_table(*columns: str, wrapped: frozenset[str] = _WRAPPED) -> Table:
+    """A table without lines; a column whose title begins with `>` holds numbers.
+
+    Args:
+        *columns: their titles.
+        wrapped: titles of those that are broken into lines where there is no room.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for title in columns:
         number = title.startswith(">")
         table.add_column(
             title.removeprefix(">"),
             justify="right" if number else "left",
-            no_wrap=title not in _WRAPPED,
+            no_wrap=title not in wrapped,
+            overflow="fold",
         )
     return table
 
 
 def _state(setup: Setup) -> Table:
-    table = _table("state", "layout", ">tensors", "each rank keeps")
+    table = plain_table("state", "layout", ">tensors", "each rank keeps")
     for kind in KINDS:
-        layouts = Counter(layout_of(parameter, kind) for parameter in setup.parameters)
-        for layout, tensors in layouts.items():
-            count = shards(layout, setup.axes)
+        tensors: dict[tuple[str, int], int] = {}
+        for parameter in setup.parameters:
+            layout = layout_of(parameter, kind)
+            key = (_short(layout), shards(layout, setup.axes))
+            tensors[key] = tensors.get(key, 0) + 1
+        for (layout, count), number in tensors.items():
             share = "nothing" if not count else "all of it" if count == 1 else f"1/{count} of it"
-            table.add_row(Text(kind), Text(layout), count_text(tensors), share)
+            table.add_row(Text(kind), Text(layout), count_text(number), share)
     return table
+
+
+def _short(layout: str) -> str:
+    """A layout without its dims: `partial over data, sharded over tensor`."""
+    found = placements(layout)
+    return ", ".join(f"{kind} over {axis}" for kind, _, axis in found) if found else layout
 
 
 def _memory(setup: Setup) -> Table:
     names = list(dict.fromkeys(name for entry in setup.memory for name, _ in entry.parts))
-    table = _table("memory", *(f">{name}" for name in names), ">total")
     bills = equal_bills(setup.memory)
-    for ranks, entry in bills[:_MOST_BILLS]:
-        parts = dict(entry.parts)
-        row = [bytes_text(parts.get(name, 0)) for name in names]
-        table.add_row(Text(ranks), *row, Text(bytes_text(entry.total), "bold"))
+    table = plain_table("memory", *(f">{ranks}" for ranks, _ in bills[:_MOST_BILLS]))
+    for name in names:
+        sizes = (dict(entry.parts).get(name, 0) for _, entry in bills[:_MOST_BILLS])
+        table.add_row(Text(name), *map(bytes_text, sizes))
+    totals = (bytes_text(entry.total) for _, entry in bills[:_MOST_BILLS])
+    table.add_row("in all", *totals, style="bold")
     if len(bills) > _MOST_BILLS:
-        table.caption = f"and {len(bills) - _MOST_BILLS} more, which need less"
+        table.caption = f"and {len(bills) - _MOST_BILLS} more bills, which are smaller"
     return table
 
 
-def _traffic(setup: Setup, rows: int | None) -> Table:
-    table = _table(
-        "moved", "collective", "axis", ">per step", ">calls", "source", "module", "because"
-    )
+def _traffic(setup: Setup, rows: int | None) -> RenderableType:
+    """The collectives by phase, two lines each: what is moved, and what it serves."""
     found = phases(setup.collectives)
+    sizes = _Sizes.of([row for phase in found for row in phase.rows[:rows]])
+    head = sizes.line("per step", "calls", "collective", "because", "beside")
+    lines = [Text(head, "dim")]
     for phase in found:
-        _add_phase(table, phase, rows)
+        lines += _phase(phase, rows, sizes)
     total = sum(phase.bytes for phase in found)
     calls = sum(phase.count for phase in found)
-    table.add_row("in all", "", "", bytes_text(total), count_text(calls), style="bold")
-    return table
+    travel = f", in {setup.messages:,} messages" if setup.messages else ""
+    lines.append(Text(sizes.line(bytes_text(total), count_text(calls), f"in all{travel}"), "bold"))
+    return Group(*lines)
 
 
-def _add_phase(table: Table, phase: Phase, rows: int | None) -> None:
-    shown = len(phase.rows) if rows is None else rows
-    for index, row in enumerate(phase.rows[:shown]):
-        table.add_row(
-            Text("" if index else phase.name),
-            Text(row.op),
-            Text(row.axis),
-            bytes_text(row.bytes),
-            count_text(row.count),
-            Text(row.source),
-            Text(row.modules),
-            Text(row.why),
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Widths of the columns of collectives."""
+
+    name: int
+    why: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> _Sizes:
+        """Those that hold all of `rows`."""
+        names, whys = (
+            [len(text) for text in found]
+            for found in ([_name(r) for r in rows], [r.why for r in rows])
         )
+        return cls(max(names, default=0) + 2, min(max(whys, default=0), 24))
+
+    def line(self, size: str, calls: str, name: str, why: str = "", beside: str = "") -> str:
+        """One line."""
+        text = f"{size:>10}  {calls:>6}  {name:{self.name}}  {why:{self.why}}  {beside}"
+        return text.rstrip()
+
+
+def _name(row: Row) -> str:
+    return f"{row.op} over {row.axis}"
+
+
+def _phase(phase: Phase, rows: int | None, sizes: _Sizes) -> Iterator[Text]:
+    yield Text(sizes.line(bytes_text(phase.bytes), count_text(phase.count), phase.name), "bold")
+    shown = len(phase.rows) if rows is None else rows
+    for row in phase.rows[:shown]:
+        cells = (bytes_text(row.bytes), count_text(row.count), f"  {_name(row)}", row.why)
+        yield Text(sizes.line(*cells, hidden_text(row)), "yellow" if row.exposed else "")
+        where = "  ".join(word for word in (row.modules, row.source) if word)
+        if where:
+            yield Text(f"{'':22}{where}", "dim")
     rest = phase.rows[shown:]
     if rest:
         calls, size = sum(row.count for row in rest), sum(row.bytes for row in rest)
-        words = Text(f"{len(rest)} smaller", "dim")
-        table.add_row("", words, "", bytes_text(size), count_text(calls))
+        yield Text(sizes.line(bytes_text(size), count_text(calls), f"  {len(rest)} smaller"), "dim")
 
 
 def verify_table(verify: Mapping[str, Any]) -> RenderableType:
     """What a decoded `verify.json` says: each error against its law."""
     result = parse_verification(verify)
-    table = _table("compared", ">worst relative error", ">law", "")
+    table = plain_table("compared", ">worst relative error", ">law", "")
     for kind, error in result.errors:
         law = result.law(kind)
         holds = law is not None and error <= law

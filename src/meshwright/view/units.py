@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import math
 
+from meshwright.plan.size import bytes_text
+
 __all__ = ["bytes_text", "count_text", "error_text", "percent_text", "seconds_text", "value_text"]
-
-_BINARY = ("KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def bytes_text(size: float) -> str:
-    """`size` bytes with one decimal, as in `1.5 MiB`; below 1 KiB whole bytes.
-
-    >>> bytes_text(512), bytes_text(1536), bytes_text(3 * 2**30)
-    ('512 B', '1.5 KiB', '3.0 GiB')
-    """
-    if size < 1024:
-        return f"{size:.0f} B"
-    power = min(int(math.log2(size) // 10), len(_BINARY))
-    if power < len(_BINARY) and round(size / 1024**power, 1) >= 1024:
-        power += 1
-    return f"{size / 1024**power:,.1f} {_BINARY[power - 1]}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -1,0 +1,103 @@
+"""What `mw plan --explain` adds to the plan's table: mesh, block, parameters, what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from meshwright.program.fold import folded, pattern_of
+from meshwright.view.accounts import Conflict, Fallback, alike
+from meshwright.view.layouts import dims_of, owed
+from meshwright.view.picture import block_text, mesh_text
+from meshwright.view.runfile import Parameter, parse_setup
+from meshwright.view.tables import plain_table
+from meshwright.view.units import bytes_text
+
+__all__ = ["explained", "fallback_table"]
+
+
+def explained(run: Mapping[str, Any]) -> RenderableType:
+    """All that a decoded `run.json` says of a plan beside `plan_table`."""
+    setup = parse_setup(run)
+    parts: list[RenderableType] = []
+    if len(setup.ranks) > 1:
+        parts += [Text(), mesh_text(setup)]
+    if setup.block.stations:
+        parts += [Text(), block_text(setup.block, setup.microbatches)]
+    if setup.parameters:
+        parts += [Text(), _parameters(setup.parameters)]
+    parts += [Text(), _conflicts(setup.conflicts), Text(), fallback_table(setup.fallbacks)]
+    return Group(*parts)
+
+
+def _parameters(parameters: Sequence[Parameter]) -> Table:
+    """The layouts of every parameter, those of repeated layers as one."""
+    wrapped = frozenset({"weights", "gradients", "optimizer"})
+    table = plain_table("parameter", ">", "weights", "gradients", "optimizer", wrapped=wrapped)
+    names = [parameter.name for parameter in parameters]
+    groups: dict[tuple[object, ...], list[Parameter]] = {}
+    for p in parameters:
+        key = (pattern_of(p.name), p.shape, p.dtype, p.weights, p.gradients, p.optimizer)
+        groups.setdefault(key, []).append(p)
+    for group in groups.values():
+        first, number = group[0], len(group)
+        weights = _dims(first.shape, first.weights)
+        rest = (
+            _beside(first.shape, layout, weights) for layout in (first.gradients, first.optimizer)
+        )
+        name = folded([p.name for p in group], names)
+        table.add_row(Text(name), f"×{number:,}" if number > 1 else "", Text(weights), *rest)
+    return table
+
+
+def _dims(shape: Sequence[int], layout: str) -> str:
+    """Dims with the axes that split them."""
+    return " × ".join(dims_of(shape, layout)) or "scalar"
+
+
+def _beside(shape: Sequence[int], layout: str, weights: str) -> Text:
+    """How gradients or optimizer state lie, beside how the weights do."""
+    if layout in ("", "none"):
+        return Text("none", "dim")
+    dims, owes = _dims(shape, layout), owed(layout)
+    words = [dims] if dims != weights else []
+    words += [f"partial over {' and '.join(owes)}"] if owes else []
+    return Text(", ".join(words)) if words else Text("the same", "dim")
+
+
+def _conflicts(conflicts: Sequence[Conflict]) -> RenderableType:
+    """Ops whose operands lay differently: what won, and what the loser costs."""
+    if not conflicts:
+        return Text("No op's operands wanted different splits.")
+    lines = [Text("Ops whose operands wanted different splits", "bold")]
+    for found in alike(conflicts):
+        cost = f"moves {bytes_text(found.bytes)}" if found.bytes else "costs nothing more"
+        times = f" ×{found.count:,}" if found.count > 1 else ""
+        lines += [
+            Text(f"  {found.op}{times}  {_where(found.source, found.module)}"),
+            Text(f"    {found.winner} won"),
+            Text(f"    {found.loser} lost: to {found.wanted}, {cost}", "dim"),
+        ]
+    return Group(*lines)
+
+
+def fallback_table(fallbacks: Sequence[Fallback]) -> RenderableType:
+    """Ops without a rule: every rank gathers their operands and computes all of them."""
+    if not fallbacks:
+        return Text("Every op has a rule.")
+    lines = [Text("Ops without a rule, computed whole on every rank", "bold")]
+    for found in alike(fallbacks):
+        times = f" ×{found.count:,}" if found.count > 1 else ""
+        gathers = f"gathers {bytes_text(found.bytes)}" if found.bytes else "gathers nothing"
+        where = _where(found.source, found.module)
+        lines.append(Text(f"  {found.op}{times}  {where}, {gathers}", "yellow"))
+        lines.append(Text(f"    {found.remedy}"))
+    return Group(*lines)
+
+
+def _where(source: str, module: str) -> str:
+    return "  ".join(word for word in (source, module) if word) or "the loss"
