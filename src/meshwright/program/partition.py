@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from meshwright.plan.mesh import Axis
+from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import Layout, Partial, Placement, Shard, local_shape, slab
 from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
@@ -90,6 +90,8 @@ class _Writer:
         self.made: dict[tuple[int, Layout, tuple[str, str] | None], int] = {}
         self.names = {number: name for name, number in program.inputs}
         self.producers = program.producers()
+        # What was exchanged is dense; a view that was one of the whole may need a copy then.
+        self.restrides = any(a.size > 1 and a.name not in SAMPLE_AXES for a in axes)
         self.early: Mapping[str, frozenset[int]] = {}
 
     def new(self, value: int, layout: Layout, scope: tuple[str, str] | None = None) -> int:
@@ -200,6 +202,8 @@ class _Writer:
         made = iter(results)
         outputs = tuple(None if value is None else next(made) for value in op.outputs)
         local = replace(op, args=args, kwargs=kwargs, outputs=outputs)
+        if self.restrides and op.name == "aten.view.default":
+            local = replace(local, name="aten.reshape.default")
         self.ops.append(self._windowed(rule, local, dict(carried), number))
         for value in op.results:
             self._pay(value, op)
