@@ -69,7 +69,7 @@ def _weight(name: str) -> bool:
 
 def columns(program: Program, axis: Axis) -> dict[str, Shard]:
     """The weights that `axis` may split along an output dim, and how."""
-    graph = _Graph.of(program)
+    graph = _Graph.of(program, axis.name)
     found: dict[str, Shard] = {}
     rows: set[str] = set()
     for number, op in enumerate(graph.ops):
@@ -122,13 +122,14 @@ class _Graph:
     """
 
     program: Program
+    axis: str
     ops: tuple[Op, ...]
     rules: tuple[Rule, ...]
     weights: Mapping[int, tuple[str, tuple[int, ...]]]
     readers: Mapping[int, Sequence[int]]
 
     @classmethod
-    def of(cls, program: Program) -> _Graph:
+    def of(cls, program: Program, axis: str) -> _Graph:
         """The forward part of `program`, which comes first."""
         ops = tuple(itertools.takewhile(lambda op: op.phase == "forward", program.ops))
         rules = tuple(rule_of(op, program.values) for op in ops)
@@ -145,7 +146,7 @@ class _Graph:
             if len(op.inputs) == len(op.results) == 1 and views and op.inputs[0] in weights:
                 name, chain = weights[op.inputs[0]]
                 weights[op.results[0]] = (name, (*chain, number))
-        return cls(program, ops, rules, weights, readers)
+        return cls(program, axis, ops, rules, weights, readers)
 
     def outputs_of(self, number: int, parts: int) -> Iterator[tuple[int, int, Shard]]:
         """(operand, result, its shard) for what weights give a contraction as output dims."""
@@ -230,7 +231,7 @@ class _Graph:
             done.add(reader)
             op, rule = self.ops[reader], self.rules[reader]
             carry = self._carry(op, rule, places)
-            if carry is None:
+            if carry is None or self._said_otherwise(op, places):
                 return None
             made = [shard_of(rule, dims, carry) for dims in rule.results]
             if all(place is None for place in made):
@@ -262,6 +263,16 @@ class _Graph:
                 return None
             found.add(carry)
         return found.pop() if len(found) == 1 else None
+
+    def _said_otherwise(self, op: Op, places: Mapping[int, Shard]) -> bool:
+        """Whether the user's annotation wants the value elsewhere over this axis."""
+        if op.base != "meshwright.annotate":
+            return False
+        _, dims, whole = op.args
+        names = str(dims).split(",")
+        if self.axis in names:
+            return places[op.inputs[0]].dim != names.index(self.axis)
+        return self.axis in str(whole).split(",")
 
     def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str], largest: int) -> bool:
         """Whether a factor may end here: contracted by a weight, or summed to much less.

@@ -220,7 +220,7 @@ def _index(view: OpView) -> Rule:
 
 
 def _index_put(view: OpView) -> Rule:
-    """x.index_put((i, j, ..), values, accumulate): what is added up over a split index is a term."""
+    """x.index_put((i, j, ..), values, accumulate): what is added over a split index is a term."""
     found = _picked(view, view.operands[1:-1])
     if found is None:
         return whole(view)
@@ -237,7 +237,7 @@ def _index_put(view: OpView) -> Rule:
 
 
 def _picked(view: OpView, indices: Sequence[Value]) -> tuple[str, list[str], str] | None:
-    """Patterns of x, of its indices and of x[indices]; None for masks and indices that lie apart."""
+    """Patterns of x, its indices and x[indices]; None for masks and indices that lie apart."""
     picks = view.arg(1)
     assert isinstance(picks, tuple)
     used = [k for k, pick in enumerate(picks) if isinstance(pick, Ref)]

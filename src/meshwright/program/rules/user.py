@@ -29,8 +29,8 @@ def rule(op: str, pattern: str, *, whole: str = "", sums: str = "") -> None:
             but apart by spaces: `"b s d, d -> b s d"`. `...` stands for leading dims, `1` for a dim
             that takes no part.
         whole: letters of dims that no rank may have a part of.
-        sums: letters that no result has, over which the op adds up, so that parts give terms of
-            the result. Without it such dims are whole.
+        sums: letters that some result lacks, because the op adds up over them: parts give terms
+            of that result. Without it such dims are whole.
 
     Raises:
         UsageError: the name or the pattern is malformed.
@@ -51,11 +51,11 @@ def rule(op: str, pattern: str, *, whole: str = "", sums: str = "") -> None:
                 f"mw.rule({op!r}): {letter!r} is no letter of {pattern!r}; it has "
                 f"{', '.join(sorted(known))}"
             )
-    made = {letter for part in right for letter in part.split()}
-    kept = {*whole.split(), *(known - made - set(sums.split()))}
-    if wrong := set(sums.split()) & made:
+    everywhere = set.intersection(*(set(part.split()) for part in right))
+    kept = {*whole.split(), *(known - everywhere - set(sums.split()))}
+    if wrong := set(sums.split()) & everywhere:
         raise UsageError(
-            f"mw.rule({op!r}): {min(wrong)!r} is in a result, so nothing is summed over it"
+            f"mw.rule({op!r}): {min(wrong)!r} is in every result, so nothing is summed over it"
         )
 
     def maker(view: OpView) -> Rule:
