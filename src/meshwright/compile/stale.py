@@ -70,15 +70,18 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
 def _require_unchanged(
     run: Callable[[], object], module: nn.Module, before: Mapping[str, Any]
 ) -> None:
-    """A program would change an attribute once, then never."""
+    """A program would change an attribute once, then never.
+
+    One that is new may have been set up for good: the run after this one, which every traced
+    forward has, tells.
+    """
     for name, value in _attributes(module).items():
-        old = before.get(name, _ABSENT)
-        if old is _ABSENT or old != value:
+        old = before.get(name, value)
+        if old != value:
             _put_back(module, name, old)
-            line = _line(run, lambda n=name: _attributes(module).get(n, _ABSENT))  # type: ignore[misc]
-            was = "nothing" if old is _ABSENT else repr(old)
+            line = _line(run, lambda n=name: _attributes(module).get(n))  # type: ignore[misc]
             raise UserCodeError(
-                f"{line or ''}the forward changes {name} from {was} to {value!r}, which a program "
+                f"{line or ''}the forward changes {name} from {old!r} to {value!r}, which a program "
                 "would freeze; keep it in a buffer (register_buffer), or use --eager"
             )
 
@@ -93,7 +96,6 @@ def _numpy_state() -> tuple[Any, ...]:
 
 _GENERATORS = {"Python's random module": random.getstate, "numpy.random": _numpy_state}
 _PLAIN = (bool, int, float, str, type(None))
-_ABSENT = object()
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -108,11 +110,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _put_back(module: nn.Module, path: str, value: object) -> None:
     where, _, name = path.rpartition(".")
-    part = module.get_submodule(where)
-    if value is _ABSENT:
-        delattr(part, name)
-    else:
-        setattr(part, name, value)
+    setattr(module.get_submodule(where), name, value)
 
 
 def _line(run: Callable[[], object], probe: Callable[[], object]) -> str | None:
