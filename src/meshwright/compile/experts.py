@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+__all__ = ["grouped_mm"]
 
 
 @torch.library.custom_op("meshwright::expert_mm", mutates_args=())
@@ -65,6 +65,34 @@ def _(
     routed: bool,  # noqa: FBT001
 ) -> Tensor:
     return x.new_empty(experts, x.shape[1], gradient.shape[1])
+
+
+@torch.library.custom_op("meshwright::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
+    """torch's `_grouped_mm`, in any dtype.
+
+    Rows x (s i) of groups that end at `offs`, times y (e i o) -> (s o); or x (i s), y (s o), the
+    products of each group's -> (e i o).
+    """
+    ends = offs.tolist()
+    starts = [0, *ends[:-1]]
+    made = _empty(x, y, len(ends)).zero_()
+    for expert, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if y.dim() == 3:  # noqa: PLR2004 - weights
+            torch.mm(x[start:end], y[expert], out=made[start:end])
+        else:
+            torch.mm(x[:, start:end], y[start:end], out=made[expert])
+    return made
+
+
+def _empty(x: Tensor, y: Tensor, experts: int) -> Tensor:
+    head = () if y.dim() == 3 else (experts,)  # noqa: PLR2004
+    return x.new_empty(*head, x.shape[0], y.shape[-1])
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
+    return _empty(x, y, offs.shape[0])
 
 
 def _groups(ids: Tensor, experts: int) -> tuple[Tensor, Iterator[tuple[int, int, int]]]:

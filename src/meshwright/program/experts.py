@@ -22,7 +22,9 @@ from meshwright.program.rules import Rule, rule_of
 
 __all__ = ["unsorted_experts"]
 
-_GROUPED = frozenset({"aten._grouped_mm", "transformers.grouped_mm_fallback"})
+_GROUPED = frozenset(
+    {"aten._grouped_mm", "meshwright.grouped_mm", "transformers.grouped_mm_fallback"}
+)
 _GROUPED_BACKWARD = "transformers.grouped_mm_fallback_backward"
 _PICKS = frozenset({"aten.index", "aten._unsafe_index", "aten.index_select"})
 _PUTS = frozenset({"aten.index_put", "aten._unsafe_index_put", "aten.index_add"})
