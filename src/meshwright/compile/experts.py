@@ -103,6 +103,42 @@ def _groups(ids: Tensor, experts: int) -> tuple[Tensor, Iterator[tuple[int, int,
     return order, ((k, start, end) for k, (start, end) in enumerate(pairs) if end > start)
 
 
+@torch.library.custom_op("meshwright::dispatch", mutates_args=())
+def dispatch(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """Rows x (s ...) of the experts `ids` (s); one device has all experts, so nothing moves."""
+    del ids, experts
+    return x.clone()
+
+
+@dispatch.register_fake
+def _(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("meshwright::combine", mutates_args=())
+def combine(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """Rows back in the order in which they were dispatched."""
+    del ids, experts
+    return x.clone()
+
+
+@combine.register_fake
+def _(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("meshwright::dispatch_ids", mutates_args=())
+def dispatch_ids(ids: Tensor, experts: int) -> Tensor:
+    """The experts of rows that were dispatched."""
+    del experts
+    return ids.clone()
+
+
+@dispatch_ids.register_fake
+def _(ids: Tensor, experts: int) -> Tensor:
+    return torch.empty_like(ids)
+
+
 @torch.library.custom_op("meshwright::expert_order", mutates_args=())
 def expert_order(
     ids: Tensor, experts: int, shares: Sequence[int]

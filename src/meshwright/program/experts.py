@@ -20,7 +20,7 @@ from meshwright.program.program import Arg, Op, Program, Ref, Symbol, Value, map
 from meshwright.program.program import without_dead_ops
 from meshwright.program.rules import Rule, rule_of
 
-__all__ = ["unsorted_experts"]
+__all__ = ["has", "row_factor", "unsorted_experts"]
 
 _GROUPED = frozenset(
     {"aten._grouped_mm", "meshwright.grouped_mm", "transformers.grouped_mm_fallback"}
@@ -358,12 +358,11 @@ def _carries(w: _Writer, op: Op) -> bool:
     if not sorted_ or op.base == "meshwright.draw" or len({w.rows[v][0] for v in sorted_}) > 1:
         return False
     rule = rule_of(op, w.values)
-    factor = row_factor(op, rule, frozenset(sorted_))
+    factor = row_factor(op, rule, sorted_[0])
     if factor is None or not _alike(w, op, rule, factor):
         return False
     args, kwargs = map_refs((op.args, op.kwargs), lambda v: w.rows[v][1] if v in w.rows else v)
-    kept = [_has(dims, factor) for dims in rule.results]
-    if not any(kept):  # a sum over rows is the same in any order
+    if not any(has(dims, factor) for dims in rule.results):  # a sum over rows, in any order
         w.ops.append(replace(op, args=args, kwargs=kwargs))
         return True
     outputs: list[int | None] = []
@@ -378,30 +377,33 @@ def _carries(w: _Writer, op: Op) -> bool:
     return True
 
 
-def row_factor(op: Op, rule: Rule, rows: frozenset[int]) -> int | None:
-    """The one factor that dim 0 of all operands among `rows` is; None if the op mixes rows."""
-    found = set()
-    for value, dims in zip(op.inputs, rule.operands, strict=True):
-        if value in rows:
-            if not dims or len(dims[0]) != 1:
-                return None
-            found.add(dims[0][0])
-    factor = found.pop() if len(found) == 1 else None
-    if not rule.known or factor is None or factor in rule.whole:
+def row_factor(op: Op, rule: Rule, value: int) -> int | None:
+    """The factor that dim 0 of an operand or result is; None if the op does not treat rows alike.
+
+    It does where each tensor that has the factor has it for its dim 0, and all results have it, or
+    none.
+    """
+    tensors = list(zip((*op.inputs, *op.results), (*rule.operands, *rule.results), strict=True))
+    first = next((dims[:1] for v, dims in tensors if v == value), ())
+    if not rule.known or len(first) != 1 or len(first[0]) != 1 or first[0][0] in rule.whole:
         return None
-    ends = {dims[0] == (factor,) if dims else False for dims in rule.results if _has(dims, factor)}
-    kept = {_has(dims, factor) for dims in rule.results}
-    return factor if ends <= {True} and len(kept) == 1 else None
+    factor = first[0][0]
+    ahead = all(dims[0] == (factor,) for _, dims in tensors if has(dims, factor))
+    kept = {has(dims, factor) for dims in rule.results}
+    return factor if ahead and len(kept) == 1 else None
 
 
-def _has(dims: tuple[tuple[int, ...], ...], factor: int) -> bool:
+def has(dims: tuple[tuple[int, ...], ...], factor: int) -> bool:
+    """Whether a tensor of these dims has the factor."""
     return any(factor in dim for dim in dims)
 
 
 def _alike(w: _Writer, op: Op, rule: Rule, factor: int) -> bool:
-    """Whether operands that are not sorted have no rows, or rows that are all alike."""
-    pairs = zip(op.inputs, rule.operands, strict=True)
-    return all(v in w.rows or not _has(dims, factor) or w.constant(v) for v, dims in pairs)
+    """Whether what is sorted has these rows, and what is not has none, or has all rows alike."""
+    return all(
+        has(dims, factor) == (v in w.rows) or w.constant(v)
+        for v, dims in zip(op.inputs, rule.operands, strict=True)
+    )
 
 
 _FORMS: tuple[Callable[[_Writer, Op], bool], ...] = (

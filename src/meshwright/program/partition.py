@@ -22,9 +22,14 @@ from meshwright.program.widen import with_wide_sums
 __all__ = ["COLLECTIVES", "Local", "partition"]
 
 COLLECTIVES = frozenset(
-    {"comm.all_gather", "comm.all_reduce", "comm.reduce_scatter", "comm.all_to_all"}
+    f"comm.{name}"
+    for name in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "exchange")
 )
-"""Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not."""
+"""Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not.
+
+The first operand is what travels; an exchange has two more, how many rows go to each rank and come
+from each, which are known when it starts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
