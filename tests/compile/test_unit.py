@@ -82,7 +82,6 @@ def line_of(kind):
     ("kind", "told"),
     [
         (Counts, r"the forward changes middle.calls from 0 to 1, which a program would freeze"),
-        (Marks, r"the forward changes middle.seen from nothing to True"),
         (DrawsPython, r"the forward draws from Python's random module.*torch.rand"),
         (DrawsNumpy, r"the forward draws from numpy.random, which"),
         (ReadsAClock, r"two traces of the model differ"),
@@ -95,6 +94,10 @@ def test_what_a_program_would_freeze_is_refused_with_its_line(kind, told):
     with pytest.raises(UserCodeError, match=told) as caught:
         step(session)
     assert str(caught.value).startswith(f"{line_of(kind)}: ")
+
+
+def test_what_is_set_up_once_and_for_all_is_the_programs_too():
+    assert losses(alone(job(model=lambda: Net(Marks()))), 2) == losses(alone(job()), 2)
 
 
 @pytest.mark.parametrize("kind", [Counts, DrawsPython, DrawsNumpy, ReadsAClock, ReadsAValue])

@@ -49,7 +49,10 @@ def work_layouts(
             found[name] = layout.change(axes, axis.name, shard)
     inputs = dict(program.inputs)
     pinned = {value: REPLICATED for name, value in inputs.items() if not _weight(name)}
-    pinned |= {inputs[f"model/{name}"]: layout for name, layout in found.items()}
+    names = {axis.name for axis in inner}
+    for name, layout in found.items():
+        if name in chosen or names.intersection(dict(layout.placements)):
+            pinned[inputs[f"model/{name}"]] = layout
     completed = propagate(program, inner, pinned)
     more = {
         value: Layout.of(axes, {axis.name: shard})
@@ -59,11 +62,15 @@ def work_layouts(
     }
     if more:
         completed = propagate(program, inner, pinned | more)
-    return {
+    layouts = {
         name.removeprefix("model/"): layout
         for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
         if _weight(name)
     }
+    for name, layout in found.items():  # over axes that split samples there is nothing to complete
+        known = dict(layouts[name].placements)
+        layouts[name] = Layout.of(axes, {**dict(layout.placements), **known})
+    return layouts
 
 
 def _weight(name: str) -> bool:
