@@ -62,9 +62,14 @@ def lower(
     module = fx.GraphModule({}, graph)
     lines = _lines(module, [ops.get(node) for node in graph.nodes])
     segment: Segment = partial(_told, module.forward, lines)
-    if compiled:
+    if compiled and not any(_ragged(op) for op in program.ops):
         segment = Compiled(module, segment)
     return segment if dtype is None else partial(_with_default, segment, dtype)
+
+
+def _ragged(op: Op) -> bool:
+    """Whether it reads rows that were dispatched: each time others, for which nothing is made."""
+    return op.base.startswith("meshwright.expert_mm") and op.args[-1] is True
 
 
 def _with_default(segment: Segment, dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:

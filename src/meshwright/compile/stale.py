@@ -41,7 +41,8 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
     """What `run` makes, if it neither draws from outside nor changes plain attributes of `module`.
 
     Where it does, it is run once more, line by line, to find the user's line. Draws that do not
-    come again (of a module that was imported meanwhile) freeze nothing.
+    come again (of a module that was imported meanwhile) freeze nothing, nor do attributes that only
+    the first run sets: what a run makes with them set is for the caller to compare.
 
     Args:
         run: traces the user's forward.
@@ -70,18 +71,21 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
 def _require_unchanged(
     run: Callable[[], object], module: nn.Module, before: Mapping[str, Any]
 ) -> None:
-    """A program would change an attribute once, then never.
-
-    One that is new may have been set up for good: the run after this one, which every traced
-    forward has, tells.
-    """
-    for name, value in _attributes(module).items():
-        old = before.get(name, value)
-        if old != value:
+    """A program would change an attribute once, then never; so may a forward."""
+    after = _attributes(module)
+    if after == before:
+        return
+    run()
+    if _attributes(module) == after:
+        return
+    for name, value in after.items():
+        old = before.get(name, _ABSENT)
+        if old is _ABSENT or old != value:
             _put_back(module, name, old)
-            line = _line(run, lambda n=name: _attributes(module).get(n))  # type: ignore[misc]
+            line = _line(run, lambda n=name: _attributes(module).get(n, _ABSENT))  # type: ignore[misc]
+            was = "nothing" if old is _ABSENT else repr(old)
             raise UserCodeError(
-                f"{line or ''}the forward changes {name} from {old!r} to {value!r}, which a program "
+                f"{line or ''}the forward changes {name} from {was} to {value!r}, which a program "
                 "would freeze; keep it in a buffer (register_buffer), or use --eager"
             )
 
@@ -96,6 +100,7 @@ def _numpy_state() -> tuple[Any, ...]:
 
 _GENERATORS = {"Python's random module": random.getstate, "numpy.random": _numpy_state}
 _PLAIN = (bool, int, float, str, type(None))
+_ABSENT = object()
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -110,7 +115,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _put_back(module: nn.Module, path: str, value: object) -> None:
     where, _, name = path.rpartition(".")
-    setattr(module.get_submodule(where), name, value)
+    part = module.get_submodule(where)
+    if value is _ABSENT:
+        delattr(part, name)
+    else:
+        setattr(part, name, value)
 
 
 def _line(run: Callable[[], object], probe: Callable[[], object]) -> str | None:
