@@ -168,7 +168,7 @@ def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a bucket from what `Wait` answered."""
     if bucket.op == "exchange":
         count = len(bucket.slabs)
-        return tuple([torch.cat(tensors[k::count]) for k in range(count)])
+        return tuple([torch.cat(list(tensors[k::count])) for k in range(count)])
     if bucket.op in ("all_gather", "all_to_all"):
         count = len(bucket.slabs)
         return tuple([_join(tensors[k::count], cut[0]) for k, cut in enumerate(bucket.slabs)])

@@ -6,6 +6,7 @@ and put back. A row whose id names no expert is zero.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,7 +35,7 @@ def expert_mm(x: Tensor, ids: Tensor, weights: Tensor, routed: bool) -> Tensor: 
 
 
 @expert_mm.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, routed: bool) -> Tensor:  # noqa: FBT001
+def _(x: Tensor, _ids: Tensor, weights: Tensor, _routed: bool) -> Tensor:  # noqa: FBT001
     return x.new_empty(x.shape[0], weights.shape[2])
 
 
@@ -60,9 +61,9 @@ def expert_mm_weight(
 def _(
     x: Tensor,
     gradient: Tensor,
-    ids: Tensor,
+    _ids: Tensor,
     experts: int,
-    routed: bool,  # noqa: FBT001
+    _routed: bool,  # noqa: FBT001
 ) -> Tensor:
     return x.new_empty(experts, x.shape[1], gradient.shape[1])
 
@@ -78,7 +79,7 @@ def grouped_mm(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
     starts = [0, *ends[:-1]]
     made = _empty(x, y, len(ends)).zero_()
     for expert, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if y.dim() == 3:  # noqa: PLR2004 - weights
+        if y.dim() == 3:
             torch.mm(x[start:end], y[expert], out=made[start:end])
         else:
             torch.mm(x[:, start:end], y[start:end], out=made[expert])
@@ -86,7 +87,7 @@ def grouped_mm(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
 
 
 def _empty(x: Tensor, y: Tensor, experts: int) -> Tensor:
-    head = () if y.dim() == 3 else (experts,)  # noqa: PLR2004
+    head = () if y.dim() == 3 else (experts,)
     return x.new_empty(*head, x.shape[0], y.shape[-1])
 
 
@@ -99,7 +100,7 @@ def _groups(ids: Tensor, experts: int) -> tuple[Tensor, Iterator[tuple[int, int,
     """The order of rows by expert, and (expert, first, end) of each that has rows."""
     sorted_, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(sorted_, torch.arange(experts + 1, dtype=ids.dtype)).tolist()
-    pairs = zip(ends, ends[1:], strict=False)
+    pairs = itertools.pairwise(ends)
     return order, ((k, start, end) for k, (start, end) in enumerate(pairs) if end > start)
 
 
@@ -111,7 +112,7 @@ def dispatch(x: Tensor, ids: Tensor, experts: int) -> Tensor:
 
 
 @dispatch.register_fake
-def _(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+def _(x: Tensor, _ids: Tensor, _experts: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -123,7 +124,7 @@ def combine(x: Tensor, ids: Tensor, experts: int) -> Tensor:
 
 
 @combine.register_fake
-def _(x: Tensor, ids: Tensor, experts: int) -> Tensor:
+def _(x: Tensor, _ids: Tensor, _experts: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -135,7 +136,7 @@ def dispatch_ids(ids: Tensor, experts: int) -> Tensor:
 
 
 @dispatch_ids.register_fake
-def _(ids: Tensor, experts: int) -> Tensor:
+def _(ids: Tensor, _experts: int) -> Tensor:
     return torch.empty_like(ids)
 
 
@@ -166,9 +167,7 @@ def expert_order(
 
 
 @expert_order.register_fake
-def _(
-    ids: Tensor, experts: int, shares: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(ids: Tensor, experts: int, shares: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = ids.new_empty(ids.shape, dtype=torch.int64)
     counts = order.new_empty(1, experts)
     return order, torch.empty_like(order), counts, order.new_empty(len(shares))

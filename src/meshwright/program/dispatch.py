@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from meshwright.errors import InternalError
 from meshwright.plan.mesh import Axis
 from meshwright.program.experts import has, row_factor
-from meshwright.program.layout import REPLICATED, Layout, Shard, chunk
+from meshwright.program.layout import REPLICATED, Shard, chunk
 from meshwright.program.partition import Local
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.rules import Rule, rule_of
@@ -289,9 +289,11 @@ class _Router:
         """Rows to their ranks: so many for each, so many from each."""
         args = (Ref(rows), AXIS, Ref(sent), Ref(received))
         made = self.write("comm.exchange", args, result, op)
-        there, here = "with their samples", "with their experts"
-        ways = (there, here) if op.base == _DISPATCH else (here, there)
-        self.note(*(f"rows {way}" for way in ways), "rows")
+        there, here = "rows with their samples", "rows with their experts"
+        if op.base == _DISPATCH:
+            self.note(there, here, "rows")
+        else:
+            self.note(here, there, "rows")
         return made
 
     def note(self, before: str, after: str, value: str) -> None:
