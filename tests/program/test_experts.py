@@ -232,11 +232,11 @@ def test_a_rank_may_have_no_rows(sent, axes, expert):
     check_everywhere(sent, axes, tensors(6, [expert] * ROWS))
 
 
-def test_an_op_whose_arguments_count_rows_is_done_where_the_samples_are():
+def test_sizes_among_arguments_are_of_the_rows_that_came():
     program = dispatched(unsorted_experts(traced(mixture(by_token, by_inverse, summed=True))))
-    programs = check_everywhere(program, MESHES[0], tensors(8, [k % EXPERTS for k in range(ROWS)]))
-    assert [op.name for op in programs[0].ops].count("comm.exchange") > 4
-    assert not {"comm.all_gather", "comm.all_reduce"} & _moving_rows(programs[0])
+    given_ = tensors(8, [k % 5 // 2 for k in range(ROWS)])
+    programs = check_everywhere(program, MESHES[0], given_)
+    assert [op.name for op in programs[0].ops].count("comm.exchange") == 4
 
 
 def test_nothing_else_of_the_rows_travels(sent):

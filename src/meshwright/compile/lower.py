@@ -129,17 +129,22 @@ _OF_VALUES = (IndexError, torch.linalg.LinAlgError)  # type: ignore[attr-defined
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op.name.startswith(("comm.", "meshwright.draw")) or op.base in WINDOWS:
         return tuple(nodes[value] for value in op.inputs), {}
-    args = tuple(_argument(arg, nodes) for arg in op.args)
-    return args, {name: _argument(arg, nodes) for name, arg in op.kwargs}
+    first = nodes[op.inputs[0]] if op.inputs else None
+    args = tuple(_argument(arg, nodes, first) for arg in op.args)
+    return args, {name: _argument(arg, nodes, first) for name, arg in op.kwargs}
 
 
-def _argument(arg: Arg, nodes: Mapping[int, Any]) -> Any:
+def _argument(arg: Arg, nodes: Mapping[int, Any], first: Any) -> Any:
     if isinstance(arg, Ref):
         return nodes[arg.index]
+    if isinstance(arg, Symbol) and arg.kind == "rows":
+        return (
+            first.graph.call_function(len, (first,)) if isinstance(first, fx.Node) else len(first)
+        )
     if isinstance(arg, Symbol):
         return torch.device(arg.name) if arg.kind == "device" else getattr(torch, arg.name)
     if isinstance(arg, tuple):
-        return [_argument(part, nodes) for part in arg]
+        return [_argument(part, nodes, first) for part in arg]
     return arg
 
 

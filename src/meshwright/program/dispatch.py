@@ -23,7 +23,7 @@ from meshwright.plan.mesh import Axis
 from meshwright.program.experts import has, row_factor
 from meshwright.program.layout import REPLICATED, Shard, chunk
 from meshwright.program.partition import Local
-from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
+from meshwright.program.program import Arg, Op, Program, Ref, Symbol, Value, map_refs
 from meshwright.program.rules import Rule, rule_of
 
 __all__ = ["AXIS", "dispatched", "routed"]
@@ -35,6 +35,12 @@ _DISPATCH, _COMBINE, _IDS = (f"meshwright.{n}" for n in ("dispatch", "combine", 
 _ROWS = {_MM: (0,), _WEIGHT: (0, 1)}
 _IDS_OF = {_MM: 1, _WEIGHT: 2}
 """Which operands of a product are rows, and which tells their experts."""
+
+_SIZED = dict.fromkeys(
+    [f"aten.{n}" for n in ("expand", "select_backward", "slice_backward", "view", "_unsafe_view")],
+    1,
+)
+"""Where a size stands among the arguments, whose first number is as many as the rows read."""
 
 
 def dispatched(program: Program) -> Program:
@@ -86,10 +92,11 @@ def _reached(
 def _rows_of(op: Op, rule: Rule, value: int, program: Program) -> frozenset[int]:
     """The operands and results that have the rows of one of them, where their count is free."""
     factor = row_factor(op, rule, value)
-    if factor is None or rule.shape_args or rule.count_args or op.base == "meshwright.draw":
+    if factor is None or rule.count_args or op.base == "meshwright.draw":
         return frozenset()
     count = program.values[value].shape[0]
-    if any(isinstance(arg, tuple) and arg[:1] == (count,) for arg in op.args):
+    sizes = [k for k, arg in enumerate(op.args) if isinstance(arg, tuple) and arg[:1] == (count,)]
+    if sizes not in ([], [_SIZED.get(op.base)]) or (rule.shape_args and not sizes):
         return frozenset()
     if not any(has(dims, factor) for dims in rule.results):
         return frozenset()
@@ -231,7 +238,7 @@ class _Router:
         op = replace(op, args=args, kwargs=kwargs)
         if op.base not in (_DISPATCH, _COMBINE, _IDS):
             self.check(op)
-            self.ops.append(op)
+            self.ops.append(self.sized(op))
             return
         (result,), experts = op.results, op.args[-1]
         rows, ids = op.inputs[0], op.inputs[-1]
@@ -262,6 +269,15 @@ class _Router:
         if op.base != _WEIGHT:
             for value in op.results:
                 self.outside(value)
+
+    def sized(self, op: Op) -> Op:
+        """The op, with as many rows as come for what its size says."""
+        place = _SIZED.get(op.base)
+        size = None if place is None else op.args[place]
+        if place is None or not isinstance(size, tuple) or op.inputs[0] not in self.ragged:
+            return op
+        size = (Symbol("rows", "first operand"), *size[1:])
+        return replace(op, args=(*op.args[:place], size, *op.args[place + 1 :]))
 
     def outside(self, value: int) -> None:
         """A value is of no global one, and has as many rows as came."""
