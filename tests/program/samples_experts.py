@@ -33,6 +33,7 @@ def _counts():
     index = whole(7, high=5)
     yield Call("aten.index_put.default", (f(5, 4), [index], f(7, 4), True))
     yield Call("aten.index_put.default", (f(5), [whole(3, high=5)], f(3), False), label="written")
+    yield Call("aten._unsafe_index_put.default", (f(5, 4), [index], f(7, 4), True), label="unsafe")
     yield Call("aten.scatter_add.default", (f(5), 0, index, f(7)), label="counted")
 
 

@@ -1,4 +1,4 @@
-"""Experts' rows keep their places, and travel to their experts: the same numbers, whoever has rows."""
+"""Rows keep their places, and travel to their experts: the same numbers, whoever has rows."""
 
 from __future__ import annotations
 
