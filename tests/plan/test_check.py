@@ -62,6 +62,14 @@ sizes = st.integers(1, 40)
             ),
         ),
         (
+            Plan(data=4, expert=4),
+            Facts(16, batch_size=8),
+            (
+                "batch_size=8 has fewer samples than data=4 x expert=4 has ranks; use data=2 or "
+                "fewer, or batch_size=16 or more"
+            ),
+        ),
+        (
             Plan(data=1, microbatches=4),
             Facts(1, batch_size=8, normalize_over=4),
             (

@@ -115,7 +115,8 @@ def start(
 
     Args:
         bucket: what to begin.
-        tensors: the operand of each collective.
+        tensors: the operand of each collective; then of each exchange, how many rows go to each
+            member and come from each.
         group: of the ranks that take part.
         index: of this one among them.
         into: the values that `bucket.into` names.
@@ -124,6 +125,8 @@ def start(
     if bucket.op == "all_reduce":
         whole = tuple([tensor.contiguous() for tensor in tensors])
         return Start("all_reduce", group, whole, reduction, label=label, donate=bucket.donate)
+    if bucket.op == "exchange":
+        return _exchange(bucket, tensors, group)
     pairs = list(zip(tensors, bucket.slabs, strict=True))
     if bucket.op == "all_gather":
         shapes = tuple(_part_shape(t.shape, cut[0], k) for k in members for t, cut in pairs)
@@ -141,6 +144,17 @@ def start(
     return Start("all_to_all", group, parts, shapes=shapes, label=label)
 
 
+def _exchange(bucket: Wire, tensors: Sequence[Tensor], group: Group) -> Start:
+    """Rows, as many for each member as was counted."""
+    count, members = len(bucket.slabs), range(len(group.ranks))
+    rows, counts = tensors[:count], [tensor.tolist() for tensor in tensors[count:]]
+    cut = [t.contiguous().split(sent) for t, sent in zip(rows, counts[::2], strict=True)]
+    parts = tuple([part[k] for k in members for part in cut])
+    theirs = list(zip(rows, counts[1::2], strict=True))
+    shapes = tuple([(received[k], *t.shape[1:]) for k in members for t, received in theirs])
+    return Start("all_to_all", group, parts, shapes=shapes, label=bucket.label)
+
+
 def _places(
     into: Sequence[Tensor], slabs: Sequence[tuple[_Slab, ...]], members: range
 ) -> tuple[Tensor, ...]:
@@ -152,6 +166,9 @@ def _places(
 
 def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a bucket from what `Wait` answered."""
+    if bucket.op == "exchange":
+        count = len(bucket.slabs)
+        return tuple([torch.cat(list(tensors[k::count])) for k in range(count)])
     if bucket.op in ("all_gather", "all_to_all"):
         count = len(bucket.slabs)
         return tuple([_join(tensors[k::count], cut[0]) for k, cut in enumerate(bucket.slabs)])

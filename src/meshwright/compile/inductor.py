@@ -8,7 +8,7 @@ what all need, and the next run compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, final
@@ -38,11 +38,11 @@ class Compiled:
             traced: runs it op by op, and tells which op failed.
         """
         self.module, self.traced = module, traced
-        self.forms: dict[tuple[tuple[int, ...], ...], Segment] = {}
+        self.forms: dict[Hashable, Segment] = {}
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Run; where that fails the ops are run one by one, for the sake of the message."""
-        form = tuple(tensor.stride() for tensor in tensors)
+        form = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
         if form not in self.forms:
             self.forms[form] = compile_module(self.module, tensors)
         try:

@@ -44,9 +44,9 @@ def interpret(
         if op.name in COLLECTIVES:
             axis = op.args[1]
             assert isinstance(axis, str)
-            operand = (values[op.inputs[0]],)
+            operands = [values[value] for value in op.inputs]
             bucket = wire((op,))
-            handle = yield start(bucket, operand, groups[axis], coordinates[axis])
+            handle = yield start(bucket, operands, groups[axis], coordinates[axis])
             (values[op.results[0]],) = unpack(bucket, (yield Wait(handle)))
         else:
             made = call(op, values, coordinates)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from meshwright.compile import experts  # noqa: F401 - registers ops
 from meshwright.compile.collective import local_move
 from meshwright.compile.draw import draw, draw_op
 from meshwright.compile.inductor import Compiled
@@ -61,9 +62,14 @@ def lower(
     module = fx.GraphModule({}, graph)
     lines = _lines(module, [ops.get(node) for node in graph.nodes])
     segment: Segment = partial(_told, module.forward, lines)
-    if compiled:
+    if compiled and not any(_ragged(op) for op in program.ops):
         segment = Compiled(module, segment)
     return segment if dtype is None else partial(_with_default, segment, dtype)
+
+
+def _ragged(op: Op) -> bool:
+    """Whether it reads rows that were dispatched: each time others, for which nothing is made."""
+    return op.base.startswith("meshwright.expert_mm") and op.args[-1] is True
 
 
 def _with_default(segment: Segment, dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
@@ -123,17 +129,22 @@ _OF_VALUES = (IndexError, torch.linalg.LinAlgError)  # type: ignore[attr-defined
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op.name.startswith(("comm.", "meshwright.draw")) or op.base in WINDOWS:
         return tuple(nodes[value] for value in op.inputs), {}
-    args = tuple(_argument(arg, nodes) for arg in op.args)
-    return args, {name: _argument(arg, nodes) for name, arg in op.kwargs}
+    first = nodes[op.inputs[0]] if op.inputs else None
+    args = tuple(_argument(arg, nodes, first) for arg in op.args)
+    return args, {name: _argument(arg, nodes, first) for name, arg in op.kwargs}
 
 
-def _argument(arg: Arg, nodes: Mapping[int, Any]) -> Any:
+def _argument(arg: Arg, nodes: Mapping[int, Any], first: Any) -> Any:
     if isinstance(arg, Ref):
         return nodes[arg.index]
+    if isinstance(arg, Symbol) and arg.kind == "rows":
+        return (
+            first.graph.call_function(len, (first,)) if isinstance(first, fx.Node) else len(first)
+        )
     if isinstance(arg, Symbol):
         return torch.device(arg.name) if arg.kind == "device" else getattr(torch, arg.name)
     if isinstance(arg, tuple):
-        return [_argument(part, nodes) for part in arg]
+        return [_argument(part, nodes, first) for part in arg]
     return arg
 
 
@@ -145,6 +156,8 @@ def function_of(op: Op, coordinates: Mapping[str, int]) -> Callable[..., Any]:
         return _named("draw", partial(_draw, op, dict(coordinates)))
     if op.base in WINDOWS:
         return _named("window", window(op, coordinates))
+    if op.name == "aten.view.default":
+        return torch.ops.aten.reshape.default  # a rank's part may lie in memory as no view allows
     namespace, name, overload = op.name.split(".")
     found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     return found

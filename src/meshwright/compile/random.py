@@ -16,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from meshwright.compile.draw import keep
+from meshwright.compile.experts import grouped_mm
 from meshwright.compile.precision import promoted
 from meshwright.errors import NotTraceable
 
 __all__ = ["RandomMode"]
+
+aten = torch.ops.aten
 
 Draw = Callable[[str, Sequence[int]], Tensor]
 Write = Callable[[Tensor, str, int, float, float], Tensor]
@@ -61,6 +64,8 @@ class RandomMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.promote:
             args, kwargs = promoted(func, args, kwargs)
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return grouped_mm(*args, **kwargs)  # torch's has no float64, and no shape of float32
         if self.write is not None and func in _SPANS:
             kind, scale, shift = _SPANS[func](*args[1:], **kwargs)
             self.count += 1
@@ -90,9 +95,6 @@ def _deterministic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     place = [a.name for a in func._schema.arguments].index("dropout_p")
     p = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
     return float(p) == 0.0
-
-
-aten = torch.ops.aten
 
 
 def _bernoulli_in_place(draw: Draw, x: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:

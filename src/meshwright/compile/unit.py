@@ -41,6 +41,7 @@ from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import UserCodeError
 from meshwright.plan.mesh import Axis
+from meshwright.program.experts import unsorted_experts
 from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Program
 from meshwright.program.propagate import propagate
@@ -160,7 +161,7 @@ def _trace(
         program, run.constants = not_stale(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
-        program = require_kept(program)
+        program = unsorted_experts(require_kept(program))
     return program if how.precision == "float32" else with_shared_casts(program), run
 
 

@@ -83,24 +83,27 @@ def world_is_filled(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 
 
 def microbatches_hold_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
-    """Every rank of the data axis gets at least one sample of every micro-batch."""
-    batch, parts, data = facts.batch_size, plan.microbatches, plan.sizes["data"]
-    if batch is None or batch // parts >= data:
+    """Every rank of the data axis, and of expert, gets a sample or more of every micro-batch."""
+    batch, parts, expert = facts.batch_size, plan.microbatches, plan.sizes["expert"]
+    ranks = plan.sizes["data"] * expert
+    if batch is None or batch // parts >= ranks:
         return ()
-    if batch < data:
+    asked = f"data={plan.sizes['data']}" + (f" x expert={expert}" if expert > 1 else "")
+    if batch < ranks:
         whole = " and microbatches=1" if parts > 1 else ""
+        fits = f"data={batch // expert}" if batch >= expert else f"data=1,expert={batch}"
         return (
             Problem(
-                f"batch_size={batch} has fewer samples than data={data} has ranks",
-                f"use data={batch} or fewer{whole}, or batch_size={parts * data} or more",
+                f"batch_size={batch} has fewer samples than {asked} has ranks",
+                f"use {fits} or fewer{whole}, or batch_size={parts * ranks} or more",
             ),
         )
     smallest = f"the smallest has {batch // parts}" if batch >= parts else "some have none"
     return (
         Problem(
             f"microbatches={parts} splits batch_size={batch} so that {smallest}, "
-            f"but data={data} needs at least {data} in each",
-            f"use microbatches={batch // data} or fewer, or batch_size={parts * data} or more",
+            f"but {asked} needs at least {ranks} in each",
+            f"use microbatches={batch // ranks} or fewer, or batch_size={parts * ranks} or more",
         ),
     )
 

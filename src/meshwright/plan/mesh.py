@@ -26,9 +26,9 @@ __all__ = ["AXES", "SAMPLE_AXES", "Axis", "Mesh", "StageMesh"]
 AXES = ("data", "shard", "context", "expert", "tensor")
 """Axes within a stage, major first: the nearest ranks share the axis that talks most."""
 
-SAMPLE_AXES = ("data", "shard")
+SAMPLE_AXES = ("data", "shard", "expert")
 """Axes that split samples. Under hybrid sharding ranks of `shard` share state, and groups along
-`data` are replicas of it; else there is `data` alone."""
+`data` are replicas of it; ranks of `expert` share the weights of experts, and send them tokens."""
 
 
 @dataclass(frozen=True, slots=True)

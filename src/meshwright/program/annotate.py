@@ -13,9 +13,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from meshwright.errors import PlanError
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Op, Program
@@ -23,7 +24,7 @@ from meshwright.program.propagate import propagate
 from meshwright.program.rows import rows
 from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
 
-__all__ = ["columns", "work_layouts"]
+__all__ = ["columns", "experts", "work_layouts"]
 
 
 def work_layouts(
@@ -39,14 +40,19 @@ def work_layouts(
     """
     inner = tuple(axis for axis in axes if axis.name not in SAMPLE_AXES and axis.size > 1)
     found = dict(chosen)
-    for axis in inner:
-        if axis.name == "tensor" and all(p.on(axis.name) is None for p in chosen.values()):
-            for name, shard in columns(program, axis).items():
-                layout = found.get(name, REPLICATED)
-                found[name] = layout.change(axes, axis.name, shard)
+    for axis in axes:
+        finder = _FINDERS.get(axis.name)
+        if finder is None or axis.size == 1 or any(p.on(axis.name) for p in chosen.values()):
+            continue
+        for name, shard in finder(program, axis).items():
+            layout = found.get(name, REPLICATED)
+            found[name] = layout.change(axes, axis.name, shard)
     inputs = dict(program.inputs)
     pinned = {value: REPLICATED for name, value in inputs.items() if not _weight(name)}
-    pinned |= {inputs[f"model/{name}"]: layout for name, layout in found.items()}
+    names = {axis.name for axis in inner}
+    for name, layout in found.items():
+        if name in chosen or names.intersection(dict(layout.placements)):
+            pinned[inputs[f"model/{name}"]] = layout
     completed = propagate(program, inner, pinned)
     more = {
         value: Layout.of(axes, {axis.name: shard})
@@ -56,15 +62,47 @@ def work_layouts(
     }
     if more:
         completed = propagate(program, inner, pinned | more)
-    return {
+    layouts = {
         name.removeprefix("model/"): layout
         for (name, _), layout in zip(program.inputs, completed.inputs, strict=True)
         if _weight(name)
     }
+    for name, layout in found.items():  # over axes that split samples there is nothing to complete
+        known = dict(layouts[name].placements)
+        layouts[name] = Layout.of(axes, {**dict(layout.placements), **known})
+    return layouts
 
 
 def _weight(name: str) -> bool:
     return name.startswith("model/")
+
+
+def experts(program: Program, axis: Axis) -> dict[str, Shard]:
+    """The weights of experts, split between them.
+
+    Raises:
+        PlanError: there are none, or fewer experts than the axis has ranks.
+    """
+    graph = _Graph.of(program)
+    found: dict[str, Shard] = {}
+    for op in graph.ops:
+        if op.base != "meshwright.expert_mm" or op.inputs[2] not in graph.weights:
+            continue
+        name, chain = graph.weights[op.inputs[2]]
+        shard, size = graph.parameter_shard(chain, Shard(0)), program.values[op.inputs[2]].shape[0]
+        if size < axis.size:
+            raise PlanError(
+                f"plan asks for {axis.name}={axis.size}, but {name} has {size} experts; use "
+                f"{axis.name}={size} or fewer"
+            )
+        if shard is not None:
+            found[name] = shard
+    if not found:
+        raise PlanError(
+            f"plan asks for {axis.name}={axis.size}, but no weights of the model are experts' (a "
+            f"grouped product of rows sorted by expert); use data={axis.size}"
+        )
+    return found
 
 
 def columns(program: Program, axis: Axis) -> dict[str, Shard]:
@@ -203,7 +241,11 @@ class _Graph:
         op, rule = self.ops[number], self.rules[number]
         carry = carry_of(rule, rule.results[op.results.index(value)], shard)
         found = None if carry is None else shard_of(rule, rule.operands[place], carry)
-        for step in reversed(self.weights[op.inputs[place]][1]):
+        return self.parameter_shard(self.weights[op.inputs[place]][1], found)
+
+    def parameter_shard(self, chain: Sequence[int], found: Shard | None) -> Shard | None:
+        """The shard of a parameter that gives this one of what a chain of ops makes of it."""
+        for step in reversed(chain):
             if found is None:
                 return None
             view = self.rules[step]
@@ -326,3 +368,9 @@ def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, 
             found.append(grown)
         before *= rule.sizes[factor]
     return found
+
+
+_FINDERS: Mapping[str, Callable[[Program, Axis], dict[str, Shard]]] = {
+    "tensor": columns,
+    "expert": experts,
+}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
+from meshwright.program.dispatch import routed
 from meshwright.program.donate import donated
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
@@ -164,7 +165,7 @@ def assemble(
             wholes[key] = (program, completed)
             outputs = unit_outputs(program, axes, states, last=last)
             local = partition(program, completed, axes, coordinates, outputs)
-            local = donated(local)
+            local = donated(routed(local, axes))
             made[key] = replace(local, program=overlapped(local.program))
         runs[key] = runs.get(key, 0) + 1
         body += _microbatch(k, made[key].program, table, last=last)

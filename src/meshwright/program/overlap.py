@@ -121,16 +121,21 @@ def _at_once(
     readers = program.readers()
 
     def ready(op: Op) -> int:
-        return made.get(op.inputs[0], -1)
+        return max(made.get(value, -1) for value in op.inputs)
 
     def fits(bucket: list[Op], op: Op) -> bool:
         return ready(op) < min(_first_reader(program, readers, other) for other in bucket)
 
     ops = [program.ops[number] for number in numbers]
     places = {id(op): number for op, number in zip(ops, numbers, strict=True)}
-    free = [op for op in ops if ready(op) < 0 or program.ops[ready(op)].name not in COLLECTIVES]
+    free = [op for op in ops if not any(_collective(program, made, v) for v in op.inputs)]
     filled = buckets(program, sorted(free, key=ready), limit, fits)
     return {places[id(op)]: (max(map(ready, bucket)), 1) for bucket in filled for op in bucket}
+
+
+def _collective(program: Program, made: Mapping[int, int], value: int) -> bool:
+    """Whether a collective makes the value."""
+    return value in made and program.ops[made[value]].name in COLLECTIVES
 
 
 def _first_reader(program: Program, readers: Mapping[int, Sequence[int]], op: Op) -> int:

@@ -16,15 +16,20 @@ from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
-from meshwright.program.rules import Carry, Rule, shard_of
+from meshwright.program.rules import Carry, Rule, placed, shard_of
 from meshwright.program.widen import with_wide_sums
 
 __all__ = ["COLLECTIVES", "Local", "partition"]
 
 COLLECTIVES = frozenset(
-    {"comm.all_gather", "comm.all_reduce", "comm.reduce_scatter", "comm.all_to_all"}
+    f"comm.{name}"
+    for name in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "exchange")
 )
-"""Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not."""
+"""Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not.
+
+The first operand is what travels; an exchange has two more, how many rows go to each rank and come
+from each, which are known when it starts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +196,10 @@ class _Writer:
         feed = iter(brought)
         args, kwargs = map_refs((op.args, op.kwargs), lambda _: next(feed))
         results = []
-        for value, dims in zip(op.results, rule.results, strict=True):
+        for place, value in enumerate(op.results, len(op.inputs)):
             placements: dict[str, Placement] = {}
             for axis, carry in carried.items():
-                shard = shard_of(rule, dims, carry)
+                shard = placed(rule, place, axis, carry)
                 placements[axis] = shard if shard is not None else Partial(rule.reduction)
             placements |= dict.fromkeys(through, Partial())
             results.append(self.new(value, Layout.of(self.axes, placements)))
@@ -247,8 +252,8 @@ class _Writer:
             carry = dict(carried).get(name)
             if carry is not None:
                 contracts = all(shard_of(rule, dims, carry) is None for dims in rule.results)  # type: ignore[arg-type]
-                for place, dims in enumerate(rule.operands):
-                    shard = shard_of(rule, dims, carry)  # type: ignore[arg-type]
+                for place in range(len(rule.operands)):
+                    shard = placed(rule, place, name, carry)  # type: ignore[arg-type]
                     added = contracts and place in rule.addends
                     placements[place][name] = Partial() if added else shard
                 continue

@@ -36,7 +36,7 @@ class _Cutter:
     def collective(self, op: Op) -> None:
         """A collective joins those right before it, unless it reads their results."""
         self.close()
-        if any(op.inputs[0] == other.results[0] for other in self.beside):
+        if any(other.results[0] in op.inputs for other in self.beside):
             self.begin()
         self.wait(op)
         self.beside.append(op)
@@ -220,7 +220,9 @@ def run_pieces(
         pending = (f"~{results[0]}",)
         if piece.kind == "start":
             calls[piece.ops] = table.call(piece.ops)
-            operands = tuple(name(op.inputs[0]) for op in piece.ops)
+            first = [op.inputs[0] for op in piece.ops]
+            more = [value for op in piece.ops for value in op.inputs[1:]]
+            operands = tuple(map(name, (*first, *more)))
             begun = Instruction("Start", calls[piece.ops], microbatch, 0, operands, pending, axis)
             found.append(begun)
         else:

@@ -46,7 +46,10 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A framework's constant: `Symbol("dtype", "float32")`."""
+    """A framework's constant: `Symbol("dtype", "float32")`.
+
+    `rows` is a number known at run time only: of rows that an op's first operand has.
+    """
 
     kind: str
     name: str

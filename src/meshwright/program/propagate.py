@@ -18,7 +18,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.mesh import Axis
 from meshwright.program.layout import REPLICATED, Layout, Placement, Shard, disjoint
 from meshwright.program.program import Program
-from meshwright.program.rules import Carry, Rule, carry_of, rule_of, shard_of
+from meshwright.program.rules import Carry, Rule, carry_of, placed, rule_of, shard_of
 
 __all__ = ["Completed", "propagate"]
 
@@ -201,13 +201,12 @@ class _Search:
         best = max(votes, key=lambda carry: (votes[carry], -carry.factor))
         self.carried[number][self.axis.name] = best
         op, rule = self.program.ops[number], self.rules[number]
-        for values, dims in ((op.inputs, rule.operands), (op.results, rule.results)):
-            for value, factors in zip(values, dims, strict=True):
-                shard = shard_of(rule, factors, best)
-                if shard is None or value not in self.open or value in self.place:
-                    continue
-                if self._free(value, shard):
-                    self.place[value] = shard
+        for place, value in enumerate((*op.inputs, *op.results)):
+            shard = placed(rule, place, self.axis.name, best)
+            if shard is None or value not in self.open or value in self.place:
+                continue
+            if self._free(value, shard):
+                self.place[value] = shard
         return True
 
     def _fits(self, number: int, carry: Carry) -> bool:

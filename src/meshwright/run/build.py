@@ -25,6 +25,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
 from meshwright.program.context import split_sequences
+from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
 from meshwright.program.program import Program, Value
@@ -129,7 +130,8 @@ class Build:
         function = loss or self.job.loss
         precision = self.plan.precision
         stage = self.mesh.stages[0]
-        split = stage.axis_size("tensor") > 1, stage.axis_size("context")
+        splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
+        split = *splits, stage.axis_size("context")
         key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
@@ -151,6 +153,8 @@ class Build:
             program = split_losses(program)
         if (parts := stage.axis_size("context")) > 1:
             program = split_sequences(program, parts)
+        if stage.axis_size("expert") > 1:
+            program = dispatched(program)
         return program
 
     def lowered(

@@ -120,7 +120,7 @@ class _Teller:
             "lines": _shortened([_near(call.source) for call in calls if call.source]),
         }
         self.begun[instruction.outputs[0]] = told
-        self.operands[instruction.outputs[0]] = instruction.inputs
+        self.operands[instruction.outputs[0]] = instruction.inputs[: len(calls)]
         return {**told, "name": f"start {told['name']}"}
 
     def _wait(self, instruction: Instruction) -> dict[str, Any]:

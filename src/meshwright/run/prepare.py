@@ -12,7 +12,6 @@ from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
-from meshwright.plan.mesh import SAMPLE_AXES
 from meshwright.plan.plan import Plan
 from meshwright.program.annotate import work_layouts
 from meshwright.program.chosen import chosen_layouts
@@ -69,7 +68,7 @@ def prepare(
 def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:
     """How axes other than `data` split the parameters."""
     chosen = chosen_layouts(build.plan.layouts, build.values(), build.axes)
-    if all(axis.size == 1 for axis in build.axes if axis.name not in SAMPLE_AXES):
+    if all(axis.size == 1 for axis in build.axes if axis.name not in ("data", "shard")):
         return {}
     program = build.unit(first_micros(build, data)[0]).program
     return work_layouts(program, build.axes, chosen)

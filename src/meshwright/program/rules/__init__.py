@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshwright.program.program import Op, Value
-from meshwright.program.rules import create, matmul, network, pointwise, reduce, shape
-from meshwright.program.rules.factor import Carry, Dim, OpView, Rule, RuleMaker, carry_of, shard_of
+from meshwright.program.rules import create, experts, matmul, network, pointwise, reduce, shape
+from meshwright.program.rules.factor import (
+    Carry,
+    Dim,
+    OpView,
+    Rule,
+    RuleMaker,
+    carry_of,
+    placed,
+    shard_of,
+)
 from meshwright.program.rules.factor import whole as _whole
 from meshwright.program.rules.user import declared, rule
 
@@ -18,6 +27,7 @@ __all__ = [
     "Rule",
     "RuleMaker",
     "carry_of",
+    "placed",
     "rule",
     "rule_of",
     "shard_of",
@@ -30,6 +40,7 @@ RULES: Mapping[str, RuleMaker] = {
     **reduce.RULES,
     **network.RULES,
     **create.RULES,
+    **experts.RULES,
 }
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "RuleMaker",
     "carry_of",
     "einsum",
+    "placed",
     "shard_of",
     "whole",
 ]
@@ -56,6 +57,8 @@ class Rule:
         window: (factor, name): where the factor is carried, the op of that name runs in place of
             this one, with the factor's whole size and where each coordinate's part begins as its
             last arguments.
+        beside: (axis, tensor, dim): where the axis carries a factor, dim `dim` of that tensor
+            (operands first, then results) is split over it too, though it is another factor.
         known: False for the fallback of an op that has no rule.
     """
 
@@ -70,6 +73,7 @@ class Rule:
     count_args: tuple[tuple[int, int, int], ...] = ()
     arguments: Localize | None = field(default=None, compare=False)
     window: tuple[int, str] | None = None
+    beside: tuple[tuple[str, int, int], ...] = ()
     known: bool = True
 
 
@@ -206,6 +210,14 @@ def shard_of(rule: Rule, dims: tuple[Dim, ...], carry: Carry) -> Shard | None:
             after = math.prod(rule.sizes[f] for f in factors[place + 1 :])
             return Shard(number, before * carry.outer, after * carry.unit)
     return None
+
+
+def placed(rule: Rule, tensor: int, axis: str, carry: Carry) -> Shard | None:
+    """How a tensor of the op (operands first, then results) lies over an axis that carries this."""
+    for name, other, dim in rule.beside:
+        if (name, other) == (axis, tensor):
+            return Shard(dim)
+    return shard_of(rule, (*rule.operands, *rule.results)[tensor], carry)
 
 
 def carry_of(rule: Rule, dims: tuple[Dim, ...], shard: Shard) -> Carry | None:

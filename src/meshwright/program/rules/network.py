@@ -210,6 +210,18 @@ def _scatter(view: OpView) -> Rule:
     return einsum(view, [pattern] * len(shapes), [pattern])
 
 
+def _scatter_add(view: OpView) -> Rule:
+    """x.scatter_add(dim, index, source): what is added may come in parts."""
+    shapes = [value.shape for value in view.operands]
+    if not shapes[0] or len({len(shape) for shape in shapes}) != 1 or shapes[1] != shapes[2]:
+        return whole(view)
+    dim = view.number(1) % len(shapes[0])
+    same = [k != dim and shapes[0][k] == shapes[1][k] for k in range(len(shapes[0]))]
+    base = " ".join(f"d{k}" if ok else "1" for k, ok in enumerate(same))
+    given = " ".join(f"d{k}" if ok or k == dim else "1" for k, ok in enumerate(same))
+    return einsum(view, [base, given, given], [base], addends=[0], linear=[[0, 2]])
+
+
 def _index(view: OpView) -> Rule:
     """x[i, j, ..]: dims that are not indexed pass; the indices' own dims pass, broadcast."""
     found = _picked(view, view.operands[1:])
@@ -311,7 +323,7 @@ RULES: dict[str, RuleMaker] = {
     "aten.nll_loss_backward": _nll_backward,
     "aten.gather": _gather,
     "aten.scatter": _scatter,
-    "aten.scatter_add": _scatter,
+    "aten.scatter_add": _scatter_add,
     "aten.index": _index,
     "aten.index_put": _index_put,
     "aten._unsafe_index_put": _index_put,

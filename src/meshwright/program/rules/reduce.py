@@ -58,8 +58,17 @@ def _whole_dims(view: OpView) -> Rule:
     return einsum(view, [operand], [result] * len(view.results), keep=kept)
 
 
+def _histogram(view: OpView) -> Rule:
+    """histc(x, bins, min, max): counts over given bins add up; else they depend on all of x."""
+    if view.arg(2, 0) == view.arg(3, 0):
+        return whole(view)
+    letters = " ".join(f"d{k}" for k in range(len(view.operands[0].shape)))
+    return einsum(view, [letters], ["1"])
+
+
 RULES: dict[str, RuleMaker] = {
     "aten.sum": _sum,
+    "aten.histc": _histogram,
     "aten.amax": _max,
     "aten.amin": _min,
     **dict.fromkeys(

@@ -1,0 +1,121 @@
+"""Mixtures of experts equal one device, their auxiliary losses included, wherever experts lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from itertools import product
+
+import pytest
+
+from meshwright.errors import PlanError
+from meshwright.program.layout import Shard
+from meshwright.program.partition import COLLECTIVES
+from meshwright.run.form import first_micros
+from tests.equal.families import llama
+from tests.equal.harness import Case, assert_equal, unruled
+from tests.equal.mixtures import MIXTURES
+from tests.laws.source import ROOT
+
+PLANS = (
+    "data=2",
+    "zero3,data=2",
+    "tensor=2,data=1",
+    "data=1,expert=2",
+    "data=2,expert=2",
+    "zero3,data=2,expert=2",
+    "data=1,expert=3",
+    "data=1,expert=2,tensor=2",
+    "data=1,context=2,expert=2",
+)
+CELLS = tuple(product(MIXTURES, PLANS, (1, 3)))
+SAMPLE = (
+    ("mixtral", "data=2,expert=2", 3),
+    ("mixtral", "data=1,expert=2,tensor=2", 1),
+    ("mixtral", "data=1,context=2,expert=2", 1),
+    ("qwen3", "zero3,data=2", 3),
+    ("qwen3", "data=1,expert=3", 1),
+    ("olmoe", "tensor=2,data=1", 1),
+    ("olmoe", "zero3,data=2,expert=2", 1),
+    ("deepseek", "data=1,expert=2", 3),
+    ("gptoss", "data=1,expert=2", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return cache(lambda name: Case(MIXTURES[name]()))
+
+
+def verified(case, name, plan, microbatches):
+    micro = f",microbatches={microbatches}" if microbatches > 1 else ""
+    assert_equal(case(name).verify(plan + micro, steps=2))
+
+
+@pytest.mark.parametrize(("name", "plan", "microbatches"), SAMPLE)
+def test_a_mixture_equals_one_device(case, name, plan, microbatches):
+    verified(case, name, plan, microbatches)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "plan", "microbatches"), CELLS)
+def test_every_mixture_equals_one_device(case, name, plan, microbatches):
+    verified(case, name, plan, microbatches)
+
+
+def local_program(case, name, plan):
+    build = case(name).build(plan)
+    lowered = build.lowered(0, first_micros(build, case(name).data))
+    return build, lowered.compiled.units[0][1].program
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_splitting_samples_moves_no_rows(case, name):
+    """What travels between ranks of `data` is sums: gradients, and counts for a loss."""
+    _, program = local_program(case, name, "data=2")
+    moved = {op.name for op in program.ops if op.name in COLLECTIVES}
+    assert moved == {"comm.all_reduce"}
+    assert "aten.sort" not in {op.base for op in program.ops}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_rows_travel_four_times(case, name):
+    """To their experts and back, forward and backward; biases of experts travel as rows too."""
+    build, program = local_program(case, name, "data=1,expert=2")
+    sent = [op for op in program.ops if op.name == "comm.exchange"]
+    assert len(sent) == (6 if name == "gptoss" else 4)
+    assert not [op for op in program.ops if op.name == "comm.all_gather"]
+    split = {n for n, s in build.states.items() if s.work.on("expert") == Shard(0)}
+    assert len(split) == 2
+    assert all(".experts." in name for name in split)
+
+
+def test_every_op_of_a_mixture_has_a_rule(case):
+    assert unruled(case("mixtral"), "data=1,expert=2") == set()
+
+
+def test_expert_asks_for_experts(case):
+    with pytest.raises(PlanError, match=r"expert=2, but no weights of the model are experts'"):
+        Case(llama()).build("data=1,expert=2")
+    with pytest.raises(
+        PlanError, match=r"expert=5, but .*gate_up_proj has 4 experts; use expert=4"
+    ):
+        case("mixtral").build("data=1,expert=5")
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("comm", ["shared", "gloo"])
+def test_processes_send_rows_to_experts(comm):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/src", "MESHWRIGHT_COMM": comm}
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", "verify", "tests/equal/mixtures.py:mixtral", "--json",
+         "--plan", "data=1,expert=2", "--ranks", "processes"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=220, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"]
