@@ -41,7 +41,8 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
     """What `run` makes, if it neither draws from outside nor changes plain attributes of `module`.
 
     Where it does, it is run once more, line by line, to find the user's line. Draws that do not
-    come again (of a module that was imported meanwhile) freeze nothing.
+    come again (of a module that was imported meanwhile) freeze nothing, nor do attributes that only
+    the first run sets: what a run makes with them set is for the caller to compare.
 
     Args:
         run: traces the user's forward.
@@ -70,8 +71,14 @@ def not_stale(run: Callable[[], _Made], module: nn.Module, seed: int) -> _Made:
 def _require_unchanged(
     run: Callable[[], object], module: nn.Module, before: Mapping[str, Any]
 ) -> None:
-    """A program would change an attribute once, then never."""
-    for name, value in _attributes(module).items():
+    """A program would change an attribute once, then never; so may a forward."""
+    after = _attributes(module)
+    if after == before:
+        return
+    run()
+    if _attributes(module) == after:
+        return
+    for name, value in after.items():
         old = before.get(name, _ABSENT)
         if old is _ABSENT or old != value:
             _put_back(module, name, old)

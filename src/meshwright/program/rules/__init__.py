@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshwright.program.program import Op, Value
-from meshwright.program.rules import create, matmul, network, pointwise, reduce, shape
+from meshwright.program.rules import create, matmul, network, pointwise, reduce, shape, space
 from meshwright.program.rules.factor import Carry, Dim, OpView, Rule, RuleMaker, carry_of, shard_of
 from meshwright.program.rules.factor import whole as _whole
 from meshwright.program.rules.user import declared, rule
@@ -29,6 +29,7 @@ RULES: Mapping[str, RuleMaker] = {
     **matmul.RULES,
     **reduce.RULES,
     **network.RULES,
+    **space.RULES,
     **create.RULES,
 }
 
