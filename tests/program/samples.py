@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.program import samples_algebra, samples_experts, samples_layers
+from tests.program import samples_algebra, samples_experts, samples_layers, samples_space
 
 
 @cache
 def calls():
     """Every sample call, in a fixed order."""
-    makers = (*samples_algebra.MAKERS, *samples_layers.MAKERS, *samples_experts.MAKERS)
+    makers = (
+        *samples_algebra.MAKERS,
+        *samples_layers.MAKERS,
+        *samples_experts.MAKERS,
+        *samples_space.MAKERS,
+    )
     return tuple(call for maker in makers for call in maker())

@@ -1,4 +1,4 @@
-"""Calls of ops that are layers: norms, attention, convolutions, lookups, losses, creation."""
+"""Calls of ops that are layers: norms, gates, attention, lookups, losses, creation."""
 
 from __future__ import annotations
 
@@ -55,6 +55,25 @@ def _norms():
     yield Call("aten.native_group_norm_backward.default", args, label="weights only")
 
 
+def _group_norms():
+    """Of groups of one channel too, as over sound."""
+    for label, (shape, groups) in {"three": ((5, 6, 4), 3), "each": ((5, 4, 6), 4)}.items():
+        image, gain = f(*shape), f(shape[1])
+        args = (image, gain, f(shape[1]), *shape, groups, 1e-5)
+        yield Call("aten.native_group_norm.default", args, label=label)
+        _, mean, rstd = aten.native_group_norm.default(*args)
+        args = (f(*shape), image, mean, rstd, gain, *shape, groups, (True, True, True))
+        yield Call("aten.native_group_norm_backward.default", args, label=label)
+
+
+def _gates():
+    for dim, shape in ((-1, (5, 3, 8)), (1, (5, 6, 4))):
+        x = f(*shape)
+        half = aten.glu.default(x, dim)
+        yield Call("aten.glu.default", (x, dim), label=f"dim {dim}")
+        yield Call("aten.glu_backward.default", (f(*half.shape), x, dim), label=f"dim {dim}")
+
+
 def _attention():
     name = "aten._scaled_dot_product_flash_attention_for_cpu"
     forward = aten._scaled_dot_product_flash_attention_for_cpu
@@ -77,49 +96,6 @@ def _attention():
     yield Call(f"{name}.default", (q, k, v, 0.0, True), label="causal")
     yield Call(backward, (f(5, 4, 6, 8), q, k, v, out, total, 0.0, True), label="causal")
     yield Call(f"{name}.default", (q, few, few, 0.0, True), label="grouped")
-
-
-def _pooling():
-    x = f(5, 2, 4, 6)
-    window = ((2, 2), (2, 2), (0, 0))
-    yield Call("aten.max_pool2d_with_indices.default", (x, *window[:1]))
-    yield Call("aten.max_pool2d_with_indices.default", (f(2, 4, 6), (2, 2)), label="one image")
-    out, places = aten.max_pool2d_with_indices.default(x, (2, 2), (2, 2))
-    args = (f(*out.shape), x, *window, (1, 1), False, places)
-    yield Call("aten.max_pool2d_with_indices_backward.default", args)
-    yield Call("aten.avg_pool2d.default", (x, *window))
-    yield Call("aten.avg_pool2d_backward.default", (f(*out.shape), x, *window, False, True, None))
-    yield Call("aten.pixel_shuffle.default", (f(5, 4, 3, 2), 2))
-    yield Call("aten.pixel_unshuffle.default", (x, 2))
-    yield Call("aten._adaptive_avg_pool2d.default", (x, (2, 3)))
-    yield Call("aten._adaptive_avg_pool2d_backward.default", (f(5, 2, 2, 3), x))
-    yield Call("aten.upsample_nearest2d.default", (x, (8, 12)))
-    yield Call("aten.upsample_nearest2d_backward.default", (f(5, 2, 8, 12), (8, 12), (5, 2, 4, 6)))
-    yield Call("aten.upsample_bilinear2d.default", (x, (8, 12), False))
-    args = (f(5, 2, 8, 12), (8, 12), (5, 2, 4, 6), False)
-    yield Call("aten.upsample_bilinear2d_backward.default", args)
-
-
-def _convolution():
-    plain = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    cases = {
-        "": (f(5, 3, 4, 4), f(6, 3, 3, 3), f(6), *plain),
-        "no bias": (f(5, 3, 4, 4), f(6, 3, 3, 3), None, *plain),
-        "grouped": (f(5, 4, 4, 4), f(6, 2, 3, 3), f(6), *plain[:-1], 2),
-        "depthwise": (f(5, 4, 4, 4), f(4, 1, 3, 3), f(4), *plain[:-1], 4),
-        "transposed": (f(5, 3, 4, 4), f(3, 6, 3, 3), f(6), *plain[:3], True, (0, 0), 1),
-        "one dim": (f(5, 3, 8), f(6, 3, 3), f(6), (1,), (1,), (1,), False, (0,), 1),
-    }
-    for label, given in cases.items():
-        yield Call("aten.convolution.default", given, label=label)
-        out = aten.convolution.default(*given)
-        x, w, bias, *rest = given
-        sizes = None if bias is None else tuple(bias.shape)
-        mask = (True, True, bias is not None)
-        args = (f(*out.shape), x, w, sizes, *rest, mask)
-        yield Call("aten.convolution_backward.default", args, label=label)
-    args = (*args[:-1], (False, True, True))
-    yield Call("aten.convolution_backward.default", args, label="first layer")
 
 
 def _lookups():
@@ -192,5 +168,5 @@ def _made():
 
 
 MAKERS = (
-    _weight_norms, _softmax, _norms, _attention, _pooling, _convolution, _lookups, _losses, _made,
+    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _lookups, _losses, _made,
 )  # fmt: skip

@@ -9,6 +9,7 @@ by autograd's sequence number.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,29 @@ _SAME = {
 """Ops that are the identity in a functional program."""
 
 
+_STRIDED = {"aten.as_strided.default": 0, "aten.as_strided_scatter.default": 1}
+"""Ops on memory -> the operand whose elements they give back, where they only rename its dims."""
+
+
+def _straight(node: Node) -> bool:
+    """Whether such an op sees all of its tensor's memory in order: pooling to one pixel does so."""
+    tensor: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    given: Any = node.args[1 + _STRIDED[str(node.target)] :]
+    size, stride, offset = (*given, None)[:3]
+    whole = math.prod(size) == tensor.numel() and not offset and not tensor.storage_offset()
+    return whole and _in_order(size, stride) and _in_order(tensor.shape, tensor.stride())
+
+
+def _in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie one after the other, whatever is said of dims of size one."""
+    expected = 1
+    for size, stride in reversed(list(zip(shape, strides, strict=True))):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 class _Reader:
     """Reads an fx graph into a Program."""
 
@@ -269,6 +293,9 @@ class _Reader:
             self.number[node] = self.new(made)
             outputs = (self.number[node],)
         args = tuple(self.arg(a) for a in node.args)
+        if name in _STRIDED and _straight(node):
+            source, shape = args[_STRIDED[name]], made.shape
+            name, args = "aten.view.default", (source, tuple(int(size) for size in shape))
         kwargs = tuple(
             (k, self.arg(v))
             for k, v in node.kwargs.items()

@@ -72,6 +72,23 @@ def _(gradient: Tensor, indices: Tensor, start: int, count: int, padding: int) -
     return gradient.new_empty((count, gradient.shape[-1]))
 
 
+@torch.library.custom_op("meshwright::overlap_add", mutates_args=())
+def overlap_add(x: Tensor, dim: int, size: int, starts: list[int], lengths: list[int]) -> Tensor:
+    """Parts that lie side by side along `dim`, added up where each starts in a dim of `size`."""
+    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    total = x.new_zeros((*x.shape[:dim], size, *x.shape[dim + 1 :]), dtype=wide)
+    parts = x.split(lengths, dim)
+    for part, start, length in zip(parts, starts, lengths, strict=True):
+        total.narrow(dim, start, length).add_(part)
+    return total.to(x.dtype)
+
+
+@overlap_add.register_fake
+def _(x: Tensor, dim: int, size: int, starts: list[int], lengths: list[int]) -> Tensor:
+    del starts, lengths
+    return x.new_empty((*x.shape[:dim], size, *x.shape[dim + 1 :]))
+
+
 def _inside(indices: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Indices within the window, and which of them are in it; others are row 0."""
     local = indices - start

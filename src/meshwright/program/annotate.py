@@ -287,8 +287,10 @@ class _Graph:
                     largest = max(largest, self.program.values[result].bytes)
                     for after in self.readers.get(result, ()):
                         heapq.heappush(queue, after)
-        lost = {v for _, v in self.program.outputs} & places.keys()
-        return frozenset(rows) if ended and not lost else None
+        values = self.program.values
+        lost = {v for _, v in self.program.outputs} & places.keys()  # running statistics, little
+        dear = sum(values[v].bytes for v in lost) * _WORTH > values[value].bytes
+        return frozenset(rows) if ended and not dear else None
 
     def _carry(self, op: Op, rule: Rule, places: Mapping[int, Shard]) -> Carry | None:
         """The one factor that all operands that are split have split; None if there is none."""
@@ -298,6 +300,8 @@ class _Graph:
                 continue
             shard = places[value]
             carry = carry_of(rule, dims, shard)
+            if carry is not None and carry.factor in dict(rule.halos):
+                return None
             if carry is None:
                 ways = _finer(rule, dims[shard.dim], shard)
                 if ways:

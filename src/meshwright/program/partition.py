@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
+from meshwright.program.halo import Spreader, spans
 from meshwright.program.layout import Layout, Partial, Placement, Shard, local_shape, slab
 from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
 from meshwright.program.rules import Carry, Rule, placed, shard_of
+from meshwright.program.rules.factor import Halo
 from meshwright.program.widen import with_wide_sums
 
 __all__ = ["COLLECTIVES", "Local", "partition"]
@@ -37,7 +39,7 @@ class Local:
     """A rank's program and, per local value, the global value and layout that it is a part of."""
 
     program: Program
-    origin: tuple[tuple[int, Layout], ...]
+    origin: tuple[tuple[int, Layout], ...]  # of value -1 where it is a part of none
 
 
 def partition(
@@ -87,6 +89,7 @@ class _Writer:
         self.program = program
         self.completed = completed
         self.axes = axes
+        self.sizes = {axis.name: axis.size for axis in axes}
         self.coordinates = coordinates
         self.values: list[Value] = []
         self.origin: list[tuple[int, Layout]] = []
@@ -196,11 +199,13 @@ class _Writer:
         feed = iter(brought)
         args, kwargs = map_refs((op.args, op.kwargs), lambda _: next(feed))
         results = []
-        for place, value in enumerate(op.results, len(op.inputs)):
+        for place, value in enumerate(op.results):
             placements: dict[str, Placement] = {}
             for axis, carry in carried.items():
-                shard = placed(rule, place, axis, carry)
-                placements[axis] = shard if shard is not None else Partial(rule.reduction)
+                shard = placed(rule, len(op.inputs) + place, axis, carry)
+                apart = (place, carry.factor) in rule.unaffected
+                owed = None if apart else Partial(rule.reduction)
+                placements[axis] = owed if shard is None else shard
             placements |= dict.fromkeys(through, Partial())
             results.append(self.new(value, Layout.of(self.axes, placements)))
         args = self._local_args(rule, op, args, brought, results)
@@ -209,7 +214,7 @@ class _Writer:
         local = replace(op, args=args, kwargs=kwargs, outputs=outputs)
         if self.restrides and op.name == "aten.view.default":
             local = replace(local, name="aten.reshape.default")
-        self.ops.append(self._windowed(rule, local, dict(carried), number))
+        self.ops += self._spread(rule, self._windowed(rule, local, dict(carried), number), number)
         for value in op.results:
             self._pay(value, op)
 
@@ -220,6 +225,27 @@ class _Writer:
             if value in self.early.get(axis, ()):
                 layout = layout.change(self.axes, axis, None)
         self.bring(value, layout, op)
+
+    def _spread(self, rule: Rule, local: Op, number: int) -> Sequence[Op]:
+        """The op, or those that run it where an axis splits a dim that its windows go over."""
+        halos = dict(rule.halos)
+        for axis, carry in self.completed.carried[number]:
+            if carry.factor in halos:
+                return self._spreader(number, halos[carry.factor], axis).write(local)
+        return [local]
+
+    def _spreader(self, number: int, halo: Halo, axis: str) -> Spreader:
+        op, values = self.program.ops[number], self.program.values
+        made = op.inputs[0] if halo.gradient is not None else op.results[0]
+        rows, size = values[op.inputs[halo.operand]].shape, self.sizes[axis]
+        found = spans(halo, rows[halo.dim], values[made].shape[halo.dim], size)
+        return Spreader(halo, axis, self.coordinates[axis], found, self.values, self.scratch)
+
+    def scratch(self, value: Value) -> int:
+        """A local value that is a part of no global one."""
+        self.values.append(value)
+        self.origin.append((-1, Layout()))
+        return len(self.values) - 1
 
     def _annotated(self, number: int, op: Op) -> None:
         """An annotation is no op: its result is its operand, brought to where it was said to lie.

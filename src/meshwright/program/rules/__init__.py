@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshwright.program.program import Op, Value
-from meshwright.program.rules import create, experts, matmul, network, pointwise, reduce, shape
+from meshwright.program.rules import (
+    create,
+    experts,
+    matmul,
+    network,
+    pointwise,
+    reduce,
+    shape,
+    space,
+)
 from meshwright.program.rules.factor import (
     Carry,
     Dim,
@@ -39,6 +48,7 @@ RULES: Mapping[str, RuleMaker] = {
     **matmul.RULES,
     **reduce.RULES,
     **network.RULES,
+    **space.RULES,
     **create.RULES,
     **experts.RULES,
 }

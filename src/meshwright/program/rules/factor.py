@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from meshwright.program.layout import Shard
 from meshwright.program.program import Arg, Op, Ref, Value, refs
@@ -19,12 +19,14 @@ from meshwright.program.program import Arg, Op, Ref, Value, refs
 __all__ = [
     "Carry",
     "Dim",
+    "Halo",
     "Localize",
     "OpView",
     "Rule",
     "RuleMaker",
     "carry_of",
     "einsum",
+    "made",
     "placed",
     "shard_of",
     "whole",
@@ -38,6 +40,34 @@ Localize = Callable[[tuple[Arg, ...], Sequence[Value]], tuple[Arg, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Halo:
+    """A dim over which an op's windows reach from one part into the next.
+
+    Attributes:
+        dim: of the operand and of what is made of it.
+        reach: rows that a window covers, first to last.
+        stride: rows between windows.
+        padding: rows before the first, of `fill`.
+        place: of the argument that is the padding, per dim of space.
+        operand: number of the operand that windows read.
+        gradient: number of the output that is its gradient.
+        positions: number of the output, or of a backward op's operand, that counts elements of a
+            plane; each row of it has `width`.
+    """
+
+    dim: int
+    reach: int
+    stride: int
+    padding: int
+    place: int
+    operand: int = 0
+    gradient: int | None = None
+    fill: float = 0.0
+    positions: int | None = None
+    width: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """How one op's dims hang together.
 
@@ -47,6 +77,8 @@ class Rule:
         results: per result, per dim, its factors.
         whole: factors that no axis may carry.
         reduction: what a factor that a result lacks leaves it owing.
+        unaffected: (result number, factor): the result has nothing to do with the factor, which
+            only other operands have; where it is carried every rank makes the result whole.
         addends: operands added beside a contraction (a bias): under a carried contraction they
             must be partial too, or they would count once per rank.
         linear: sets of operands in which the op is linear together; a partial sum passes through.
@@ -59,6 +91,8 @@ class Rule:
             last arguments.
         beside: (axis, tensor, dim): where the axis carries a factor, dim `dim` of that tensor
             (operands first, then results) is split over it too, though it is another factor.
+        halos: (factor, halo): dims that only the axis `context` may carry, in plain chunks; their
+            sizes differ between operands and results.
         known: False for the fallback of an op that has no rule.
     """
 
@@ -67,6 +101,7 @@ class Rule:
     results: tuple[tuple[Dim, ...], ...]
     whole: frozenset[int] = frozenset()
     reduction: Literal["sum", "max", "min"] = "sum"
+    unaffected: frozenset[tuple[int, int]] = frozenset()
     addends: frozenset[int] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     shape_args: tuple[tuple[int, int], ...] = ()
@@ -74,6 +109,7 @@ class Rule:
     arguments: Localize | None = field(default=None, compare=False)
     window: tuple[int, str] | None = None
     beside: tuple[tuple[str, int, int], ...] = ()
+    halos: tuple[tuple[int, Halo], ...] = ()
     known: bool = True
 
 
@@ -130,6 +166,13 @@ class OpView:
 
 
 RuleMaker = Callable[[OpView], Rule]
+
+_T = TypeVar("_T")
+
+
+def made(view: OpView, *each: _T) -> list[_T]:
+    """Of what is said for each result, that for the used ones (an output mask leaves some out)."""
+    return [one for one, out in zip(each, view.op.outputs, strict=False) if out is not None]
 
 
 def whole(view: OpView, *, known: bool = True) -> Rule:
@@ -232,6 +275,7 @@ def carry_of(rule: Rule, dims: tuple[Dim, ...], shard: Shard) -> Carry | None:
         if shard.outer % before == 0 and shard.unit % after == 0:
             carry = Carry(factor, shard.outer // before, shard.unit // after)
             if rule.sizes[factor] % (carry.outer * carry.unit) == 0:
-                return None if factor in rule.whole else carry
+                plain = carry == Carry(factor) or factor not in dict(rule.halos)
+                return carry if plain and factor not in rule.whole else None
         before *= rule.sizes[factor]
     return None

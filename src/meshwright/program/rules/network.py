@@ -1,4 +1,4 @@
-"""Layers that stay one op: softmax, norms, attention, convolution, pooling, embedding, losses."""
+"""Layers that stay one op: softmax, norms, gates, attention, embedding, losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from meshwright.program.program import Arg, Ref, Value
-from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum, whole
+from meshwright.program.rules.factor import Dim, OpView, Rule, RuleMaker, einsum, made, whole
 
 __all__ = ["RULES"]
 
@@ -17,12 +17,6 @@ _MEAN = 1
 def _if(arg: Arg, pattern: str) -> str | None:
     """The pattern where the optional operand is there."""
     return pattern if isinstance(arg, Ref) else None
-
-
-def _made(view: OpView, *patterns: str) -> list[str]:
-    """The patterns of the results that are used (an output mask leaves some out)."""
-    outs = view.op.outputs
-    return [p for p, out in zip(patterns, outs, strict=False) if out is not None]
 
 
 def _letters(rank: int) -> list[str]:
@@ -52,43 +46,78 @@ def _norm_patterns(view: OpView, rank: int, place: int) -> tuple[str, str, str]:
 def _layer_norm(view: OpView) -> Rule:
     full, stats, tail = _norm_patterns(view, len(view.operands[0].shape), 1)
     operands = [full, _if(view.arg(2), tail), _if(view.arg(3), tail)]
-    return einsum(view, operands, _made(view, full, stats, stats), keep=tail)
+    return einsum(view, operands, made(view, full, stats, stats), keep=tail)
 
 
 def _layer_norm_backward(view: OpView) -> Rule:
     full, stats, tail = _norm_patterns(view, len(view.operands[0].shape), 2)
     operands = [full, full, stats, stats, _if(view.arg(5), tail), _if(view.arg(6), tail)]
-    return einsum(view, operands, _made(view, full, tail, tail), keep=tail, linear=[[0]])
+    return einsum(view, operands, made(view, full, tail, tail), keep=tail, linear=[[0]])
+
+
+def _groups(view: OpView, place: int) -> tuple[Rule, Dim, tuple[Dim, ...], tuple[Dim, ...]]:
+    """Of a norm over groups of channels, with arguments (.., N, C, space, groups) from `place`.
+
+    Returns a rule without operands, and the dims of channels, of a full tensor and of statistics.
+    Samples and groups may be split; a group's channels are whole.
+    """
+    samples, channels, groups = (view.number(place + k) for k in (0, 1, 3))
+    each = channels // groups
+    sizes = (samples, groups, each)
+    stats = tuple((factor,) if sizes[factor] > 1 else () for factor in (0, 1))
+    split = tuple(factor for factor in (1, 2) if sizes[factor] > 1)
+    full = (stats[0], split, *((),) * (len(view.operands[0].shape) - 2))
+
+    def local(args: tuple[Arg, ...], _: Sequence[Value]) -> tuple[Arg, ...]:
+        count = args[place + 1]
+        assert isinstance(count, int)
+        return (*args[: place + 3], count // each, *args[place + 4 :])
+
+    sized = ((place, 0, 0), (place + 1, 0, 1))
+    rule = Rule(sizes, (), (), whole=frozenset({2}), count_args=sized, arguments=local)
+    return rule, split, full, stats
 
 
 def _group_norm(view: OpView) -> Rule:
-    """Samples pass; everything within a sample is whole."""
-    rank = len(view.operands[0].shape)
-    full = " ".join(["n", *["1"] * (rank - 1)])
-    operands = [full, _if(view.arg(1), "1"), _if(view.arg(2), "1")]
-    rule = einsum(view, operands, _made(view, full, "n 1", "n 1"))
-    return replace(rule, count_args=((3, 0, 0),))
+    """native_group_norm(x, weight, bias, N, C, space, groups, eps) -> y, mean, rstd."""
+    rule, channels, full, stats = _groups(view, 3)
+    weights = ((channels,),) * (len(view.operands) - 1)
+    results = tuple(made(view, full, stats, stats))
+    return replace(rule, operands=(full, *weights), results=results)
 
 
 def _group_norm_backward(view: OpView) -> Rule:
-    rank = len(view.operands[0].shape)
-    full = " ".join(["n", *["1"] * (rank - 1)])
-    operands = [full, full, "n 1", "n 1", _if(view.arg(4), "1")]
-    rule = einsum(view, operands, _made(view, full, "1", "1"))
-    return replace(rule, count_args=((5, 0, 0),))
+    """(grad, x, mean, rstd, weight, N, C, space, groups, mask) -> dx, dweight, dbias."""
+    rule, channels, full, stats = _groups(view, 5)
+    weights = ((channels,),) * (len(view.operands) - 4)
+    results = tuple(made(view, full, (channels,), (channels,)))
+    return replace(rule, operands=(full, full, stats, stats, *weights), results=results)
+
+
+def _glu(view: OpView) -> Rule:
+    """glu(x, dim): the two halves of a dim meet; glu_backward(grad, x, dim) likewise."""
+    backward = view.op.base == "aten.glu_backward"
+    shape = (view.results if not backward else view.operands)[0].shape
+    dim = view.number(2 if backward else 1, -1) % len(shape)
+    half = tuple((k,) if size > 1 else () for k, size in enumerate(shape))
+    both = (*half[:dim], (len(shape), *half[dim]), *half[dim + 1 :])
+    operands = (half, both) if backward else (both,)
+    result = both if backward else half
+    linear = (frozenset({0}),) if backward else ()
+    return Rule((*shape, 2), operands, (result,), whole=frozenset({len(shape)}), linear=linear)
 
 
 def _flash(view: OpView) -> Rule:
     """q (b h t d), k and v (b h s d) -> out (b h t d), logsumexp (b h t)."""
     mask = _mask(view)
     operands = ["b h t d", "b h s d", "b h s d", mask]
-    return einsum(view, operands, _made(view, "b h t d", "b h t"), keep=_kept_heads(view, 0))
+    return einsum(view, operands, made(view, "b h t d", "b h t"), keep=_kept_heads(view, 0))
 
 
 def _flash_backward(view: OpView) -> Rule:
     q, k = "b h t d", "b h s d"
     operands = [q, q, k, k, q, "b h t", _mask(view)]
-    return einsum(view, operands, _made(view, q, k, k), keep=_kept_heads(view, 1))
+    return einsum(view, operands, made(view, q, k, k), keep=_kept_heads(view, 1))
 
 
 def _mask(view: OpView) -> str | None:
@@ -107,39 +136,6 @@ def _kept_heads(view: OpView, query: int) -> str:
     heads, shared = (view.operands[place].shape[1] for place in (query, query + 1))
     causal = view.arg(7 if query else 4) is True
     return "s d" + " t" * causal + " h" * (heads != shared)
-
-
-def _samples_only(view: OpView) -> Rule:
-    """Dim 0 of everything is the sample; the rest is whole (pooling, resizing and its backward)."""
-
-    def pattern(rank: int) -> str:
-        return " ".join(["n", *["1"] * (rank - 1)])
-
-    if any(len(v.shape) != 4 for v in (*view.operands, *view.results)):
-        return whole(view)
-    resized = view.op.base.startswith("aten.upsample_") and view.op.base.endswith("_backward")
-    size = [(2, 0)] if resized else []
-    operands = [pattern(len(v.shape)) for v in view.operands]
-    results = [pattern(len(v.shape)) for v in view.results]
-    return einsum(view, operands, results, shape_args=size)
-
-
-def _convolution(view: OpView) -> Rule:
-    """x (n c ...), w (o c ...), bias (o): samples and, without groups, output channels."""
-    space = ["1"] * (len(view.operands[0].shape) - 2)
-    x, w = " ".join(["n", "1", *space]), " ".join(["o", "1", *space])
-    out = " ".join(["n", "o", *space])
-    keep = "" if view.number(8) == 1 else "o"
-    if view.arg(6) is True:  # transposed: the weight is (c o ...)
-        w = " ".join(["1", "o", *space])
-    return einsum(view, [x, w, _if(view.arg(2), "o")], [out], keep=keep)
-
-
-def _convolution_backward(view: OpView) -> Rule:
-    """(grad, x, w) -> (dx, dw, db): the weight's gradients sum over samples."""
-    space = ["1"] * (len(view.operands[0].shape) - 2)
-    x, w = " ".join(["n", "1", *space]), " ".join(["1", "1", *space])
-    return einsum(view, [x, x, w], _made(view, x, w, "1"))
 
 
 def _embedding(view: OpView) -> Rule:
@@ -176,7 +172,7 @@ def _nll_forward(view: OpView) -> Rule:
         return whole(view)
     out = "n" if view.number(3) == 0 else ""
     weight = _if(view.arg(2), "c")
-    return einsum(view, ["n c", "n", weight], _made(view, out, ""), keep="c")
+    return einsum(view, ["n c", "n", weight], made(view, out, ""), keep="c")
 
 
 def _nll_backward(view: OpView) -> Rule:
@@ -296,27 +292,10 @@ RULES: dict[str, RuleMaker] = {
     "aten.native_layer_norm_backward": _layer_norm_backward,
     "aten.native_group_norm": _group_norm,
     "aten.native_group_norm_backward": _group_norm_backward,
+    "aten.glu": _glu,
+    "aten.glu_backward": _glu,
     "aten._scaled_dot_product_flash_attention_for_cpu": _flash,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
-    **dict.fromkeys(
-        (
-            "aten.max_pool2d_with_indices",
-            "aten.max_pool2d_with_indices_backward",
-            "aten.avg_pool2d",
-            "aten.avg_pool2d_backward",
-            "aten._adaptive_avg_pool2d",
-            "aten._adaptive_avg_pool2d_backward",
-            "aten.pixel_shuffle",
-            "aten.pixel_unshuffle",
-            "aten.upsample_nearest2d",
-            "aten.upsample_nearest2d_backward",
-            "aten.upsample_bilinear2d",
-            "aten.upsample_bilinear2d_backward",
-        ),
-        _samples_only,
-    ),
-    "aten.convolution": _convolution,
-    "aten.convolution_backward": _convolution_backward,
     "aten.embedding": _embedding,
     "aten.embedding_dense_backward": _embedding_backward,
     "aten.nll_loss_forward": _nll_forward,

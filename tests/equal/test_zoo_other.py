@@ -1,0 +1,73 @@
+"""Vision, convolution and audio families equal one device under data, tensor and ZeRO plans."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from meshwright.errors import PlanError
+from tests.equal.harness import Case, assert_equal, unruled
+from tests.equal.zoo_other import BATCH_NORMED, OTHERS
+
+PLANS = (
+    "data=2",
+    "tensor=2",
+    "data=2,tensor=2",
+    "zero3,data=2",
+    "zero3,data=2,tensor=2",
+    "zero3,data=4,shard=2",
+)
+MICROBATCHES = (1, 3)
+
+SAMPLE = (
+    ("swin", "tensor=2", 1),
+    ("beit", "zero3,data=4,shard=2", 3),
+    ("convnext", "data=2,tensor=2", 1),
+    ("resnet", "tensor=2", 1),
+    ("regnet", "zero3,data=2,tensor=2", 1),
+    ("segformer", "data=2,tensor=2", 1),
+    ("whisper", "tensor=2", 3),
+    ("wav2vec2", "data=2,tensor=2", 1),
+    ("clip", "zero3,data=2,tensor=2", 3),
+    ("unet", "tensor=2", 1),
+)
+"""Every plan and most families once; `make matrix` runs all."""
+
+
+@cache
+def case(name):
+    return Case(OTHERS[name]())
+
+
+def check(name, plan, microbatches, steps):
+    text = plan if microbatches == 1 else f"{plan},microbatches={microbatches}"
+    if name in BATCH_NORMED and microbatches > 1:
+        with pytest.raises(PlanError, match=r"batch norm.*microbatches="):
+            case(name).verify(text, steps=1)
+        return
+    assert_equal(case(name).verify(text, steps=steps))
+
+
+@pytest.mark.parametrize(("name", "plan", "microbatches"), SAMPLE)
+def test_a_family_equals_one_device(name, plan, microbatches):
+    check(name, plan, microbatches, steps=2)
+
+
+@pytest.mark.parametrize("name", BATCH_NORMED)
+def test_micro_batches_that_would_split_statistics_are_refused(name):
+    check(name, "tensor=2", 3, steps=1)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("microbatches", MICROBATCHES)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_equals_one_device(name, plan, microbatches):
+    check(name, plan, microbatches, steps=3)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_op_of_a_family_has_a_rule(name):
+    assert unruled(case(name), "data=2") == set()
