@@ -459,3 +459,34 @@ def test_an_error_leaves_the_part_and_no_merged_trace():
     part = [json.loads(line) for line in Path("r/trace/rank0.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in part if "step" in entry] == [3, 4, 5]
     assert not Path("r/trace.json").exists()
+
+
+# ── explain ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_explain_says_what_the_plan_means_and_starts_nothing():
+    found = mw.explain(job(), "zero3,data=4")
+    assert found["plan"] == "zero3,data=4"
+    assert len(found["mesh"]["ranks"]) == 4
+    assert found["traffic"]["bytes"] == sum(row["bytes"] for row in found["collectives"]) > 0
+    assert not Path("runs").exists()
+
+
+def test_explain_fills_the_ranks_there_are():
+    assert mw.explain(job(), "zero1", ranks=3)["plan"] == "zero1,data=3"
+    assert mw.explain(job(), mw.Plan(zero=1, data=2))["plan"] == "zero1,data=2"
+    assert mw.explain(job(), ranks=2)["plan"] == "data=2"
+
+
+def test_a_budget_in_a_test_of_the_users():
+    moved = mw.explain(job(), "data=2")["traffic"]["bytes"]
+    mw.explain(job(), "data=2", max_bytes=moved, memory="1GiB")
+    with pytest.raises(
+        mw.MeshwrightError, match=r"(?s)moves .* the budget is .*to move less"
+    ) as error:
+        mw.explain(job(), "data=2", max_bytes=moved - 1)
+    assert error.value.exit_status == 2
+    with pytest.raises(UsageError, match="max_bytes takes bytes"):
+        mw.explain(job(), "data=2", max_bytes="2 Mi")
+    with pytest.raises(UsageError, match="but there are 1.0 KiB"):
+        mw.explain(job(), "data=2", memory="1KiB")

@@ -7,6 +7,7 @@ import pytest
 from meshwright.program.block import block, dims_text
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Layout, Partial, Shard
+from tests.equal.cells import example
 from tests.program.accounted import gpt, laid, scans, torn
 
 MODULES = ["attn_norm", "attn.q", "attn.k", "attn.v", "attn", "attn.o", "", "mlp_norm", "mlp.up",
@@ -26,13 +27,19 @@ def test_megatrons_layouts_and_its_four_all_reduces():
     assert found["mlp.up"].dims == ("8", "16", "256/tensor")
     assert dict(found["mlp.down"].weights)["weight"] == ("64", "256/tensor")
     assert (found["mlp.down"].dims, found["mlp.down"].owes) == (("8", "16", "64"), ("tensor",))
-    for norm in ("attn_norm", "mlp_norm"):
-        station = found[norm]
-        assert [(row.op, row.axis) for row in station.before] == [("all_reduce", "tensor")]
-        back = [row for row in station.backward if not row.value]
-        assert [(row.op, row.axis, row.exposed) for row in back] == [("all_reduce", "tensor", 1)]
-    others = [s for s in found.values() if not s.module.endswith("norm")]
-    assert not [row for s in others for row in (*s.before, *s.backward) if not row.value]
+    forward = [row for s in found.values() for row in s.before if not row.value]
+    back = [row for s in found.values() for row in s.backward if not row.value]
+    for rows in (forward, back):
+        assert [(row.op, row.axis, row.exposed) for row in rows] == [("all_reduce", "tensor", 1)] * 2
+    assert [s.module for s in found.values() if s.before] == ["attn_norm", "mlp_norm"]
+
+
+def test_a_value_that_only_this_module_reads_is_not_what_it_hands_on():
+    """A batch norm's last op updates its statistics; what the next module reads is its output."""
+    job = example("digits").job()
+    stations = {s.module: s for s in block(*laid(job, "data=2")).stations if s.module}
+    assert stations["norm1"].dims == stations["conv1"].dims
+    assert stations["norm1"].before[0].op == "all_reduce"
 
 
 def test_state_is_moved_at_the_module_that_reads_it():

@@ -42,12 +42,12 @@ def test_exposed_calls_are_those_with_nothing_beside_them(plan):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_layer_under_tensor_parallelism_is_four_all_reduces(depth):
-    """Two forward, two backward (Shoeybi et al. 2019, section 3), and one for the split head."""
+    """Two forward, two backward (Shoeybi et al. 2019, section 3), split embedding, split head."""
     rows = collectives(*laid(gpt(depth), "tensor=2"))
     whole = 8 * 16 * 64 * 4  # a batch of activations
     layers = [row for row in rows if row.axis == "tensor" and row.bytes == whole * row.count]
     assert {row.op for row in layers} == {"all_reduce"}
-    assert sum(row.count for row in layers) == 4 * depth + 1
+    assert sum(row.count for row in layers) == 4 * depth + 2
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -196,3 +196,41 @@ def write_run(
     if verify is not None:
         (path / "verify.json").write_text(json.dumps(verify))
     return path
+
+
+def accounts_record(layers: int = 3) -> dict[str, Any]:
+    """What `run.json` holds beside, of a model under `tensor=2` with an op that has no rule."""
+    reduce = {
+        "op": "all_reduce", "axis": "tensor", "bytes": 32768, "count": 1, "exposed": 1,
+        "beside": 0, "value": "", "source": "gpt.py:76", "module": "blocks.1.norm",
+        "why": "partial(sum) over tensor -> replicated", "phase": "forward",
+    }  # fmt: skip
+    back = reduce | {"phase": "backward", "exposed": 0, "beside": 9}
+    gather = back | {"op": "all_gather", "value": "model/blocks.1.up.weight", "axis": "data"}
+    lost = {"op": "my::scan", "source": "gpt.py:70", "phase": "forward", "count": 1, "bytes": 512}
+    norm = {
+        "module": "norm", "ops": 1, "source": "gpt.py:76", "weights": [["weight", ["64"]]],
+        "dims": ["8", "16", "64"], "owes": [], "before": [reduce], "backward": [back], "update": [],
+    }  # fmt: skip
+    up = {
+        "module": "up", "ops": 2, "source": "gpt.py:77", "dims": ["8", "16", "256/tensor"],
+        "weights": [["weight", ["256/tensor", "64"]]], "owes": ["tensor"], "before": [],
+        "backward": [gather], "update": [],
+    }  # fmt: skip
+    return {
+        "traffic": {"bytes": 1, "exposed_bytes": 1, "calls": 9, "messages": 5},
+        "fallbacks": [
+            lost | {"module": f"blocks.{k}.scan", "remedy": 'mw.rule("my::scan", "n a -> n a")'}
+            for k in range(layers)
+        ],
+        "conflicts": [
+            lost
+            | {
+                "module": f"blocks.{k}.scan", "axis": "tensor", "loser_bytes": 1024,
+                "winner": "operand 0 sharded(1) over tensor", "wanted": "sharded(1) over tensor",
+                "loser": "operand 1 sharded(2) over tensor",
+            }
+            for k in range(layers)
+        ],
+        "block": {"name": "blocks.*", "count": layers, "stations": [norm, up]},
+    }  # fmt: skip

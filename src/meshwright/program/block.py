@@ -33,7 +33,7 @@ class Station:
         ops: how many.
         source: the user's line of its last op.
         weights: (name, dims) of each parameter that it reads, as it rests.
-        dims: of the value that it hands on: `32/data`, `128`, `512/tensor`.
+        dims: of the last value that it hands on: `32/data`, `128`, `512/tensor`.
         owes: axes over which that value still owes a sum.
         before: collectives of the forward part that it waits for.
         backward: collectives of its backward part, and the reductions of its gradients.
@@ -103,7 +103,8 @@ def block(compiled: Compiled, axes: Sequence[Axis]) -> Block:
         last.views.clear()
     _place(drafts, layer, local, list(sent(compiled, axes)))
     whole, _ = compiled.wholes[0]
-    stations = tuple(_station(draft, local, whole) for draft in drafts)
+    given = _handed_on(drafts, local.program)
+    stations = tuple(_station(draft, local, whole, given) for draft in drafts)
     return Block(folded(alike) if layer else "", len(alike), stations)
 
 
@@ -192,11 +193,25 @@ def _weights(program: Program) -> dict[int, str]:
     return names
 
 
-def _station(draft: _Draft, local: Local, whole: Program) -> Station:
+def _handed_on(drafts: Sequence[_Draft], program: Program) -> frozenset[int]:
+    """The values that another module reads in the forward part."""
+    home = {id(op): number for number, d in enumerate(drafts) for op in (*d.ops, *d.views)}
+    makers = {v: home[id(op)] for d in drafts for op in (*d.ops, *d.views) for v in op.results}
+    return frozenset(
+        value
+        for op in program.ops
+        if op.phase == "forward"
+        for value in op.inputs
+        if value in makers and home.get(id(op)) != makers[value]
+    )
+
+
+def _station(draft: _Draft, local: Local, whole: Program, given: frozenset[int]) -> Station:
     program, names = local.program, _weights(local.program)
     inputs = {n.removeprefix("model/"): v for n, v in program.inputs if n.startswith("model/")}
     read = dict.fromkeys(names[v] for op in draft.ops for v in op.inputs if v in names)
-    dims, owes = _lies(local, whole, [*draft.ops, *draft.views][-1].results[0])
+    made = [value for op in (*draft.ops, *draft.views) for value in op.results]
+    dims, owes = _lies(local, whole, [*made[-1:], *(v for v in made if v in given)][-1])
     return Station(
         module=draft.module,
         ops=len(draft.ops),

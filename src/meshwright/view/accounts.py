@@ -34,6 +34,12 @@ class Collective:
     why: str
     phase: str
 
+    @property
+    def state(self) -> str:
+        """`model` or `gradient`, where it moves a parameter's; else empty."""
+        kind = self.value.partition("/")[0]
+        return kind if kind in ("model", "gradient") else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Fallback:

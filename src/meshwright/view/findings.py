@@ -65,7 +65,7 @@ def axes_text(setup: Setup) -> str:
 
 def block_finding(block: Block) -> str:
     """What a block waits for."""
-    rows = [r for s in block.stations for r in (*s.before, *s.backward) if not r.value]
+    rows = [r for s in block.stations for r in (*s.before, *s.backward) if not r.state]
     name = f"Each of {block.count:,} {block.name}" if block.count > 1 else "The model"
     if not rows:
         return f"{name} hands every value on without a collective"

@@ -10,6 +10,7 @@ from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run.neighbours import alternatives, priced
+from meshwright.view.accounts import alike
 from meshwright.view.runfile import Setup, parse_setup
 from meshwright.view.traffic import Row, hidden_text, phases
 from meshwright.view.units import bytes_text
@@ -94,14 +95,14 @@ def _lines(phase: str, row: Row) -> Iterator[str]:
 
 def _remedies(setup: Setup) -> Iterator[str]:
     """What the op or the annotation that costs most is, where it is one of these."""
-    for found in setup.fallbacks[:2]:
+    for found in alike(setup.fallbacks)[:2]:
         if found.bytes:
             yield (
                 f"  - {found.op} at {found.source} has no rule and gathers "
                 f"{bytes_text(found.bytes)}: declare {found.remedy}, if only its first dim may "
                 "be split"
             )
-    for lost in setup.conflicts[:2]:
+    for lost in alike(setup.conflicts)[:2]:
         if lost.bytes:
             yield (
                 f"  - {lost.op} at {lost.source} wants its operands split alike over {lost.axis}: "

@@ -118,7 +118,7 @@ def _makes(station: Station) -> str:
 
 def _between(sign: str, rows: Sequence[Collective]) -> Iterator[Text]:
     """What is moved of the values that modules hand on."""
-    for row in added(row for row in rows if not row.value):
+    for row in added(row for row in rows if not row.state):
         yield _moves(sign, row, change(row.why, row.axis))
 
 

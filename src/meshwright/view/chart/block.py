@@ -50,10 +50,10 @@ def block_picture(block: Block, width: int) -> Markup:
 
 
 def _station(station: Station, own: str, width: int) -> Iterator[_Row]:
-    for row in added(row for row in station.before if not row.value):
+    for row in added(row for row in station.before if not row.state):
         yield _pill("↓", row, change(row.why, row.axis), width)
     yield _box(station, own, width)
-    for row in added(row for row in station.backward if not row.value):
+    for row in added(row for row in station.backward if not row.state):
         yield _pill("↑", row, change(row.why, row.axis), width)
 
 
@@ -118,15 +118,11 @@ def of_state(block: Block) -> Iterator[tuple[str, str, Collective]]:
     """What is moved of the block's weights and gradients, added up: (direction, what, how)."""
     stations = block.stations
     kinds = {
-        ("↓", "for weights"): [r for s in stations for r in s.before if r.value],
-        ("↑", "for weights"): [r for s in stations for r in s.backward if _is(r, "model")],
-        ("↑", "for gradients"): [r for s in stations for r in s.backward if _is(r, "gradient")],
+        ("↓", "for weights"): [r for s in stations for r in s.before if r.state],
+        ("↑", "for weights"): [r for s in stations for r in s.backward if r.state == "model"],
+        ("↑", "for gradients"): [r for s in stations for r in s.backward if r.state == "gradient"],
         ("", "for weights, after the update"): [r for s in stations for r in s.update],
     }
     for (sign, what), rows in kinds.items():
         for row in added(replace(row, why="") for row in rows):
             yield sign, what, row
-
-
-def _is(row: Collective, kind: str) -> bool:
-    return row.value.startswith(f"{kind}/")
