@@ -30,7 +30,9 @@ def test_megatrons_layouts_and_its_four_all_reduces():
     forward = [row for s in found.values() for row in s.before if not row.value]
     back = [row for s in found.values() for row in s.backward if not row.value]
     for rows in (forward, back):
-        assert [(row.op, row.axis, row.exposed) for row in rows] == [("all_reduce", "tensor", 1)] * 2
+        assert [(row.op, row.axis, row.exposed) for row in rows] == [
+            ("all_reduce", "tensor", 1)
+        ] * 2
     assert [s.module for s in found.values() if s.before] == ["attn_norm", "mlp_norm"]
 
 

@@ -37,7 +37,10 @@ def test_plans_that_move_less_are_named_the_least_first() -> None:
 def test_ops_without_a_rule_and_conflicts_come_with_their_remedies() -> None:
     text = over_budget(run_record(2, 0) | accounts_record(), 1, [])
     assert "my::scan at gpt.py:70 has no rule and gathers 1.5 KiB: declare mw.rule(" in text
-    assert "operand 1 sharded(2) over tensor is moved to sharded(1) over tensor, 1.5 KiB; annotate" in text
+    assert (
+        "operand 1 sharded(2) over tensor is moved to sharded(1) over tensor, 1.5 KiB; annotate"
+        in text
+    )
 
 
 def test_where_nothing_helps_that_is_said() -> None:
