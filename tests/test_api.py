@@ -488,5 +488,5 @@ def test_a_budget_in_a_test_of_the_users():
     assert error.value.exit_status == 2
     with pytest.raises(UsageError, match="max_bytes takes bytes"):
         mw.explain(job(), "data=2", max_bytes="2 Mi")
-    with pytest.raises(UsageError, match="but there are 1.0 KiB"):
+    with pytest.raises(UsageError, match=r"but there are 1\.0 KiB"):
         mw.explain(job(), "data=2", memory="1KiB")

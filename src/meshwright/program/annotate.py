@@ -83,7 +83,7 @@ def experts(program: Program, axis: Axis) -> dict[str, Shard]:
     Raises:
         PlanError: there are none, or fewer experts than the axis has ranks.
     """
-    graph = _Graph.of(program)
+    graph = _Graph.of(program, axis.name)
     found: dict[str, Shard] = {}
     for op in graph.ops:
         if op.base != "meshwright.expert_mm" or op.inputs[2] not in graph.weights:

@@ -235,7 +235,7 @@ def _runs(
     shards = {p for _, p in layout.placements if isinstance(p, Shard) and p.dim == dim}
     runs = [(0, size)]
     # From coarse to fine: a finer factor repeats within each unit of a coarser one.
-    for shard in sorted(shards, key=lambda s: s.unit * s.granules(size), reverse=True):
+    for shard in sorted(shards, key=lambda s: (s.unit * s.granules(size), s.unit), reverse=True):
         first, count = 0, shard.granules(size)
         block = count * shard.unit
         for axis in axes:
