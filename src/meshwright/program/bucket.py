@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from meshwright.program.program import Op, Program
+from meshwright.program.program import ITEMSIZE, Op, Program
 
 __all__ = ["BUCKET_BYTES", "buckets", "kind_of", "load_of"]
 
@@ -17,8 +17,16 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def load_of(op: Op, program: Program) -> int:
-    """Bytes of a collective's operand or of its result, whichever is more."""
-    return max(program.values[op.inputs[0]].bytes, program.values[op.results[0]].bytes)
+    """Bytes of a collective's operand or of its result, whichever is more.
+
+    Where shards are uneven, those of an even one (`load`, in elements): buckets are alike on all
+    ranks.
+    """
+    given, made = program.values[op.inputs[0]], program.values[op.results[0]]
+    load = dict(op.kwargs).get("load")
+    if isinstance(load, int):
+        return load * ITEMSIZE[given.dtype]
+    return max(given.bytes, made.bytes)
 
 
 def kind_of(op: Op, program: Program) -> Hashable:

@@ -7,6 +7,7 @@ in it and is paid for as late as possible, so that gradients owe one reduction, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -161,6 +162,7 @@ class _Writer:
             ("before", str(step.before)),
             ("after", str(step.after)),
             ("value", label or self._name(value)),
+            ("load", max(self._even(value, step.before), self._even(value, step.after))),
         )
         self.ops.append(
             Op(
@@ -174,6 +176,12 @@ class _Writer:
             )
         )
         return result
+
+    def _even(self, value: int, layout: Layout) -> int:
+        """Elements that a rank has of a value, were its shards even."""
+        sizes = {axis.name: axis.size for axis in self.axes}
+        parts = math.prod(sizes[a] for a, p in layout.placements if isinstance(p, Shard))
+        return self.program.values[value].elements // parts
 
     def _name(self, value: int) -> str:
         """The input that a value is, or a view of; else empty."""
