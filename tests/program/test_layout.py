@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +15,11 @@ from meshwright.program.layout import (
     Partial,
     Shard,
     chunk,
+    disjoint,
     local_shape,
     pieces,
     primary,
+    respelled,
     slab,
 )
 from tests.program.worlds import axes_of, everywhere, factored, held, layouts, meshes
@@ -81,6 +85,26 @@ def test_slabs_cut_the_local_array_as_the_layout_says(case):
                 cut = np.take(seen, range(start, start + length), axis=shard.dim + 1)
                 wanted = held(shape, layout, axes, {**here, axis.name: k})
                 assert cut.reshape(wanted.shape).tolist() == wanted.tolist()
+
+
+@given(case=cases(), data=st.data())
+def test_written_otherwise_it_is_the_same_layout(case, data):
+    shape, axes, layout = case
+    shards = [
+        Shard(dim, outer, unit)
+        for dim, size in enumerate(shape)
+        for outer in range(1, size + 1)
+        for unit in range(1, size + 1)
+        if size % (outer * unit) == 0
+    ]
+    like = data.draw(layouts(axes, shards or [None]))
+    found = respelled(shape, layout, like, axes)
+    for here in everywhere(axes):
+        assert local_shape(shape, found, axes, here) == local_shape(shape, layout, axes, here)
+        assert held(shape, found, axes, here).tolist() == held(shape, layout, axes, here).tolist()
+    places = {place for _, place in found.placements}
+    for a, b in itertools.combinations(places, 2):
+        assert a.dim != b.dim or disjoint(shape[a.dim], a, b)
 
 
 def slices(box):
