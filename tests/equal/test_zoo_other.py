@@ -73,7 +73,7 @@ def test_ranks_that_split_images_exchange_their_edges():
     whole = [op for op in local.program.ops if op.name == "comm.all_gather"]
     edges = [op for op in local.program.ops if op.name == "comm.all_to_all"]
     assert whole == []
-    assert len(edges) == 5 + 4  # three convolutions and two pools; the images have no gradient
+    assert len(edges) == 6 + 5  # four convolutions and two pools; the images have no gradient
 
 
 @pytest.mark.matrix

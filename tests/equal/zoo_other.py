@@ -267,6 +267,8 @@ class Field(nn.Module):
             nn.Conv2d(3, 8, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
             nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.GELU(),
             nn.Dropout(0.1), nn.AvgPool2d(2, 1, 1), nn.Conv2d(8, 12, 3, padding=1), nn.Tanh(),
+            nn.Upsample(scale_factor=2.0), nn.ConvTranspose2d(12, 8, 2, stride=2), nn.SiLU(),
+            nn.Conv2d(8, 12, 3, padding=1),
         )  # fmt: skip
         self.head = nn.Linear(12, CLASSES)
 
