@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from meshwright.errors import PlanError
+from meshwright.run.form import first_micros
 from tests.equal.harness import Case, assert_equal, unruled
 from tests.equal.zoo_other import BATCH_NORMED, OTHERS
 
@@ -19,6 +20,7 @@ PLANS = (
     "zero3,data=4,shard=2",
 )
 MICROBATCHES = (1, 3)
+SPACE = ("context=2", "context=3", "data=2,context=2", "zero3,data=2,context=2,tensor=2")
 
 SAMPLE = (
     ("swin", "tensor=2", 1),
@@ -57,6 +59,21 @@ def test_a_family_equals_one_device(name, plan, microbatches):
 @pytest.mark.parametrize("name", BATCH_NORMED)
 def test_micro_batches_that_would_split_statistics_are_refused(name):
     check(name, "tensor=2", 3, steps=1)
+
+
+@pytest.mark.parametrize("plan", SPACE)
+def test_images_split_in_height_equal_one_device(plan):
+    assert_equal(case("field").verify(plan, steps=2))
+
+
+def test_ranks_that_split_images_exchange_their_edges():
+    build = case("field").build("context=2")
+    (micro, *_) = first_micros(build, case("field").data)
+    ((_, local),) = build.lowered(0, [micro]).compiled.units
+    whole = [op for op in local.program.ops if op.name == "comm.all_gather"]
+    edges = [op for op in local.program.ops if op.name == "comm.all_to_all"]
+    assert whole == []
+    assert len(edges) == 6 + 5  # four convolutions and two pools; the images have no gradient
 
 
 @pytest.mark.matrix

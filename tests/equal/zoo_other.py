@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from meshwright import Job
+from meshwright import Job, annotate
 from tests.equal.families import own_loss, vit
 
 BATCH = 12
@@ -258,6 +258,35 @@ def unet() -> Job:
     return Job(UNet, loss, adamw, lambda: maps(8), BATCH)
 
 
+class Field(nn.Module):
+    """Convolutions and pooling over images whose rows are split: they read each other's edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.GELU(),
+            nn.Dropout(0.1), nn.AvgPool2d(2, 1, 1), nn.Conv2d(8, 12, 3, padding=1), nn.Tanh(),
+            nn.Upsample(scale_factor=2.0), nn.ConvTranspose2d(12, 8, 2, stride=2), nn.SiLU(),
+            nn.Conv2d(8, 12, 3, padding=1),
+        )  # fmt: skip
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: Tensor = self.layers(annotate(x, None, None, "context"))
+        found: Tensor = self.head(seen.mean((2, 3)))
+        return found
+
+
+def field() -> Job:
+    """Images split in height."""
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
+
+    return Job(Field, loss, adamw, lambda: pictures(18), BATCH)
+
+
 OTHERS: dict[str, Callable[[], Job]] = {
     "vit": lambda: vit(BATCH),
     "deit": deit,
@@ -273,9 +302,10 @@ OTHERS: dict[str, Callable[[], Job]] = {
     "clip": clip,
     "segformer": segformer,
     "unet": unet,
+    "field": field,
 }
 
-BATCH_NORMED: Sequence[str] = ("resnet", "regnet", "mobilenet", "segformer")
+BATCH_NORMED: Sequence[str] = ("resnet", "regnet", "mobilenet", "segformer", "field")
 """Families whose statistics are a batch's."""
 
 __all__ = ["BATCH", "BATCH_NORMED", "OTHERS"]

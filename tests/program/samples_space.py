@@ -21,6 +21,9 @@ def _convolution():
         "depthwise": (f(5, 4, 4, 4), f(4, 1, 3, 3), f(4), *plain[:-1], 4),
         "multiplied": (f(5, 4, 4, 4), f(8, 1, 3, 3), None, *plain[:-1], 4),
         "transposed": (f(5, 3, 4, 4), f(3, 6, 3, 3), f(6), *across, 1),
+        "transposed, apart": (
+            f(5, 3, 5, 4), f(3, 4, 2, 2), f(4), (2, 2), (0, 0), (1, 1), True, (0, 0), 1,
+        ),
         "transposed, grouped": (f(5, 6, 4, 4), f(6, 2, 3, 3), f(6), *across, 3),
         "one dim": (f(5, 3, 8), f(6, 3, 3), f(6), (2,), (1,), (1,), False, (0,), 1),
         "three dims": (

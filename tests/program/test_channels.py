@@ -12,7 +12,8 @@ from meshwright.compile.init import blueprint
 from meshwright.compile.unit import trace_unit
 from meshwright.plan.mesh import Axis
 from meshwright.program.annotate import work_layouts
-from meshwright.program.layout import Shard
+from meshwright.program.layout import Layout, Shard
+from tests.program.worlds import held
 
 TENSOR = Axis("tensor", 2)
 SAMPLES, SIZE = 6, 6
@@ -60,19 +61,33 @@ def test_a_depthwise_convolution_lies_between_column_and_row():
     assert {shard for name, shard in found.items() if name not in whole} == {OUT}
 
 
+def rows(shard, size):
+    """Which of a dim's `size` rows the first of two ranks holds."""
+    layout = Layout.of((TENSOR,), {"tensor": shard})
+    shape = (1,) * shard.dim + (size,)
+    return shard.dim, held(shape, layout, (TENSOR,), {"tensor": 0}).ravel().tolist()
+
+
 def test_groups_are_split_whole():
-    """Three channels each, of which one reads three inputs."""
-    found = split(nn.Conv2d(4, 12, 1), nn.Conv2d(12, 4, 3, groups=4), nn.Conv2d(4, 4, 1))
-    assert (found["0.weight"], found["1.weight"], found["2.weight"]) == (
-        Shard(0, 1, 6), Shard(0, 1, 2), Shard(1, 1, 2),
-    )  # fmt: skip
+    """Two of three groups, of four inputs and two outputs each."""
+    found = split(nn.Conv2d(4, 12, 1), nn.Conv2d(12, 6, 3, groups=3), nn.Conv2d(6, 4, 1))
+    assert rows(found["0.weight"], 12) == (0, list(range(8)))
+    assert rows(found["1.weight"], 6) == (0, list(range(4)))
+    assert rows(found["2.weight"], 6) == (1, list(range(4)))
 
 
-@pytest.mark.parametrize(("groups", "first"), [(4, Shard(0, 1, 4)), (8, OUT), (1, None)])
-def test_a_group_norm_keeps_its_groups_whole(groups, first):
-    found = split(nn.Conv2d(4, 8, 3), nn.GroupNorm(groups, 8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    assert found["0.weight"] == first
-    assert found["3.weight"].dim == (1 if first else 0)  # at the end of a chain a sum takes all
+@pytest.mark.parametrize(("groups", "kept"), [(3, 4), (6, 3)])
+def test_a_group_norm_keeps_its_groups_whole(groups, kept):
+    found = split(nn.Conv2d(4, 6, 3), nn.GroupNorm(groups, 6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    assert rows(found["0.weight"], 6) == (0, list(range(kept)))
+    assert rows(found["1.weight"], 6) == (0, list(range(kept)))
+    assert rows(found["3.weight"], 6) == (1, list(range(kept)))
+
+
+def test_a_norm_over_all_channels_splits_none():
+    found = split(nn.Conv2d(4, 6, 3), nn.GroupNorm(1, 6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    assert found["0.weight"] is None
+    assert found["3.weight"] == OUT  # at the end of the chain a sum takes all
 
 
 def test_the_halves_of_a_gate_are_split_alike():

@@ -71,6 +71,7 @@ class Spreader:
         rows: of all ranks.
         values: of the local program; new ones come from `scratch`.
         scratch: a local value of a dtype and shape that is a part of no global one.
+        known: what was read before, by (value, rows, dim, fill): a backward op reads it again.
     """
 
     halo: Halo
@@ -79,6 +80,7 @@ class Spreader:
     rows: Spans
     values: Sequence[Value]
     scratch: Callable[[Value], int]
+    known: dict[tuple[int, Spans, int, float], int]
 
     def write(self, op: Op) -> list[Op]:
         """The ops in place of a local one."""
@@ -114,13 +116,16 @@ class Spreader:
 
     def _read(self, op: Op, x: int) -> tuple[list[Op], int]:
         """Fetch the rows that windows cover, and pad where they cover none."""
+        key = (x, self.rows, self.halo.dim, self.halo.fill)
+        if key in self.known:
+            return [], self.known[key]
         low, high = self.rows.read[self.member]
-        fetched = self.scratch(self._sized(x, high - low))
+        fetched = self.known[key] = self.scratch(self._sized(x, high - low))
         ops = [self._exchange(op, x, fetched, gives=False)]
         before, after = self.rows.beyond[self.member]
         if not self._pads:
             return ops, fetched
-        padded = self.scratch(self._sized(x, before + high - low + after))
+        padded = self.known[key] = self.scratch(self._sized(x, before + high - low + after))
         ops.append(self._padded(op, fetched, padded, (before, after), self.halo.fill))
         return ops, padded
 

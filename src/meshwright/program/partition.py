@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
-from meshwright.program.halo import Spreader, spans
+from meshwright.program.halo import Spans, Spreader, spans
 from meshwright.program.layout import Layout, Partial, Placement, Shard, local_shape, slab
 from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
@@ -102,6 +102,7 @@ class _Writer:
         # What was exchanged is dense; a view that was one of the whole may need a copy then.
         self.restrides = any(a.size > 1 and a.name not in SAMPLE_AXES for a in axes)
         self.early: Mapping[str, frozenset[int]] = {}
+        self.read: dict[tuple[int, Spans, int, float], int] = {}
 
     def new(self, value: int, layout: Layout, scope: tuple[str, str] | None = None) -> int:
         """A local value for the global one under `layout`; the first is where the value lies."""
@@ -247,7 +248,8 @@ class _Writer:
         made = op.inputs[0] if halo.gradient is not None else op.results[0]
         rows, size = values[op.inputs[halo.operand]].shape, self.sizes[axis]
         found = spans(halo, rows[halo.dim], values[made].shape[halo.dim], size)
-        return Spreader(halo, axis, self.coordinates[axis], found, self.values, self.scratch)
+        here = self.coordinates[axis]
+        return Spreader(halo, axis, here, found, self.values, self.scratch, self.read)
 
     def scratch(self, value: Value) -> int:
         """A local value that is a part of no global one."""

@@ -18,7 +18,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.mesh import Axis
 from meshwright.program.layout import REPLICATED, Layout, Placement, Shard, disjoint
 from meshwright.program.program import Program
-from meshwright.program.rules import Carry, Rule, carry_of, placed, rule_of, shard_of
+from meshwright.program.rules import Carry, Dim, Rule, carry_of, placed, rule_of, shard_of
 
 __all__ = ["Completed", "propagate"]
 
@@ -176,8 +176,7 @@ class _Search:
         votes: dict[Carry, int] = {}
         rule = self.rules[number]
         for value, dims in zip(self.program.ops[number].inputs, rule.operands, strict=True):
-            shard = self.place.get(value)
-            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
+            carry = self._carry(rule, dims, value)
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
         return self._choose(number, votes)
@@ -189,11 +188,21 @@ class _Search:
         votes: dict[Carry, int] = {}
         rule = self.rules[number]
         for value, dims in zip(self.program.ops[number].results, rule.results, strict=True):
-            shard = self.place.get(value)
-            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
+            carry = self._carry(rule, dims, value)
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
         return self._choose(number, votes)
+
+    def _carry(self, rule: Rule, dims: tuple[Dim, ...], value: int) -> Carry | None:
+        """The factor that an operand's or result's shard falls into."""
+        shard = self.place.get(value)
+        if not isinstance(shard, Shard):
+            return None
+        if shard.outer == 1 and any((factor,) == dims[shard.dim] for factor, _ in rule.halos):
+            # Rows in even blocks are rows.
+            granules = shard.granules(self.program.values[value].shape[shard.dim])
+            shard = Shard(shard.dim) if granules % self.axis.size == 0 else shard
+        return carry_of(rule, dims, shard)
 
     def _choose(self, number: int, votes: Mapping[Carry, int]) -> bool:
         if not votes:

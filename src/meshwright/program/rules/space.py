@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from meshwright.program.program import Arg, Value
 from meshwright.program.rules.factor import Dim, OpView, Rule, RuleMaker, einsum, made, whole
-from meshwright.program.rules.windows import Windows, windowed
+from meshwright.program.rules.windows import Windows, blocked, windowed
 
 __all__ = ["RULES"]
 
@@ -51,6 +51,8 @@ def _convolution(view: OpView) -> Rule:
     if not transposed:
         kernel = view.operands[1].shape[2:]
         rule = windowed(view, rule, Windows(kernel, stride=3, padding=4, dilation=5), [0], [0])
+    elif _apart(view, 3):
+        rule = blocked(view, rule, ((0,), ()), ((), (0,)))
     if groups == 1:
         return rule
 
@@ -58,6 +60,17 @@ def _convolution(view: OpView) -> Rule:
         return (*args[:8], results[0].shape[1] // sizes[_OUT])
 
     return replace(rule, whole=frozenset({_OUT}), arguments=local)
+
+
+def _apart(view: OpView, stride: int) -> bool:
+    """Whether each row of a transposed convolution's input makes rows that no other one does.
+
+    Its arguments follow one another from `stride`.
+    """
+    weight = view.operands[-1 if stride == 4 else 1].shape[2:]
+    kernel = view.numbers(stride) == weight
+    bare = not any((*(view.numbers(stride + 1) or ()), *(view.numbers(stride + 4) or ())))
+    return kernel and bare and set(view.numbers(stride + 2) or ()) == {1}
 
 
 def _convolution_backward(view: OpView) -> Rule:
@@ -94,7 +107,8 @@ def _convolution_backward(view: OpView) -> Rule:
         arguments=local,
     )
     if transposed:
-        return rule
+        small = [0] if view.op.outputs[0] is not None else []
+        return blocked(view, rule, ((1,), small), ((0,), ())) if _apart(view, 4) else rule
     kernel = view.operands[2].shape[2:]
     windows = Windows(kernel, stride=4, padding=5, dilation=6, backward=True)
     return windowed(view, rule, windows, [0, 1], [0] if view.op.outputs[0] is not None else [])
@@ -170,6 +184,26 @@ def _plain_planes(space: int, *, linear: bool) -> RuleMaker:
     return rule
 
 
+def _nearest(space: int) -> RuleMaker:
+    """upsample_nearest(x, size, ..): a row becomes a block of rows where the size is a multiple."""
+    plain = _plain_planes(space, linear=True)
+
+    def rule(view: OpView) -> Rule:
+        backward = view.op.base.endswith("_backward")
+        found = plain(view)
+        small, large = (((), (0,)), ((0,), ())) if backward else (((0,), ()), ((), (0,)))
+
+        def local(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
+            made = results[0].shape[2:]
+            times = zip(view.operands[0].shape[2:], view.results[0].shape[2:], strict=True)
+            read = tuple(n * a // b for n, (a, b) in zip(made, times, strict=True))
+            return (args[0], read if backward else made, *args[2:])
+
+        return replace(blocked(view, found, small, large), arguments=local)
+
+    return rule
+
+
 def _gathered(joined: int, apart: int) -> RuleMaker:
     """Channels and what stands beside them in one dim: pixels of a block, taps of a window.
 
@@ -210,20 +244,18 @@ def _grid_backward(view: OpView) -> Rule:
 
 
 _LINEAR = {
-    1: ("reflection_pad1d", "replication_pad1d", "upsample_nearest1d", "upsample_linear1d"),
+    1: ("reflection_pad1d", "replication_pad1d", "upsample_linear1d"),
     2: (
         "avg_pool2d",
         "_adaptive_avg_pool2d",
         "reflection_pad2d",
         "replication_pad2d",
-        "upsample_nearest2d",
         "upsample_bilinear2d",
         "upsample_bicubic2d",
     ),
     3: (
         "avg_pool3d",
         "_adaptive_avg_pool3d",
-        "upsample_nearest3d",
         "upsample_trilinear3d",
     ),
 }
@@ -241,6 +273,11 @@ RULES: dict[str, RuleMaker] = {
         for linear, table in ((True, _LINEAR), (False, _OTHER))
         for space, names in table.items()
         for name in names
+        for suffix in ("", "_backward")
+    },
+    **{
+        f"aten.upsample_nearest{space}d{suffix}": _nearest(space)
+        for space in (1, 2, 3)
         for suffix in ("", "_backward")
     },
     "aten.pixel_shuffle": _gathered(0, 1),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.program.rules.factor import Dim, Halo, OpView, Rule
 
-__all__ = ["Windows", "windowed"]
+__all__ = ["Windows", "blocked", "windowed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,15 @@ def windowed(
         halos.append((factor, halo))
         for tensors, places in ((operands, reads), (results, makes)):
             for place in places:
-                tensors[place] = _with(tensors[place], halo.dim, factor)
+                tensors[place] = _with(tensors[place], halo.dim, (factor,))
     return replace(
         rule, sizes=tuple(sizes), operands=tuple(operands), results=tuple(results),
         halos=tuple(halos),
     )  # fmt: skip
 
 
-def _with(dims: tuple[Dim, ...], dim: int, factor: int) -> tuple[Dim, ...]:
-    return (*dims[:dim], (factor,), *dims[dim + 1 :])
+def _with(dims: tuple[Dim, ...], dim: int, factors: Dim) -> tuple[Dim, ...]:
+    return (*dims[:dim], factors, *dims[dim + 1 :])
 
 
 def _halos(view: OpView, windows: Windows) -> list[Halo]:
@@ -103,3 +103,43 @@ def _halos(view: OpView, windows: Windows) -> list[Halo]:
             )
         )
     return found
+
+
+def blocked(
+    view: OpView,
+    rule: Rule,
+    small: tuple[Sequence[int], Sequence[int]],
+    large: tuple[Sequence[int], Sequence[int]],
+) -> Rule:
+    """The rule where each row of some tensors is a block of rows of others: enlarged images.
+
+    Args:
+        view: of the op.
+        rule: in which space is whole.
+        small: (operands, results) that have the rows.
+        large: (operands, results) that have blocks in place of them.
+    """
+
+    def shapes(places: tuple[Sequence[int], Sequence[int]]) -> list[tuple[int, ...]]:
+        return [view.operands[k].shape for k in places[0]] + [
+            view.results[k].shape for k in places[1]
+        ]
+
+    operands, results, sizes = list(rule.operands), list(rule.results), list(rule.sizes)
+    rows, wide = shapes(small)[0], shapes(large)[0]
+    kept = set(rule.whole)
+    for dim in range(2, len(rows)):
+        if rows[dim] < 2 or wide[dim] % rows[dim]:
+            continue
+        row, block = len(sizes), len(sizes) + 1
+        times = wide[dim] // rows[dim]
+        sizes += [rows[dim], times]
+        kept.add(block)
+        for places, factors in ((small, (row,)), (large, (row, block) if times > 1 else (row,))):
+            for tensors, some in ((operands, places[0]), (results, places[1])):
+                for place in some:
+                    tensors[place] = _with(tensors[place], dim, factors)
+    return replace(
+        rule, sizes=tuple(sizes), operands=tuple(operands), results=tuple(results),
+        whole=frozenset(kept),
+    )  # fmt: skip
