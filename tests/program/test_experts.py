@@ -171,9 +171,9 @@ def test_a_program_without_experts_stays_as_it_was(plain):
 # ── over the axis `expert` ───────────────────────────────────────────────────────────────────────
 
 
-def cut(program, axes):
+def cut(program, axes, *, split=True):
     """Every rank's program; tokens are split over all axes, weights of experts over `expert`."""
-    rows = Layout.of(axes, {axis.name: Shard(0) for axis in axes})
+    rows = Layout.of(axes, {axis.name: Shard(0) for axis in axes if split})
     held = Layout.of(axes, {"expert": Shard(0)})
     pinned = {
         value: {"up": held, "down": held, "bias": REPLICATED}.get(name, rows)
@@ -186,9 +186,9 @@ def cut(program, axes):
     return [routed(local, axes) for local in locals_], pinned, outputs
 
 
-def check_everywhere(program, axes, given_):
+def check_everywhere(program, axes, given_, *, split=True):
     wanted = run_global(program, given_)
-    locals_, pinned, outputs = cut(program, axes)
+    locals_, pinned, outputs = cut(program, axes, split=split)
     mesh = Mesh((StageMesh(tuple(axes)),))
     parts = {n: local_parts(given_[n], pinned[v], axes) for n, v in program.inputs}
     exchanges = [
@@ -253,10 +253,10 @@ def _moving_rows(program):
     }
 
 
-def test_where_tokens_are_whole_nothing_travels(sent):
-    completed = propagate(sent, MESHES[0], {value: REPLICATED for _, value in sent.inputs})
-    local = routed(partition(sent, completed, MESHES[0], {"expert": 0}, {}), MESHES[0])
-    assert not COLLECTIVES & {op.name for op in local.program.ops}
+def test_where_there_are_too_few_samples_weights_are_gathered(sent):
+    given_ = tensors(9, [k % EXPERTS for k in range(ROWS)])
+    programs = check_everywhere(sent, MESHES[0], given_, split=False)
+    assert {op.name for op in programs[0].ops} & COLLECTIVES == {"comm.all_gather"}
 
 
 def test_a_collective_may_not_cut_rows_that_were_dispatched(sent):
