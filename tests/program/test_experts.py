@@ -60,7 +60,8 @@ def mixture(gather, restore, *, stable=False, bias=False, mixed=False, summed=Fa
     """Loss and gradients of a layer of experts as models write it."""
 
     def function(inputs):
-        named = {n: t.detach().requires_grad_(n != "ids") for n, t in inputs.items() if n != "ids"}
+        weights = {n: t for n, t in inputs.items() if t.is_floating_point()}
+        named = {n: t.detach().requires_grad_() for n, t in weights.items()}
         x, up, down, scores = (named[n] for n in ("x", "up", "down", "scores"))
         ids, order = torch.sort(inputs["ids"], stable=stable)
         counts = torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1)
@@ -94,6 +95,8 @@ def tensors(seed, ids):
         "down": some(EXPERTS, INNER, WIDTH),
         "scores": some(ROWS),
         "bias": some(EXPERTS, INNER),
+        "flat": some(ROWS, WIDTH),
+        "others": torch.tensor(ids).roll(1),
     }
 
 
@@ -176,11 +179,11 @@ def cut(program, axes, *, split=True):
     rows = Layout.of(axes, {axis.name: Shard(0) for axis in axes if split})
     held = Layout.of(axes, {"expert": Shard(0)})
     pinned = {
-        value: {"up": held, "down": held, "bias": REPLICATED}.get(name, rows)
+        value: held if name in ("up", "down") else REPLICATED if name == "bias" else rows
         for name, value in program.inputs
     }
     completed = propagate(program, axes, pinned)
-    wanted = {"x": rows, "scores": rows, "out": rows, "up": held, "down": held}
+    wanted = dict.fromkeys(("x", "scores", "out", "flat"), rows) | {"up": held, "down": held}
     outputs = {name: wanted.get(name, REPLICATED) for name, _ in program.outputs}
     locals_ = [partition(program, completed, axes, here, outputs) for here in everywhere(axes)]
     return [routed(local, axes) for local in locals_], pinned, outputs
@@ -237,6 +240,30 @@ def test_sizes_among_arguments_are_of_the_rows_that_came():
     given_ = tensors(8, [k % 5 // 2 for k in range(ROWS)])
     programs = check_everywhere(program, MESHES[0], given_)
     assert [op.name for op in programs[0].ops].count("comm.exchange") == 4
+
+
+def two_layers(inputs):
+    """One expert for a row, one layer right after the other, and ids of their own."""
+    x, up, down = (inputs[n].detach().requires_grad_() for n in ("flat", "up", "down"))
+    out = x
+    for name in ("ids", "others"):
+        ids, order = torch.sort(inputs[name])
+        counts = torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        rows = torch.tanh(torch.nn.functional.grouped_mm(out[order], up, offs=ends))
+        rows = torch.nn.functional.grouped_mm(rows, down, offs=ends)
+        out = out + rows[order.argsort()]
+    loss = (out * torch.sin(out)).sum()
+    found = torch.autograd.grad(loss, (x, up, down))
+    return {"loss": loss, "out": out, **dict(zip(("flat", "up", "down"), found, strict=True))}
+
+
+@settings(max_examples=6, deadline=None)
+@given(ids=some_ids, axes=st.sampled_from(MESHES))
+def test_layers_whose_rows_are_those_of_each_other(ids, axes):
+    program = dispatched(unsorted_experts(traced(two_layers)))
+    assert "aten.sort" not in bases(program)
+    check_everywhere(program, axes, tensors(7, ids))
 
 
 def test_nothing_else_of_the_rows_travels(sent):
