@@ -16,7 +16,7 @@ from meshwright.compile.draw import position_operand
 from meshwright.compile.inductor import require_compiler
 from meshwright.compile.lower import lower
 from meshwright.errors import UsageError, UserCodeError
-from meshwright.program.program import Op, Program, Ref, Value
+from meshwright.program.program import Op, Program, Ref, Symbol, Value
 from tests.run.jobs import alone, close, job, losses, on_ranks, weights
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -140,3 +140,24 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
 @pytest.mark.slow
 def test_with_a_compiler_nothing_is_said():
     require_compiler()
+
+
+def test_what_has_as_many_rows_as_come_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(inductor, "compile_module", lambda *_: pytest.fail("it was compiled"))
+    args = (Ref(1), Ref(2), Ref(3), True)
+    ops = (
+        op("meshwright.expert_ids.default", Ref(0), out=2),
+        op("meshwright.expert_mm.default", *args, out=4),
+        op("aten.expand.default", Ref(4), (Symbol("rows", "first operand"), 6), out=5),
+    )
+    counts, ids, wide = Value("int64", (2, 2)), Value("int64", (4,)), Value("float32", (2, 6, 1))
+    values = (counts, F32, ids, wide, Value("float32", (4, 1)), F32)
+    inputs = (("counts", 0), ("x", 1), ("weights", 3))
+    segment = lower(Program(values, inputs, ops, (("y", 5),)), {}, compiled=True)
+    weights_ = torch.stack([torch.ones(6, 1), torch.full((6, 1), 2.0)])
+    for counts_ in ([[1, 0], [2, 3]], [[0, 0], [0, 1]]):
+        rows = sum(map(sum, counts_))
+        (found,) = segment(torch.tensor(counts_), torch.ones(rows, 6), weights_)
+        experts = [k for row in counts_ for k, count in enumerate(row) for _ in range(count)]
+        assert found.shape == (rows, 6)
+        assert found[:, 0].tolist() == [6.0 * (k + 1) for k in experts]

@@ -101,7 +101,8 @@ class Case:
     def rounded(self, plan_text: str, steps: int = 2) -> dict[str, Any]:
         """The outcome of a plan as it computes, its rounding against that of the reference."""
         plan = Plan.parse(plan_text)
-        trial = Trial.of(self.job, plan, plan.data or 2, "float32")
+        ranks = plan.ranks if plan.data is not None else 2 * plan.ranks
+        trial = Trial.of(self.job, plan, ranks, "float32")
         self.shared(trial.build)
         return try_local(trial, steps)
 

@@ -11,10 +11,13 @@ from itertools import product
 
 import pytest
 
+from meshwright.compile.collective import unpack
 from meshwright.errors import PlanError
 from meshwright.program.layout import Shard
 from meshwright.program.partition import COLLECTIVES
+from meshwright.run import executor
 from meshwright.run.form import first_micros
+from meshwright.run.lockstep import first_difference
 from tests.equal.families import llama
 from tests.equal.harness import Case, assert_equal, unruled
 from tests.equal.mixtures import MIXTURES
@@ -91,6 +94,19 @@ def test_rows_travel_four_times(case, name):
     split = {n for n, s in build.states.items() if s.work.on("expert") == Shard(0)}
     assert len(split) == 2
     assert all(".experts." in name for name in split)
+
+
+def test_rows_that_come_back_in_another_order_are_told(case, monkeypatch):
+    def turned(bucket, parts):
+        return unpack(bucket, parts[::-1] if bucket.op == "exchange" else parts)
+
+    monkeypatch.setattr(executor, "unpack", turned)
+    assert not case("mixtral").verify("data=1,expert=2", steps=1).passed
+
+
+def test_ranks_that_are_right_differ_nowhere(case):
+    build = case("mixtral").build("data=1,expert=2")
+    assert first_difference(build, case("mixtral").workers(build)) is None
 
 
 def test_every_op_of_a_mixture_has_a_rule(case):

@@ -60,7 +60,8 @@ def mixture(gather, restore, *, stable=False, bias=False, mixed=False, summed=Fa
     """Loss and gradients of a layer of experts as models write it."""
 
     def function(inputs):
-        named = {n: t.detach().requires_grad_(n != "ids") for n, t in inputs.items() if n != "ids"}
+        weights = {n: t for n, t in inputs.items() if t.is_floating_point()}
+        named = {n: t.detach().requires_grad_() for n, t in weights.items()}
         x, up, down, scores = (named[n] for n in ("x", "up", "down", "scores"))
         ids, order = torch.sort(inputs["ids"], stable=stable)
         counts = torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1)
@@ -94,6 +95,8 @@ def tensors(seed, ids):
         "down": some(EXPERTS, INNER, WIDTH),
         "scores": some(ROWS),
         "bias": some(EXPERTS, INNER),
+        "flat": some(ROWS, WIDTH),
+        "others": torch.tensor(ids).roll(1),
     }
 
 
@@ -171,24 +174,24 @@ def test_a_program_without_experts_stays_as_it_was(plain):
 # ── over the axis `expert` ───────────────────────────────────────────────────────────────────────
 
 
-def cut(program, axes):
+def cut(program, axes, *, split=True):
     """Every rank's program; tokens are split over all axes, weights of experts over `expert`."""
-    rows = Layout.of(axes, {axis.name: Shard(0) for axis in axes})
+    rows = Layout.of(axes, {axis.name: Shard(0) for axis in axes if split})
     held = Layout.of(axes, {"expert": Shard(0)})
     pinned = {
-        value: {"up": held, "down": held, "bias": REPLICATED}.get(name, rows)
+        value: held if name in ("up", "down") else REPLICATED if name == "bias" else rows
         for name, value in program.inputs
     }
     completed = propagate(program, axes, pinned)
-    wanted = {"x": rows, "scores": rows, "out": rows, "up": held, "down": held}
+    wanted = dict.fromkeys(("x", "scores", "out", "flat"), rows) | {"up": held, "down": held}
     outputs = {name: wanted.get(name, REPLICATED) for name, _ in program.outputs}
     locals_ = [partition(program, completed, axes, here, outputs) for here in everywhere(axes)]
     return [routed(local, axes) for local in locals_], pinned, outputs
 
 
-def check_everywhere(program, axes, given_):
+def check_everywhere(program, axes, given_, *, split=True):
     wanted = run_global(program, given_)
-    locals_, pinned, outputs = cut(program, axes)
+    locals_, pinned, outputs = cut(program, axes, split=split)
     mesh = Mesh((StageMesh(tuple(axes)),))
     parts = {n: local_parts(given_[n], pinned[v], axes) for n, v in program.inputs}
     exchanges = [
@@ -239,6 +242,30 @@ def test_sizes_among_arguments_are_of_the_rows_that_came():
     assert [op.name for op in programs[0].ops].count("comm.exchange") == 4
 
 
+def two_layers(inputs):
+    """One expert for a row, one layer right after the other, and ids of their own."""
+    x, up, down = (inputs[n].detach().requires_grad_() for n in ("flat", "up", "down"))
+    out = x
+    for name in ("ids", "others"):
+        ids, order = torch.sort(inputs[name])
+        counts = torch.histc(ids.float(), EXPERTS, 0, EXPERTS - 1)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        rows = torch.tanh(torch.nn.functional.grouped_mm(out[order], up, offs=ends))
+        rows = torch.nn.functional.grouped_mm(rows, down, offs=ends)
+        out = out + rows[order.argsort()]
+    loss = (out * torch.sin(out)).sum()
+    found = torch.autograd.grad(loss, (x, up, down))
+    return {"loss": loss, "out": out, **dict(zip(("flat", "up", "down"), found, strict=True))}
+
+
+@settings(max_examples=6, deadline=None)
+@given(ids=some_ids, axes=st.sampled_from(MESHES))
+def test_layers_whose_rows_are_those_of_each_other(ids, axes):
+    program = dispatched(unsorted_experts(traced(two_layers)))
+    assert "aten.sort" not in bases(program)
+    check_everywhere(program, axes, tensors(7, ids))
+
+
 def test_nothing_else_of_the_rows_travels(sent):
     locals_, _, _ = cut(sent, MESHES[0])
     assert _moving_rows(locals_[0].program) == {"comm.exchange"}
@@ -253,10 +280,10 @@ def _moving_rows(program):
     }
 
 
-def test_where_tokens_are_whole_nothing_travels(sent):
-    completed = propagate(sent, MESHES[0], {value: REPLICATED for _, value in sent.inputs})
-    local = routed(partition(sent, completed, MESHES[0], {"expert": 0}, {}), MESHES[0])
-    assert not COLLECTIVES & {op.name for op in local.program.ops}
+def test_where_there_are_too_few_samples_weights_are_gathered(sent):
+    given_ = tensors(9, [k % EXPERTS for k in range(ROWS)])
+    programs = check_everywhere(sent, MESHES[0], given_, split=False)
+    assert {op.name for op in programs[0].ops} & COLLECTIVES == {"comm.all_gather"}
 
 
 def test_a_collective_may_not_cut_rows_that_were_dispatched(sent):

@@ -68,8 +68,9 @@ def lower(
 
 
 def _ragged(op: Op) -> bool:
-    """Whether it reads rows that were dispatched: each time others, for which nothing is made."""
-    return op.base.startswith("meshwright.expert_mm") and op.args[-1] is True
+    """Whether its rows are as many as come: each time others, for which nothing is compiled."""
+    routed = op.base.startswith("meshwright.expert_mm") and op.args[-1] is True
+    return routed or op.base == "meshwright.expert_ids"
 
 
 def _with_default(segment: Segment, dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:

@@ -15,7 +15,7 @@ nothing; `routed` makes of it what a rank does:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meshwright.errors import InternalError
@@ -49,44 +49,56 @@ def dispatched(program: Program) -> Program:
     for number, op in enumerate(program.ops):
         if op.base in _ROWS:
             layers.setdefault(op.inputs[_IDS_OF[op.base]], []).append(number)
+    if not layers:
+        return program
+    graph = _Graph(program, program.readers(), program.producers())
     inside: dict[int, int] = {}
     for ids, products in layers.items():
-        inside |= dict.fromkeys(_between(program, products), ids)
-    return _Dispatcher(program, inside).run() if inside else program
+        inside |= dict.fromkeys(graph.between(products, inside), ids)
+    experts = {ids: _count(program, program.ops[found[0]]) for ids, found in layers.items()}
+    return _Dispatcher(program, inside, experts).run()
 
 
-def _between(program: Program, products: Sequence[int]) -> set[int]:
-    """The products, and the ops on rows that are on a way from one to another."""
-    ops, readers, makers = program.ops, program.readers(), program.producers()
-    made = [v for n in products if ops[n].base == _MM for v in ops[n].results]
-    read = [ops[n].inputs[place] for n in products for place in _ROWS[ops[n].base]]
-    after = _reached(program, made, lambda v: readers.get(v, ()), lambda op: op.results)
-    before = _reached(
-        program, read, lambda v: [makers[v]] if v in makers else [], lambda op: op.inputs
-    )
-    return {*products, *(after & before)}
+def _count(program: Program, product: Op) -> int:
+    """How many experts a product has."""
+    weights = product.inputs[2] if product.base == _MM else product.results[0]
+    return program.values[weights].shape[0]
 
 
-def _reached(
-    program: Program,
-    values: Iterable[int],
-    ops_of: Callable[[int], Iterable[int]],
-    values_of: Callable[[Op], Iterable[int]],
-) -> set[int]:
-    """The ops on rows that one comes to from these rows."""
-    found: set[int] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        for number in ops_of(value):
-            op = program.ops[number]
-            if number in found or op.base in _ROWS:
-                continue
-            rows = _rows_of(op, rule_of(op, program.values), value, program)
-            if rows:
-                found.add(number)
-                waiting += [v for v in values_of(op) if v in rows]
-    return found
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A program, who reads its values and who makes them."""
+
+    program: Program
+    readers: Mapping[int, Sequence[int]]
+    makers: Mapping[int, int]
+
+    def between(self, products: Sequence[int], taken: Mapping[int, int]) -> set[int]:
+        """The products, and the ops on rows that are on a way from one to another."""
+        ops = self.program.ops
+        made = [v for n in products if ops[n].base == _MM for v in ops[n].results]
+        read = [ops[n].inputs[place] for n in products for place in _ROWS[ops[n].base]]
+        after, before = self.reached(made, taken, onward=True), self.reached(read, taken)
+        return {*products, *(after & before)}
+
+    def reached(
+        self, values: Iterable[int], taken: Mapping[int, int], *, onward: bool = False
+    ) -> set[int]:
+        """The ops on rows that one comes to from these, by what reads them or what makes them."""
+        found: set[int] = set()
+        waiting = list(values)
+        while waiting:
+            value = waiting.pop()
+            makers = (self.makers[value],) if value in self.makers else ()
+            for number in self.readers.get(value, ()) if onward else makers:
+                op = self.program.ops[number]
+                if number in found or number in taken or op.base in _ROWS:
+                    continue
+                rows = _rows_of(op, rule_of(op, self.program.values), value, self.program)
+                if rows:
+                    found.add(number)
+                    waiting += [v for v in (op.results if onward else op.inputs) if v in rows]
+        return found
 
 
 def _rows_of(op: Op, rule: Rule, value: int, program: Program) -> frozenset[int]:
@@ -109,64 +121,72 @@ class _Dispatcher:
     """Writes dispatches before and combines after the ops `inside`, which are given by their ids.
 
     Attributes:
+        experts: how many there are, by ids.
         there: (value, ids) -> the same rows where their experts are.
+        known: ids -> the experts of the rows that are there.
     """
 
     program: Program
-    inside: dict[int, int]
+    inside: Mapping[int, int]
+    experts: Mapping[int, int]
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     there: dict[tuple[int, int], int] = field(default_factory=dict)
+    known: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> Program:
         """The program."""
         self.values += self.program.values
-        wanted = {value for _, value in self.program.outputs}
+        readers: dict[int, set[int | None]] = {v: {None} for _, v in self.program.outputs}
         for number, op in enumerate(self.program.ops):
-            if number not in self.inside:
-                wanted.update(op.inputs)
+            for value in op.inputs:
+                readers.setdefault(value, set()).add(self.inside.get(number))
         for number, op in enumerate(self.program.ops):
             if number in self.inside:
-                self.move(op, self.inside[number], wanted)
+                self.move(op, self.inside[number], readers)
             else:
                 self.ops.append(op)
         return replace(self.program, values=tuple(self.values), ops=tuple(self.ops))
 
-    def move(self, op: Op, ids: int, wanted: set[int]) -> None:
-        """An op on rows where their experts are."""
-        experts = self.experts(ids)
-        if op.base in _ROWS:
-            rows = frozenset(op.inputs[place] for place in _ROWS[op.base])
-            rows |= frozenset(op.results) if op.base == _MM else frozenset()
-        else:
-            rule = rule_of(op, self.program.values)
-            value = next(v for v in (*op.inputs, *op.results) if (v, ids) in self.there)
-            rows = _rows_of(op, rule, value, self.program)
+    def move(self, op: Op, ids: int, readers: Mapping[int, set[int | None]]) -> None:
+        """An op on rows where their experts are; back where others read what it makes."""
+        experts, rows = self.experts[ids], self.rows(op, ids)
         for value in op.inputs:
             if value in rows and (value, ids) not in self.there:
-                self.write(_DISPATCH, (Ref(value), Ref(ids), experts), value, ids, op)
-            if value == ids and (ids, ids) not in self.there:
-                self.write(_IDS, (Ref(ids), experts), ids, ids, op)
-        there = {v: self.there[v, ids] for v in op.inputs if (v, ids) in self.there}
+                dispatch = (Ref(value), Ref(ids), experts)
+                self.ops.append(
+                    _like(op, f"{_DISPATCH}.default", dispatch, (self.new(value, ids),))
+                )
+        there = {v: self.there[v, ids] for v in op.inputs if v in rows}
+        if op.base in _ROWS:
+            there[ids] = self.told(ids, op)
         args, kwargs = map_refs((op.args, op.kwargs), lambda v: there.get(v, v))
         if op.base in _ROWS:
             args = (*args[:-1], True)
         outputs = tuple(self.new(v, ids) if v in rows else v for v in op.outputs)
         self.ops.append(replace(op, args=args, kwargs=kwargs, outputs=outputs))
         for value in op.results:
-            if value in rows and value in wanted:
+            if value in rows and readers.get(value, set()) - {ids}:
                 back = (Ref(self.there[value, ids]), Ref(ids), experts)
                 self.ops.append(_like(op, f"{_COMBINE}.default", back, (value,)))
 
-    def experts(self, ids: int) -> int:
-        """How many there are."""
-        for number, other in self.inside.items():
-            op = self.program.ops[number]
-            if other == ids and op.base == _MM:
-                return self.program.values[op.inputs[2]].shape[0]
-            if other == ids and op.base == _WEIGHT:
-                return self.program.values[op.results[0]].shape[0]
-        raise InternalError(f"no product reads the ids {ids}")
+    def rows(self, op: Op, ids: int) -> frozenset[int]:
+        """The operands and results that are rows."""
+        if op.base in _ROWS:
+            read = {op.inputs[place] for place in _ROWS[op.base]}
+            return frozenset(read | set(op.results if op.base == _MM else ()))
+        rule = rule_of(op, self.program.values)
+        value = next(v for v in (*op.inputs, *op.results) if (v, ids) in self.there)
+        return _rows_of(op, rule, value, self.program)
+
+    def told(self, ids: int, op: Op) -> int:
+        """The experts of the rows that are there."""
+        if ids not in self.known:
+            self.values.append(self.program.values[ids])
+            self.known[ids] = len(self.values) - 1
+            args = (Ref(ids), self.experts[ids])
+            self.ops.append(_like(op, f"{_IDS}.default", args, (self.known[ids],)))
+        return self.known[ids]
 
     def new(self, value: int | None, ids: int) -> int:
         """A value like another, which it is where its experts are."""
@@ -174,10 +194,6 @@ class _Dispatcher:
         self.values.append(self.program.values[value])
         self.there[value, ids] = len(self.values) - 1
         return self.there[value, ids]
-
-    def write(self, name: str, args: tuple[Arg, ...], value: int, ids: int, op: Op) -> None:
-        """Bring rows there."""
-        self.ops.append(_like(op, f"{name}.default", args, (self.new(value, ids),)))
 
 
 def _like(op: Op, name: str, args: tuple[Arg, ...], outputs: tuple[int, ...]) -> Op:

@@ -73,7 +73,8 @@ def zero_layouts(
 ) -> dict[str, StateLayouts]:
     """The layouts of every parameter's state under ZeRO stage `zero`.
 
-    It shards over the axis `data`, or over `shard` where there is one.
+    It shards over the axis `data`, or over `shard` where there is one; what `expert` does not split
+    already, over that too, since its ranks have samples of their own.
 
     Args:
         zero: 0 to 3.
@@ -83,25 +84,33 @@ def zero_layouts(
             no update that would move them; stage 3 shards them all the same.
         work: how the other axes split parameters; those not named are whole.
     """
-    sizes = {axis.name: axis.size for axis in axes}
-    over = "shard" if "shard" in sizes else "data"
-    parts = sizes.get(over, 1)
     found = {}
     for name, value in parameters.items():
         base = work.get(name, REPLICATED)
-        large = parts > 1 and value.bytes >= WHOLE_BELOW
-        dim = shard_dim(value.shape, parts, base) if large else None
-        shard = None if dim is None else Shard(dim)
+        shards = _shards(value, axes, base) if value.bytes >= WHOLE_BELOW else {}
         owed = {a.name: Partial() for a in axes if a.name in _SUMMED and a.size > 1}
         partial = Layout.of(axes, {**owed, **dict(base.placements)})
-        split = base.change(axes, over, shard)
+        split = Layout.of(axes, {**dict(base.placements), **shards})
         shards_state = zero >= (3 if name in still else 1)
         # Gradients of what stays whole are reduced once a step at any stage.
-        late = zero < 2 or shard is None or not shards_state
+        late = zero < 2 or not shards or not shards_state
         found[name] = StateLayouts(
             weights=split if zero == 3 else base,
-            gradients=partial if late else partial.change(axes, over, shard),
+            gradients=partial if late else Layout.of(axes, {**dict(partial.placements), **shards}),
             optimizer=split if shards_state else base,
             work=base,
         )
     return found
+
+
+def _shards(value: Value, axes: Sequence[Axis], work: Layout) -> dict[str, Shard]:
+    """Over which axes a parameter is sharded, and how: over as many as a dim is long enough for."""
+    sizes = {axis.name: axis.size for axis in axes}
+    over = ["shard" if "shard" in sizes else "data", "expert"]
+    over = [name for name in over if sizes.get(name, 1) > 1 and work.on(name) is None]
+    while over:
+        dim = shard_dim(value.shape, math.prod(sizes[name] for name in over), work)
+        if dim is not None:
+            return dict.fromkeys(over, Shard(dim))
+        over.pop()
+    return {}
