@@ -97,3 +97,53 @@ def test_batch_norm_in_micro_batches(mw, folder):
         normalize_over="4",
     )
     mw("train", "job.py").fails(2, "normalize_over=4", "microbatches=2")
+
+
+UNRULED = """
+@torch.library.custom_op("bad::scan", mutates_args=())
+def scan(x: torch.Tensor) -> torch.Tensor:
+    return torch.cumsum(x, 0)
+
+
+@scan.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+scan.register_autograd(lambda ctx, g: torch.flip(torch.cumsum(torch.flip(g, (0,)), 0), (0,)))
+
+
+class Scanned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.last(torch.ops.bad.scan(self.first(x)))
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_op_without_a_rule_that_would_gather_more_than_the_plan_allows(mw, folder, verb):
+    write_job(folder / "job.py", UNRULED, model="Scanned")
+    said = mw(verb, "job.py", "--plan", "data=2,max_fallback=0", "-n", 2).fails(
+        2,
+        "bad::scan at ",
+        "job.py:",
+        "has no rule",
+        "256 B a step" if verb == "verify" else "128 B a step",  # in float64
+        'mw.rule("bad::scan", "n a -> n a"',
+    )
+    assert "max_fallback=1" in said
+
+
+def test_a_plan_that_a_rank_has_no_memory_for(mw):
+    mw("plan", "job.py", "--plan", "data=2", "--memory", "100B").fails(
+        2, "plan data=2 needs ", "but there are 100 B", "weights", "fits"
+    )
+
+
+def test_a_plan_over_its_budget(mw):
+    mw("plan", "job.py", "--plan", "data=2", "--max-bytes", "10B").fails(
+        2, "moves ", "the budget is 10 B", "all_reduce over data", "to move less:"
+    )

@@ -168,6 +168,8 @@ def _cuts():
     yield Call("aten.select_scatter.default", (f(5, 6), f(6), 0, 2), label="row")
     yield Call("aten.cat.default", ([f(5, 4), f(5, 2)], 1))
     yield Call("aten.cat.default", ([f(5, 4), f(2, 4)],), label="rows")
+    yield Call("aten.cat.default", ([f(0), f(5, 4)], 1), label="with an empty one")
+    yield Call("aten.cat.default", ([f(5, 4), f(0), f(5, 2)], -1), label="with an empty between")
     yield Call("aten.constant_pad_nd.default", (x, (1, 2)))
     yield Call("aten.constant_pad_nd.default", (x, (0, -1, 0, 0), 3.0), label="cut, filled")
     yield Call("aten.constant_pad_nd.default", (x, (1, 1, 0, 0), 3.0), label="filled")

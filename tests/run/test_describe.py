@@ -11,6 +11,8 @@ import torch
 from meshwright.plan.plan import Plan
 from meshwright.run.describe import describe_run, explain, facts_of
 from meshwright.run.prepare import prepare
+from tests.laws.source import ROOT
+from tests.program.accounted import gpt
 from tests.run.jobs import alone, job, on_ranks, step
 
 
@@ -88,3 +90,33 @@ def test_facts_differ_where_runs_would():
         assert sum(one[key] != other[key] for key in one) == 1
     wide = dataclasses.replace(job(), model=lambda: torch.nn.Linear(8, 3))
     assert facts_of(alone(wide))["parameters"] != one["parameters"]
+
+
+def test_repeated_parameters_are_told_once_with_how_many_they_are():
+    told = explain(gpt(3), Plan.parse("zero3,data=2"), 2)
+    layouts = {entry["name"]: entry for entry in told["layouts"]}
+    assert layouts["blocks.*.mlp.up.weight"]["count"] == 3
+    assert layouts["head.weight"]["count"] == 1
+    assert sum(entry["count"] for entry in told["layouts"]) == len(told["parameters"])
+    assert sum(entry["count"] * entry["bytes"] for entry in told["layouts"]) == sum(
+        entry["bytes"] for entry in told["parameters"]
+    )
+
+
+def test_what_a_step_moves_is_added_up():
+    told = explain(gpt(1), Plan.parse("zero3,data=2"), 2)
+    rows, traffic = told["collectives"], told["traffic"]
+    assert traffic["bytes"] == sum(row["bytes"] for row in rows)
+    assert traffic["exposed_bytes"] == sum(row["exposed_bytes"] for row in rows)
+    assert traffic["calls"] == sum(row["count"] for row in rows)
+    assert 0 < traffic["messages"] < traffic["calls"], "they travel in buckets"
+
+
+def test_lines_are_told_from_the_working_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = explain(gpt(1), Plan.parse("tensor=2"), 2)
+    sources = {row["source"] for row in told["collectives"]}
+    sources |= {station["source"] for station in told["block"]["stations"]}
+    assert any(source.startswith("examples/gpt.py:") for source in sources)
+    assert not any(source.startswith("/") for source in sources)
+    assert json.loads(json.dumps(told)) == told | {"block": json.loads(json.dumps(told["block"]))}

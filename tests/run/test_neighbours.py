@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright.plan.check import Facts, check
 from meshwright.plan.plan import Plan
 from meshwright.run.describe import explain
-from meshwright.run.neighbours import alternatives, price, priced
+from meshwright.run.neighbours import lighter, price, priced, smaller
 from meshwright.run.prepare import prepare
 from tests.program.accounted import gpt
 from tests.run.jobs import job
@@ -26,27 +26,32 @@ from tests.run.jobs import job
 )
 def test_they_are_other_plans_for_as_many_ranks(data, tensor, zero, microbatches, batch):
     plan = Plan(data=data, tensor=tensor, zero=zero, microbatches=microbatches)
-    found = list(alternatives(plan, batch))
-    assert plan not in found
-    assert len(set(found)) == len(found) <= 16
-    for other in found:
-        assert other.ranks == plan.ranks
-        assert not other.zero or (other.data or 1) > 1
-        assert other.microbatches <= max(batch // other.data, plan.microbatches)
+    for found in (list(lighter(plan)), list(smaller(plan, batch))):
+        assert plan not in found
+        assert len(set(found)) == len(found) <= 12
+        for other in found:
+            assert other.ranks == plan.ranks
+            assert not other.zero or (other.data or 1) > 1
+            assert other.microbatches <= max(batch // data, plan.microbatches)
 
 
 def test_smaller_changes_come_first():
-    texts = [plan.text() for plan in alternatives(Plan(data=4), 32)]
-    assert texts[:3] == ["zero1,data=4", "zero2,data=4", "zero3,data=4"]
-    assert texts[3:7] == ["data=4,microbatches=2", "data=4,microbatches=4", "data=2,tensor=2",
-                          "data=1,tensor=4"]  # fmt: skip
-    assert texts[7:] == ["zero3,data=4,microbatches=2", "zero3,data=4,microbatches=4",
-                         "zero3,data=2,tensor=2"]  # fmt: skip
+    assert [plan.text() for plan in smaller(Plan(data=4), 32)] == [
+        "zero1,data=4", "zero2,data=4", "zero3,data=4", "data=4,microbatches=2",
+        "data=4,microbatches=4", "data=2,tensor=2", "data=1,tensor=4",
+        "zero3,data=4,microbatches=2", "zero3,data=4,microbatches=4", "zero3,data=2,tensor=2",
+    ]  # fmt: skip
+    assert [plan.text() for plan in lighter(Plan(data=2, tensor=2, zero=2, microbatches=3))] == [
+        "zero1,data=2,tensor=2,microbatches=3", "data=2,tensor=2,microbatches=3",
+        "zero2,data=2,tensor=2", "data=2,tensor=2", "zero2,data=4,microbatches=3",
+        "data=1,tensor=4,microbatches=3",
+    ]  # fmt: skip
 
 
 def test_hybrid_groups_that_no_longer_divide_are_dropped():
-    found = {p.text() for p in alternatives(Plan(data=4, shard=4, zero=3), 32)}
+    found = {p.text() for p in smaller(Plan(data=4, shard=4, zero=2), 32)}
     assert "zero3,data=2,tensor=2" in found
+    assert "zero3,data=4,shard=4" in found
     assert all(not check(Plan.parse(text), Facts(4, 32)) for text in found)
 
 

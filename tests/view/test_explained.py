@@ -69,3 +69,9 @@ def test_an_empty_record_is_told_in_two_lines() -> None:
         "No op's operands wanted different splits.",
         "Every op has a rule.",
     ]
+
+
+def test_a_long_name_has_a_line_of_its_own() -> None:
+    lines = printed(run_record(4, 1, depth=8), 48)
+    at = lines.index("blocks.*.mlp.up.weight")
+    assert lines[at + 1] == "×8 768 × 192 the same 768/data × 192"

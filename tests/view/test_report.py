@@ -20,7 +20,7 @@ from meshwright.view.folder import Folder
 from meshwright.view.history import parse_history
 from meshwright.view.report import render_report, write_report
 from meshwright.view.runfile import parse_setup
-from tests.view.runs import metric_lines, run_record, verify_record, write_run
+from tests.view.runs import accounts_record, metric_lines, run_record, verify_record, write_run
 from tests.view.traces import RUN, START, WAIT, written
 
 VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
@@ -88,6 +88,32 @@ def test_every_section_is_there_and_says_what_it_found(whole: str) -> None:
         "AMD EPYC 9R14",
     ):
         assert words in page.text
+
+
+def test_a_block_conflicts_and_fallbacks_are_shown_where_there_are_some(tmp_path: Path) -> None:
+    page = report(tmp_path / "with", run_record(2, 0) | accounts_record(), None, None)
+    assert "block" in [attributes["id"] for attributes in page.of("section")]
+    for words in (
+        "Each of 3 blocks.* moves 64.0 KiB of what it computes, in 2 collectives, 1 exposed",
+        "Computed whole on every rank, for want of a rule",
+        'mw.rule("my::scan", "n a -> n a")',
+        "operand 0 sharded(1) over tensor won; operand 1 sharded(2) over tensor was brought to",
+    ):
+        assert words in page.text
+    page = report(tmp_path / "without", run_record(2, 0), None, None)
+    assert "block" not in [attributes["id"] for attributes in page.of("section")]
+    assert "for want of a rule" not in page.text
+    assert "different splits" not in page.text
+
+
+def test_each_collective_says_whether_it_is_exposed(tmp_path: Path) -> None:
+    run = run_record(2, 0, depth=1)
+    for entry in run["collectives"]:
+        entry["exposed"] = int(entry["phase"] == "finish")
+    page = report(tmp_path, run)
+    told = [a.get("class") for a in page.of("span") if "exposure" in (a.get("class") or "")]
+    assert told.count("exposure") == 1
+    assert told.count("exposure beside") >= 5
 
 
 def test_nothing_is_loaded_and_the_policy_allows_only_our_script(whole: str) -> None:
@@ -176,6 +202,7 @@ def hostile_run() -> dict[str, Any]:
         entry.update(dict.fromkeys(("op", "axis", "source", "module", "why", "phase"), HOSTILE))
     for entry in run["memory"]:
         entry["parts"] = {HOSTILE: 5, "weights": 3}
+    run |= json.loads(json.dumps(accounts_record()).replace("blocks", json.dumps(HOSTILE)[1:-1]))
     return run
 
 

@@ -32,7 +32,7 @@ from meshwright.plan.size import parse_bytes
 
 __all__ = ["EXAMPLE", "explained", "plan"]
 
-EXAMPLE = "Example:  mw plan examples/gpt.py --plan tensor=2,data=2 --explain --max-bytes 64MiB"
+EXAMPLE = "Example:  mw plan examples/gpt.py --plan tensor=2,data=2 --explain"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,9 +77,9 @@ def _processor() -> str:
 
 
 def nearby(source: str) -> str:
-    """A `file:line` relative to the working folder, where it is inside."""
-    here = str(Path.cwd()) + "/"
-    return source.removeprefix(here)
+    """A `file:line` relative to the working folder, or to where packages are installed."""
+    installed = source.rpartition("/site-packages/")[2]
+    return installed.removeprefix(str(Path.cwd()) + "/")
 
 
 def facts_of(session: Session) -> dict[str, str]:

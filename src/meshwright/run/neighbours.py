@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
@@ -14,7 +16,7 @@ from meshwright.run.describe import bills
 from meshwright.run.form import first_micros
 from meshwright.run.prepare import prepare
 
-__all__ = ["Priced", "alternatives", "price", "priced"]
+__all__ = ["Priced", "lighter", "price", "priced", "smaller"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +28,52 @@ class Priced:
     memory: int
 
 
-def alternatives(plan: Plan, batch_size: int) -> Iterator[Plan]:
-    """Other plans for as many ranks, the smallest changes first.
+def lighter(plan: Plan) -> Iterator[Plan]:
+    """Plans for as many ranks that may move less, the smallest changes first.
 
-    Other ZeRO stages, other numbers of micro-batches, ranks handed from `data` to `tensor` or back;
-    last, ZeRO-3 together with each of the others.
+    Lower ZeRO stages, fewer micro-batches, ranks handed from `tensor` to `data` or back.
+    """
+    stages = [replace(plan, zero=zero) for zero in reversed(range(plan.zero))]
+    parts = [replace(plan, microbatches=1)]
+    both = [replace(plan, zero=0, microbatches=1)]
+    yield from _others(plan, (*stages, *parts, *both, *_handed(plan)))
+
+
+def smaller(plan: Plan, batch_size: int) -> Iterator[Plan]:
+    """Plans for as many ranks that may need less memory, the smallest changes first.
+
+    Higher ZeRO stages, more micro-batches, ranks handed from `data` to `tensor`; last, ZeRO-3
+    together with each of these.
     """
     data = plan.data or 1
-    stages = [replace(plan, zero=zero) for zero in range(4) if zero != plan.zero and data > 1]
-    parts = [1] if plan.microbatches > 1 else []
-    parts += [plan.microbatches * k for k in (2, 4) if batch_size >= plan.microbatches * k * data]
-    split = [replace(plan, microbatches=count) for count in parts]
-    handed = [
-        replace(plan, data=data // k, tensor=plan.tensor * k) for k in (2, 4) if data % k == 0
+    stages = [replace(plan, zero=zero) for zero in range(plan.zero + 1, 4)]
+    most = batch_size // data
+    parts = [
+        replace(plan, microbatches=plan.microbatches * k)
+        for k in (2, 4)
+        if plan.microbatches * k <= most
     ]
-    if plan.tensor % 2 == 0:
-        handed.append(replace(plan, data=2 * data, tensor=plan.tensor // 2))
-    others = [_fitting(found) for found in (*split, *handed)]
-    both = [replace(found, zero=3) for found in others if plan.zero < 3 and (found.data or 1) > 1]
+    others = (*parts, *_handed(plan))
+    both = [replace(found, zero=3) for found in others]
+    yield from _others(plan, (*stages, *others, *both))
+
+
+def _handed(plan: Plan) -> list[Plan]:
+    """Ranks handed over between `data` and `tensor`."""
+    data, tensor = plan.data or 1, plan.tensor
+    back = [replace(plan, data=data * 2, tensor=tensor // 2)] if tensor % 2 == 0 else []
+    return back + [
+        replace(plan, data=data // k, tensor=tensor * k) for k in (2, 4) if data % k == 0
+    ]
+
+
+def _others(plan: Plan, found: Iterable[Plan]) -> Iterator[Plan]:
+    """Each of `found` once, made legal."""
     seen = {plan}
-    for found in (*map(_fitting, stages), *others, *both):
-        if found not in seen:
-            seen.add(found)
-            yield found
+    for other in map(_fitting, found):
+        if other not in seen:
+            seen.add(other)
+            yield other
 
 
 def _fitting(plan: Plan) -> Plan:
@@ -61,16 +86,23 @@ def _fitting(plan: Plan) -> Plan:
 
 def priced(job: Job, plans: Iterable[Plan]) -> Iterator[Priced]:
     """The plans that the job can run under, priced; nothing is initialised or started."""
+    data = job.data()
+    units: dict[tuple[Hashable, ...], Unit] = {}
     for plan in plans:
         try:
-            yield price(prepare(job, plan, plan.ranks))
+            yield price(prepare(job, plan, plan.ranks, None, data, units), data)
         except PlanError:
             continue
 
 
-def price(build: Build) -> Priced:
-    """What rank 0 moves and needs, which has the larger part of what does not divide."""
-    micros = first_micros(build)
+def price(build: Build, data: Any = None) -> Priced:
+    """What rank 0 moves and needs, which has the larger part of what does not divide.
+
+    Args:
+        build: of the job and plan.
+        data: what `job.data()` returned, where it was called already.
+    """
+    micros = first_micros(build, data)
     compiled = build.lowered(0, micros).compiled
     moved = sum(row.bytes for row in collectives(compiled, build.axes))
     return Priced(build.plan, moved, sum(next(bills(build, micros)).values()))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from meshwright.program.fold import folded, pattern_of
@@ -14,7 +13,7 @@ from meshwright.view.accounts import Conflict, Fallback, alike
 from meshwright.view.layouts import dims_of, owed
 from meshwright.view.picture import block_text, mesh_text
 from meshwright.view.runfile import Parameter, parse_setup
-from meshwright.view.tables import plain_table
+from meshwright.view.tables import Lines
 from meshwright.view.units import bytes_text
 
 __all__ = ["explained", "fallback_table"]
@@ -34,24 +33,34 @@ def explained(run: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _parameters(parameters: Sequence[Parameter]) -> Table:
+def _parameters(parameters: Sequence[Parameter]) -> RenderableType:
     """The layouts of every parameter, those of repeated layers as one."""
-    wrapped = frozenset({"weights", "gradients", "optimizer"})
-    table = plain_table("parameter", ">", "weights", "gradients", "optimizer", wrapped=wrapped)
     names = [parameter.name for parameter in parameters]
     groups: dict[tuple[object, ...], list[Parameter]] = {}
     for p in parameters:
         key = (pattern_of(p.name), p.shape, p.dtype, p.weights, p.gradients, p.optimizer)
         groups.setdefault(key, []).append(p)
+    rows: list[tuple[str, ...]] = [("parameter", "", "weights", "gradients", "optimizer")]
     for group in groups.values():
         first, number = group[0], len(group)
         weights = _dims(first.shape, first.weights)
-        rest = (
-            _beside(first.shape, layout, weights) for layout in (first.gradients, first.optimizer)
+        beside = (
+            _beside(first.shape, lies, weights) for lies in (first.gradients, first.optimizer)
         )
         name = folded([p.name for p in group], names)
-        table.add_row(Text(name), f"×{number:,}" if number > 1 else "", Text(weights), *rest)
-    return table
+        rows.append((name, f"×{number:,}" if number > 1 else "", weights, *beside))
+    return Lines(lambda width: _aligned(rows, width))
+
+
+def _aligned(rows: Sequence[Sequence[str]], width: int) -> Iterator[Text]:
+    """Rows in columns, the first one a head; the first cell has a line of its own where needed."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    beside = sum(sizes) + 2 * len(sizes) - 2 <= width
+    for number, (name, *cells) in enumerate(rows):
+        rest = "  ".join(f"{cell:{size}}" for cell, size in zip(cells, sizes[1:], strict=True))
+        between = "  " if beside else "\n    "
+        first = f"{name:{sizes[0]}}" if beside else name
+        yield Text(f"{first}{between}{rest}".rstrip(), "" if number else "dim")
 
 
 def _dims(shape: Sequence[int], layout: str) -> str:
@@ -59,14 +68,14 @@ def _dims(shape: Sequence[int], layout: str) -> str:
     return " × ".join(dims_of(shape, layout)) or "scalar"
 
 
-def _beside(shape: Sequence[int], layout: str, weights: str) -> Text:
+def _beside(shape: Sequence[int], layout: str, weights: str) -> str:
     """How gradients or optimizer state lie, beside how the weights do."""
     if layout in ("", "none"):
-        return Text("none", "dim")
+        return "none"
     dims, owes = _dims(shape, layout), owed(layout)
     words = [dims] if dims != weights else []
     words += [f"partial over {' and '.join(owes)}"] if owes else []
-    return Text(", ".join(words)) if words else Text("the same", "dim")
+    return ", ".join(words) or "the same"
 
 
 def _conflicts(conflicts: Sequence[Conflict]) -> RenderableType:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
-from meshwright.run.neighbours import alternatives, priced
+from meshwright.run.neighbours import lighter, priced, smaller
 from meshwright.view.accounts import alike
 from meshwright.view.runfile import Setup, parse_setup
 from meshwright.view.traffic import Row, hidden_text, phases
@@ -45,14 +45,13 @@ def require_limits(
     """
     moved = sum(entry["bytes"] for entry in run["collectives"])
     if memory is not None and max(sum(e["parts"].values()) for e in run["memory"]) > memory:
-        raise PlanError(over_memory(run, memory, _others(job, plan)))
+        raise PlanError(over_memory(run, memory, _priced(job, smaller(plan, job.batch_size))))
     if max_bytes is not None and moved > max_bytes:
-        raise PlanError(over_budget(run, max_bytes, _others(job, plan)))
+        raise PlanError(over_budget(run, max_bytes, _priced(job, lighter(plan))))
 
 
-def _others(job: Job, plan: Plan) -> list[Alternative]:
-    found = priced(job, alternatives(plan, job.batch_size))
-    return [(other.plan.label, other.moved, other.memory) for other in found]
+def _priced(job: Job, plans: Iterable[Plan]) -> list[Alternative]:
+    return [(found.plan.label, found.moved, found.memory) for found in priced(job, plans)]
 
 
 def over_budget(run: Mapping[str, Any], limit: int, others: Sequence[Alternative]) -> str:

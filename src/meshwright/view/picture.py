@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from meshwright.view.accounts import Block, Collective, Station
 from meshwright.view.chart.block import of_state
 from meshwright.view.layouts import change
 from meshwright.view.runfile import Axis, Setup
-from meshwright.view.tables import plain_table
+from meshwright.view.tables import Lines, plain_table
 from meshwright.view.traffic import added, hidden_text
 from meshwright.view.units import bytes_text
 
 __all__ = ["block_text", "mesh_text"]
 
 _ACROSS, _DOWN, _GRIDS = 8, 16, 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Lines:
-    """Lines that depend on the width there is."""
-
-    draw: Callable[[int], Sequence[Text]]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.draw(options.max_width)
 
 
 def mesh_text(setup: Setup) -> RenderableType:
@@ -75,7 +64,7 @@ def _grid(
 
 def block_text(block: Block, microbatches: int = 1) -> RenderableType:
     """The modules of a block from top to bottom, and the collectives between them."""
-    return _Lines(lambda width: list(_block(block, microbatches, width)))
+    return Lines(lambda width: _block(block, microbatches, width))
 
 
 def _block(block: Block, microbatches: int, width: int) -> Iterator[Text]:
@@ -100,8 +89,7 @@ def _row(cells: Sequence[str], sizes: Sequence[int], *, beside: bool, style: str
     module, reads, makes = cells
     if beside:
         return Text(f"{module:{sizes[0]}}  {reads:{sizes[1]}}  {makes}".rstrip(), style)
-    first = f"{module:{sizes[0]}}  {reads}".rstrip()
-    return Text(f"{first}\n{'':{sizes[0]}}  → {makes}", style)
+    return Text(f"{module:{sizes[0]}}  {f'{reads} ' if reads else ''}→ {makes}", style)
 
 
 def _reads(station: Station) -> str:

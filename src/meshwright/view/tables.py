@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +19,7 @@ from meshwright.view.runfile import Setup, parse_setup
 from meshwright.view.traffic import Phase, Row, hidden_text, phases
 from meshwright.view.units import bytes_text, count_text, error_text
 
-__all__ = ["plan_table", "plain_table", "verify_table"]
+__all__ = ["Lines", "plain_table", "plan_table", "verify_table"]
 
 _ROWS_PER_PHASE = 6
 _MOST_BILLS = 3
@@ -42,6 +43,17 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
     if setup.collectives:
         parts += [Text(), _traffic(setup, rows)]
     return Group(*parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Lines that depend on the width there is: `draw(width)`."""
+
+    draw: Callable[[int], Iterable[RenderableType]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich asks for it."""
+        yield from self.draw(options.max_width)
 
 
 def plain_table(*columns: str, wrapped: frozenset[str] = _WRAPPED) -> Table:
@@ -102,7 +114,7 @@ def _traffic(setup: Setup, rows: int | None) -> RenderableType:
     found = phases(setup.collectives)
     sizes = _Sizes.of([row for phase in found for row in phase.rows[:rows]])
     head = sizes.line("per step", "calls", "collective", "because", "beside")
-    lines = [Text(head, "dim")]
+    lines: list[RenderableType] = [Text(head, "dim")]
     for phase in found:
         lines += _phase(phase, rows, sizes)
     total = sum(phase.bytes for phase in found)
@@ -138,7 +150,7 @@ def _name(row: Row) -> str:
     return f"{row.op} over {row.axis}"
 
 
-def _phase(phase: Phase, rows: int | None, sizes: _Sizes) -> Iterator[Text]:
+def _phase(phase: Phase, rows: int | None, sizes: _Sizes) -> Iterator[RenderableType]:
     yield Text(sizes.line(bytes_text(phase.bytes), count_text(phase.count), phase.name), "bold")
     shown = len(phase.rows) if rows is None else rows
     for row in phase.rows[:shown]:
@@ -146,7 +158,7 @@ def _phase(phase: Phase, rows: int | None, sizes: _Sizes) -> Iterator[Text]:
         yield Text(sizes.line(*cells, hidden_text(row)), "yellow" if row.exposed else "")
         where = "  ".join(word for word in (row.modules, row.source) if word)
         if where:
-            yield Text(f"{'':22}{where}", "dim")
+            yield Padding(Text(where, "dim"), (0, 0, 0, 22), expand=False)
     rest = phase.rows[shown:]
     if rest:
         calls, size = sum(row.count for row in rest), sum(row.bytes for row in rest)

@@ -199,13 +199,26 @@ def _split(view: OpView) -> Rule:
 
 def _cat(view: OpView) -> Rule:
     rank = len(view.results[0].shape)
-    if any(len(value.shape) != rank for value in view.operands):
-        return whole(view)  # legacy: an empty one-dim tensor among the operands
     dim = view.number(1, 0) % rank
+    if any(len(value.shape) != rank for value in view.operands):
+        return _cat_with_empty(view, dim)
     sizes = {value.shape[dim] for value in view.operands}
     if len(sizes) != 1 or not min(sizes):
         return _same_but(view, [dim])
     return _parts(view, dim, len(view.operands), joined=True)
+
+
+def _cat_with_empty(view: OpView, dim: int) -> Rule:
+    """Of one-dim tensors without elements, which torch lets stand beside any shape, too.
+
+    A cache begins with one: then there is one other operand, and the result is a copy of it.
+    """
+    rank = len(view.results[0].shape)
+    full = [place for place, value in enumerate(view.operands) if len(value.shape) == rank]
+    mixed = len(full) > 1
+    pattern = " ".join("1" if mixed and k == dim else f"d{k}" for k in range(rank))
+    patterns = [pattern if place in full else "1" for place in range(len(view.operands))]
+    return einsum(view, patterns, [pattern], linear=[full])
 
 
 def _along(view: OpView) -> Rule:

@@ -1,0 +1,45 @@
+"""What documents say that commands print."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.laws.console import commands, files, missing, run
+from tests.laws.source import ROOT
+
+CASES = [
+    pytest.param(path, command, id=f"{path.name}-{number}")
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    for number, command in enumerate(commands(path.read_text(encoding="utf-8")))
+]
+
+PRINTED = {}
+
+
+@pytest.mark.parametrize(("path", "command"), CASES)
+def test_commands_print_what_the_document_says(path, command, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for name, source in files(path.read_text(encoding="utf-8")):
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    if command.words not in PRINTED:  # a command that stands in several places is run once
+        PRINTED[command.words] = run(command.words, capfd)
+    printed = PRINTED[command.words]
+    assert missing(command.lines, printed) is None, "\n".join(printed)
+
+
+def test_there_are_commands():
+    assert len(CASES) >= 6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        ("a b c d", None), ("a ... d", None), ("...", None), ("... c ...", None), ("a b ...", None),
+        ("a b c", "d"), ("b ...", "b"), ("... x ...", "x"), ("a d", "d"), ("... b d", "d"),
+    ],
+)  # fmt: skip
+def test_the_law_sees(wanted, first):
+    assert missing(wanted.split(), ["a", "b", "c", "d"]) == first
