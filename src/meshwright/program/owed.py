@@ -138,7 +138,8 @@ class _Prices:
             return said or None
         if carry is None:
             whole: set[Placement] = {None}
-            return None if any(self._passes(op, group, places) for group in rule.linear) else whole
+            passes = any(self._passes(op, group, places) for group in rule.linear)
+            return None if passes else whole
         if places <= rule.addends and all(shard_of(rule, d, carry) is None for d in rule.results):
             return set()
         return {shard_of(rule, rule.operands[place], carry) for place in places}
