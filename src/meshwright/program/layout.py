@@ -285,7 +285,18 @@ def respelled(shape: tuple[int, ...], here: Layout, like: Layout, axes: Sequence
     for name, mine in here.placements:  # axes that share a factor are written alike, or not at all
         if name not in spelled and mine in {here.on(other) for other in spelled}:
             spelled = {n: p for n, p in spelled.items() if here.on(n) != mine}
-    return Layout.of(axes, {**dict(here.placements), **spelled})
+    found = Layout.of(axes, {**dict(here.placements), **spelled})
+    return found if _apart(shape, found) else here
+
+
+def _apart(shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether shards of one dim are the same factor, or each can be cut on its own."""
+    shards = {place for _, place in layout.placements if isinstance(place, Shard)}
+    return all(
+        disjoint(shape[a.dim], a, b)
+        for a, b in itertools.combinations(shards, 2)
+        if a.dim == b.dim
+    )
 
 
 def elements(shape: tuple[int, ...]) -> int:

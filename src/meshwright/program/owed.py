@@ -104,8 +104,9 @@ class _Prices:
         return self.needs.setdefault(value, _Need())
 
     def _at_once(self, value: int) -> int:
-        """An all-reduce."""
-        return 2 * self.program.values[value].bytes + _LATENCY
+        """An all-reduce; 16 bits are summed in 32."""
+        made = self.program.values[value]
+        return 2 * max(made.bytes, 4 * made.elements) + _LATENCY
 
     def _waiting(self, value: int) -> int:
         """Paying for the value where that must be, and for what is made of it later."""
