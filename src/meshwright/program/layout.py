@@ -293,9 +293,7 @@ def _apart(shape: tuple[int, ...], layout: Layout) -> bool:
     """Whether shards of one dim are the same factor, or each can be cut on its own."""
     shards = {place for _, place in layout.placements if isinstance(place, Shard)}
     return all(
-        disjoint(shape[a.dim], a, b)
-        for a, b in itertools.combinations(shards, 2)
-        if a.dim == b.dim
+        disjoint(shape[a.dim], a, b) for a, b in itertools.combinations(shards, 2) if a.dim == b.dim
     )
 
 
