@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ class Model(Graph):
         return self.call(name, *args)[0]
 
     def found(self, parts=2, **pinned):
+        self.ops = [replace(op, phase="forward") for op in self.ops]
         program = self.program([len(self.tensors) - 1])
         axis = Axis("tensor", parts)
         return rows(program, propagate(program, (axis,), pinned), axis)
