@@ -99,8 +99,9 @@ class Family:
         task: what it learns.
         settings: of its configuration.
         depth: the settings that say how many layers there are.
-        whole: patterns of the matrices that stay whole over `tensor`, as in Megatron-LM: positions,
-            the small heads of masked models, and fused weights of parts of unequal sizes.
+        whole: patterns of the matrices that stay whole over `tensor`, as in Megatron-LM: tables of
+            fewer rows than are looked up, the small heads of masked models; and fused weights of
+            parts of unequal sizes.
         reduces: all-reduces over `tensor` per layer and micro-batch, forward and backward.
         others: other collectives over `tensor` per layer: gathers where a fused weight is whole,
             sums of the gradients of norms over heads, once a step.
@@ -170,6 +171,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": LENGTH, "dropout": 0.1, "attention_dropout": 0.1,
             "use_cache": False,
         },
+        whole=("*embed_positions*",),
     ),
     "bloom": Family(
         "bloom",
@@ -233,7 +235,7 @@ FAMILIES: dict[str, Family] = {
         "roberta",
         MASKED,
         _sizes(**_DROPPED, max_position_embeddings=LENGTH + 2),
-        whole=(*_TYPES, "lm_head.dense*"),
+        whole=(*_TYPES, "*position_embeddings*", "lm_head.dense*"),
     ),
     "electra": Family(
         "electra",
@@ -288,6 +290,7 @@ FAMILIES: dict[str, Family] = {
             "activation_dropout": 0.1, "use_cache": False,
         },
         ("encoder_layers", "decoder_layers"),
+        whole=("*encoder.embed_positions*",),
         reduces=(5, 5),
     ),
     "mamba": Family(
@@ -297,8 +300,6 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 4, "time_step_rank": 4,
             "use_cache": False, "use_associative_scan": False,
         },
-        whole=("*conv1d*",),
-        others=2,
     ),
     "mamba2": Family(
         "mamba2",

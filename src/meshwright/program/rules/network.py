@@ -305,6 +305,7 @@ RULES: dict[str, RuleMaker] = {
     "aten.scatter_add": _scatter_add,
     "aten.index": _index,
     "aten.index_put": _index_put,
+    "aten._unsafe_index_put": _index_put,
     "aten.index_select": _index_select,
     "aten.index_add": _index_add,
     # Of a weight alone, which is whole wherever it is read.
