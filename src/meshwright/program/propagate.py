@@ -170,7 +170,7 @@ class _Search:
         return self.place
 
     def _forward(self, number: int) -> bool:
-        """Choose the factor that keeps the most operand bytes in place, less what it leaves owing."""
+        """Choose the factor that keeps the most operand bytes in place, less what it owes."""
         if self.axis.name in self.carried[number]:
             return False
         votes: dict[Carry, int] = {}
