@@ -99,7 +99,12 @@ class Family:
         task: what it learns.
         settings: of its configuration.
         depth: the settings that say how many layers there are.
-        whole: patterns of the matrices that Megatron-LM would not split over `tensor`.
+        whole: patterns of the matrices that stay whole over `tensor`, as in Megatron-LM: tables of
+            fewer rows than are looked up, the small heads of masked models; and fused weights of
+            parts of unequal sizes.
+        reduces: all-reduces over `tensor` per layer and micro-batch, forward and backward.
+        others: other collectives over `tensor` per layer: gathers where a fused weight is whole,
+            sums of the gradients of norms over heads, once a step.
     """
 
     kind: str
@@ -107,6 +112,8 @@ class Family:
     settings: Mapping[str, Any]
     depth: tuple[str, ...] = ("num_hidden_layers",)
     whole: tuple[str, ...] = ()
+    reduces: tuple[int, int] = (2, 2)
+    others: int = 0
 
     def job(self, layers: int = 1, batch: int = BATCH) -> Job:
         """A job of so many layers."""
@@ -138,7 +145,7 @@ def _sizes(**more: Any) -> dict[str, Any]:
 
 
 _DROPPED = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-_PLACES = ("*position_embeddings*", "*token_type_embeddings*")
+_TYPES = ("*token_type_embeddings*",)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -149,10 +156,12 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
         },
         ("n_layer",),
-        ("*wpe*",),
     ),
     "gpt-neox": Family(
-        "gpt_neox", CAUSAL, _sizes(hidden_dropout=0.1, attention_dropout=0.1)
+        "gpt_neox",
+        CAUSAL,
+        _sizes(hidden_dropout=0.1, attention_dropout=0.1),
+        reduces=(1, 2),  # attention and MLP side by side, a norm each
     ),
     "opt": Family(
         "opt",
@@ -177,7 +186,9 @@ FAMILIES: dict[str, Family] = {
         "falcon",
         CAUSAL,
         _sizes(ffn_hidden_size=64, hidden_dropout=0.1, attention_dropout=0.1),
-        whole=("*query_key_value*",),
+        whole=("*query_key_value*",),  # heads of queries, one of keys, one of values
+        reduces=(1, 2),
+        others=1,
     ),
     "falcon, grouped": Family(
         "falcon",
@@ -186,6 +197,7 @@ FAMILIES: dict[str, Family] = {
             ffn_hidden_size=64, hidden_dropout=0.1, attention_dropout=0.1, num_kv_heads=2,
             new_decoder_architecture=True,
         ),
+        reduces=(1, 2),
     ),
     "phi": Family(
         "phi",
@@ -196,6 +208,7 @@ FAMILIES: dict[str, Family] = {
                 "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5
             },
         ),
+        reduces=(1, 1),
     ),
     "gemma": Family(
         "gemma",
@@ -214,20 +227,28 @@ FAMILIES: dict[str, Family] = {
         "qwen3",
         CAUSAL,
         _sizes(num_key_value_heads=2, head_dim=16, attention_dropout=0.1),
+        others=2,  # the norms of queries and of keys, whose weights all heads share
     ),
     "olmo": Family("olmo", CAUSAL, _sizes(clip_qkv=0.02, attention_dropout=0.1)),
-    "bert": Family("bert", MASKED, _sizes(**_DROPPED), whole=_PLACES),
+    "bert": Family("bert", MASKED, _sizes(**_DROPPED), whole=(*_TYPES, "*transform.dense*")),
     "roberta": Family(
         "roberta",
         MASKED,
         _sizes(**_DROPPED, max_position_embeddings=LENGTH + 2),
-        whole=_PLACES,
+        whole=(*_TYPES, "*position_embeddings*", "lm_head.dense*"),
     ),
     "electra": Family(
-        "electra", TAGGED, _sizes(**_DROPPED, embedding_size=16, num_labels=TAGS), whole=_PLACES
+        "electra",
+        TAGGED,
+        _sizes(**_DROPPED, embedding_size=16, num_labels=TAGS),
+        whole=(*_TYPES, "*embeddings_project*", "classifier*"),
     ),
     "albert": Family(
-        "albert", MASKED, _sizes(**_DROPPED, embedding_size=16), whole=_PLACES
+        "albert",
+        MASKED,
+        _sizes(**_DROPPED, embedding_size=16),
+        whole=(*_TYPES, "*embedding_hidden_mapping_in*", "predictions.dense*"),
+        others=2,  # the gradients of the mapping, once a step, since layers are shared
     ),
     "distilbert": Family(
         "distilbert",
@@ -237,7 +258,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": LENGTH,
         },
         ("n_layers",),
-        _PLACES,
+        ("vocab_transform*",),
     ),
     "deberta-v2": Family(
         "deberta-v2",
@@ -246,7 +267,7 @@ FAMILIES: dict[str, Family] = {
             **_DROPPED, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4,
             norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
         ),
-        whole=(*_PLACES, "*rel_embeddings*"),
+        whole=("*transform.dense*", "*rel_embeddings*"),
     ),
     "t5": Family(
         "t5",
@@ -257,6 +278,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_start_token_id": 0,
         },
         ("num_layers", "num_decoder_layers"),
+        reduces=(5, 5),  # two of an encoder's layer, three of a decoder's
     ),
     "bart": Family(
         "bart",
@@ -268,7 +290,8 @@ FAMILIES: dict[str, Family] = {
             "activation_dropout": 0.1, "use_cache": False,
         },
         ("encoder_layers", "decoder_layers"),
-        ("*embed_positions*",),
+        whole=("*encoder.embed_positions*",),
+        reduces=(5, 5),
     ),
     "mamba": Family(
         "mamba",
@@ -285,5 +308,8 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": VOCABULARY, "hidden_size": 32, "num_heads": 8, "head_dim": 8,
             "state_size": 4, "n_groups": 2, "chunk_size": 4, "use_cache": False,
         },
+        whole=("*in_proj*", "*conv1d*"),  # gate, channels, states and steps
+        reduces=(1, 0),
+        others=5,
     ),
 }  # fmt: skip

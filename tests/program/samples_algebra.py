@@ -173,8 +173,6 @@ def _cuts():
     yield Call("aten.constant_pad_nd.default", (x, (1, 2)))
     yield Call("aten.constant_pad_nd.default", (x, (0, -1, 0, 0), 3.0), label="cut, filled")
     yield Call("aten.constant_pad_nd.default", (x, (1, 1, 0, 0), 3.0), label="filled")
-    yield Call("aten.repeat.default", (f(5, 4), (3, 1, 2)))
-    yield Call("aten.repeat.default", (f(5, 4), (2, 1)), label="rows")
 
 
 def _along():

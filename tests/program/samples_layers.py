@@ -126,6 +126,15 @@ def _lookups():
     yield Call("aten.index.Tensor", (x, crossed), label="crossed")
     yield Call("aten.index.Tensor", (x, [whole(3, high=5), None, whole(3, high=4)]), label="apart")
     yield Call("aten.index.Tensor", (f(5, 4), [truth(5, 4)]), label="mask")
+    for label, adds in (("", False), ("adds", True)):
+        rows = torch.tensor([3, 0, 4])
+        args = (x, [rows], f(3, 6, 4), adds)
+        yield Call("aten.index_put.default", args, label=f"{label} rows".strip())
+        args = (x, [None, rows], f(5, 3, 1), adds)
+        yield Call("aten.index_put.default", args, label=f"{label} second".strip())
+    twice = [torch.tensor([1, 1, 2])]
+    yield Call("aten.index_put.default", (x, twice, f(6, 4), True), label="adds twice")
+    yield Call("aten.index_put.default", (f(5, 4), [truth(5, 4)], f()), label="mask")
 
 
 def _losses():

@@ -162,3 +162,12 @@ def test_a_layout_is_ordered_as_the_mesh_and_says_so():
     assert layout.on("context") is None
     assert str(REPLICATED) == "replicated"
     assert Layout.of(axes, {"data": None, "tensor": None}) == REPLICATED
+
+
+def test_a_shard_is_not_respelled_across_another():
+    """Halves of a dim written as one of 4 elements would cut across an axis that splits each."""
+    axes = (Axis("data", 2), Axis("context", 2))
+    here = Layout((("data", Shard(1, 1, 2)), ("context", Shard(1, 2, 1))))
+    like = Layout((("data", Shard(1)),))
+    assert respelled((2, 4), here, like, axes) == here
+    assert respelled((2, 4), Layout(here.placements[:1]), like, axes) == like

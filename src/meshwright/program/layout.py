@@ -286,11 +286,11 @@ def respelled(shape: tuple[int, ...], here: Layout, like: Layout, axes: Sequence
         if name not in spelled and mine in {here.on(other) for other in spelled}:
             spelled = {n: p for n, p in spelled.items() if here.on(n) != mine}
     found = Layout.of(axes, {**dict(here.placements), **spelled})
-    return found if _nests(shape, found) else here
+    return found if _apart(shape, found) else here
 
 
-def _nests(shape: tuple[int, ...], layout: Layout) -> bool:
-    """Whether any two factors of one dim that axes split lie one inside the other's unit."""
+def _apart(shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether shards of one dim are the same factor, or each can be cut on its own."""
     shards = {place for _, place in layout.placements if isinstance(place, Shard)}
     return all(
         disjoint(shape[a.dim], a, b) for a, b in itertools.combinations(shards, 2) if a.dim == b.dim

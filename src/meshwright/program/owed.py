@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from meshwright.plan.mesh import Axis
 from meshwright.program.layout import Layout, Partial, Placement, Shard
-from meshwright.program.program import Op, Program, Value
+from meshwright.program.program import Op, Program
 from meshwright.program.propagate import Completed
 from meshwright.program.rules import Rule, shard_of
 
@@ -61,11 +61,6 @@ class _Need:
     later: int = 0
 
 
-def _wide(value: Value) -> int:
-    """Bytes of what is summed up: 16-bit sums are widened for it."""
-    return max(value.bytes, 4 * value.elements)
-
-
 class _Prices:
     """Prices over one axis, from the last op to the first."""
 
@@ -109,8 +104,9 @@ class _Prices:
         return self.needs.setdefault(value, _Need())
 
     def _at_once(self, value: int) -> int:
-        """An all-reduce."""
-        return 2 * _wide(self.program.values[value]) + _LATENCY
+        """An all-reduce; 16 bits are summed in 32."""
+        made = self.program.values[value]
+        return 2 * max(made.bytes, 4 * made.elements) + _LATENCY
 
     def _waiting(self, value: int) -> int:
         """Paying for the value where that must be, and for what is made of it later."""
@@ -129,8 +125,8 @@ class _Prices:
             places = {place for place, other in enumerate(op.inputs) if other == value}
             asked = self._asked(number, op, rule, places)
             if asked is None:  # what comes together is paid for together, in proportion
-                owed = sum(_wide(self.program.values[v]) for v in owing | {value})
-                share = price * _wide(self.program.values[value]) // owed if owed else 0
+                owed = sum(self.program.values[v].bytes for v in owing | {value})
+                share = price * self.program.values[value].bytes // owed if owed else 0
                 self._need(value).later += share
             else:
                 self._need(value).places |= asked
@@ -143,7 +139,8 @@ class _Prices:
             return said or None
         if carry is None:
             whole: set[Placement] = {None}
-            return None if any(self._passes(op, group, places) for group in rule.linear) else whole
+            passes = any(self._passes(op, group, places) for group in rule.linear)
+            return None if passes else whole
         if places <= rule.addends and all(shard_of(rule, d, carry) is None for d in rule.results):
             return set()
         return {shard_of(rule, rule.operands[place], carry) for place in places}

@@ -170,15 +170,26 @@ class _Search:
         return self.place
 
     def _forward(self, number: int) -> bool:
-        """Choose the factor that keeps the most operand bytes in place."""
+        """Choose the factor that keeps the most operand bytes in place, less what it owes."""
         if self.axis.name in self.carried[number]:
             return False
         votes: dict[Carry, int] = {}
+<<<<<<< HEAD
         rule = self.rules[number]
         for value, dims in zip(self.program.ops[number].inputs, rule.operands, strict=True):
             carry = self._carry(rule, dims, value)
+=======
+        op, rule = self.program.ops[number], self.rules[number]
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            shard = self.place.get(value)
+            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
+>>>>>>> hA
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
+        for carry in votes:
+            for value, dims in zip(op.results, rule.results, strict=True):
+                if shard_of(rule, dims, carry) is None:
+                    votes[carry] -= self.program.values[value].bytes
         return self._choose(number, votes)
 
     def _backward(self, number: int) -> bool:

@@ -331,14 +331,6 @@ def _select_scatter(view: OpView) -> Rule:
     return einsum(view, [full, " ".join(rest)], [full], linear=[[0, 1]])
 
 
-def _repeat(view: OpView) -> Rule:
-    shape, made = view.operands[0].shape, view.results[0].shape
-    extra = len(made) - len(shape)
-    times = view.numbers(1) or ()
-    letters = [f"d{k}" if times[extra + k] == 1 else "1" for k in range(len(shape))]
-    return einsum(view, [" ".join(letters)], [" ".join(["1"] * extra + letters)], linear=[[0]])
-
-
 RULES: dict[str, RuleMaker] = {
     **dict.fromkeys(
         ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze"), _view
@@ -358,7 +350,6 @@ RULES: dict[str, RuleMaker] = {
     **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.unsafe_split"), _split),
     "aten.cat": _cat,
     "aten.constant_pad_nd": _pad,
-    "aten.repeat": _repeat,
     "aten.tril": _last_two,
     "aten.triu": _last_two,
     **dict.fromkeys(("aten.cumsum", "aten.cumprod", "aten.flip", "aten.roll"), _along),
