@@ -174,16 +174,9 @@ class _Search:
         if self.axis.name in self.carried[number]:
             return False
         votes: dict[Carry, int] = {}
-<<<<<<< HEAD
-        rule = self.rules[number]
-        for value, dims in zip(self.program.ops[number].inputs, rule.operands, strict=True):
-            carry = self._carry(rule, dims, value)
-=======
         op, rule = self.program.ops[number], self.rules[number]
         for value, dims in zip(op.inputs, rule.operands, strict=True):
-            shard = self.place.get(value)
-            carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
->>>>>>> hA
+            carry = self._carry(rule, dims, value)
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
         for carry in votes:
