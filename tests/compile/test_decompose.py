@@ -122,7 +122,12 @@ def norms():
     yield aten._native_batch_norm_legit_functional.default, (one, w, b, mean, var, False, 0.1, 1e-5)
 
 
-CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms()]
+def copies():
+    for times in ((2, 1, 3), (1, 1, 1), (2, 1, 1, 2), (3, 5, 3, 4)):
+        yield aten.repeat.default, (f(5, 3, 4), times)
+
+
+CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies()]
 
 
 def flat(found):

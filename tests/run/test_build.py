@@ -114,7 +114,9 @@ def test_places_are_those_of_the_mesh():
         place = build.place(rank)
         assert place.coordinates["data"] == rank
         assert place.groups["data"].ranks == (0, 1, 2, 3)
-        assert all(len(group.ranks) == 1 for name, group in place.groups.items() if name != "data")
+        assert place.groups["world"] is place.groups["data"]
+        others = [group for name, group in place.groups.items() if name not in ("data", "world")]
+        assert all(len(group.ranks) == 1 for group in others)
 
 
 def test_what_stays_still_has_no_state_to_shard():
