@@ -107,3 +107,11 @@ def test_llama_is_split_as_megatron_would(case):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_split_as_megatron_would(case, name):
     split_as_megatron_would(case, name)
+
+
+def test_keys_that_are_fewer_than_ranks_stay_whole(case):
+    """Queries are split by heads all the same, and what contracts them in one way only."""
+    build = case("llama").build("tensor=4")
+    names = {name.rpartition("self_attn.")[2] for name in whole_matrices(build)}
+    assert names == {"k_proj.weight", "v_proj.weight"}
+    assert_equal(case("llama").verify("tensor=4", steps=2))

@@ -109,18 +109,21 @@ def columns(program: Program, axis: Axis) -> dict[str, Shard]:
     """The weights that `axis` may split along an output dim, and how."""
     graph = _Graph.of(program, axis.name)
     found: dict[str, Shard] = {}
-    rows: set[str] = set()
+    rows: dict[str, Row] = {}
     for number, op in enumerate(graph.ops):
         for place, value, shard in graph.outputs_of(number, axis.size):
             weight = graph.weights[op.inputs[place]][0]
             if weight in found or weight in rows:
                 continue
             path = graph.path(number, place, value, shard, axis.size)
-            if path is not None and weight not in path.rows:
+            if path is not None and weight not in path.rows and not _torn(rows, path.rows, axis):
                 found[weight] = path.shard
-                rows |= path.rows
+                rows.update(path.rows)
     return found
 
+
+Row = tuple[Shard, int]
+"""How a weight that contracts is split, and the size of the dim, as its op reads it."""
 
 MOST_ROWS = 4
 """Weights that may contract what one split weight makes. A residual stream is contracted by all."""
@@ -140,7 +143,7 @@ class _Path:
     """A weight's split that can be carried on, and the weights that contract it in the end."""
 
     shard: Shard
-    rows: frozenset[str]
+    rows: Mapping[str, Row]
 
 
 class _Finer(Exception):
@@ -253,7 +256,7 @@ class _Graph:
             found = None if carry is None else shard_of(view, view.operands[0], carry)
         return found
 
-    def _carry_on(self, value: int, shard: Shard) -> frozenset[str] | None:
+    def _carry_on(self, value: int, shard: Shard) -> dict[str, Row] | None:
         """Carry a shard on; the weights that contract it, or None where it must be gathered.
 
         Raises:
@@ -261,7 +264,7 @@ class _Graph:
         """
         places: dict[int, Shard] = {value: shard}
         largest = self.program.values[value].bytes
-        rows: set[str] = set()
+        rows: dict[str, Row] = {}
         ended = False
         queue = list(self.readers.get(value, ()))
         heapq.heapify(queue)
@@ -290,7 +293,7 @@ class _Graph:
         values = self.program.values
         lost = {v for _, v in self.program.outputs} & places.keys()  # running statistics, little
         dear = sum(values[v].bytes for v in lost) * _WORTH > values[value].bytes
-        return frozenset(rows) if ended and not dear else None
+        return rows if ended and not dear else None
 
     def _carry(self, op: Op, rule: Rule, places: Mapping[int, Shard]) -> Carry | None:
         """The one factor that all operands that are split have split; None if there is none."""
@@ -320,7 +323,7 @@ class _Graph:
             return places[op.inputs[0]].dim != names.index(self.axis)
         return self.axis in str(whole).split(",")
 
-    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: set[str], largest: int) -> bool:
+    def _ends(self, op: Op, rule: Rule, carry: Carry, rows: dict[str, Row], largest: int) -> bool:
         """Whether a factor may end here: contracted by a weight, or summed to much less.
 
         A sum that is larger than what was carried is no saving (a residual stream, all of whose
@@ -331,13 +334,32 @@ class _Graph:
             for value, dims in zip(op.inputs, rule.operands, strict=True)
             if shard_of(rule, dims, carry) is not None
         ]
-        named = [self.weights[value][0] for value in sharing if value in self.weights]
         values = self.program.values
+        named: dict[str, Row] = {}
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            shard = shard_of(rule, dims, carry)
+            if value in self.weights and shard is not None:
+                named[self.weights[value][0]] = (shard, values[value].shape[shard.dim])
         before, after = (sum(values[v].bytes for v in found) for found in (sharing, op.results))
         if len(sharing) > 1:
             rows.update(named)
             return bool(named) and after < _GROWTH * largest
         return after * _WORTH <= before
+
+
+def _torn(found: Mapping[str, Row], more: Mapping[str, Row], axis: Axis) -> bool:
+    """Whether a weight that is contracted would have to be split in two ways."""
+    return any(
+        _evenly(*found[name], axis.size) != _evenly(*row, axis.size)
+        for name, row in more.items()
+        if name in found
+    )
+
+
+def _evenly(shard: Shard, size: int, parts: int) -> Shard:
+    """The same split in as many granules as there are parts, where it is even."""
+    n = shard.granules(size)
+    return replace(shard, unit=shard.unit * n // parts) if n % parts == 0 else shard
 
 
 def _contracts(rule: Rule, place: int) -> bool:
@@ -353,10 +375,7 @@ def _coarse(shard: Shard, size: int, parts: int) -> Shard:
 
     Queries in heads and keys in groups of heads are then split alike.
     """
-    n = shard.granules(size)
-    return (
-        replace(shard, unit=shard.unit * n // parts) if shard.unit > 1 and n % parts == 0 else shard
-    )
+    return _evenly(shard, size, parts) if shard.unit > 1 else shard
 
 
 def _finer(rule: Rule, factors: Sequence[int], shard: Shard) -> list[tuple[int, int]]:
