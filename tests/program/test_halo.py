@@ -159,3 +159,4 @@ def test_edges_are_all_that_moves():
     for rank, rows in enumerate([(4, 1, 0), (1, 4, 1), (0, 1, 4)]):
         (move,) = [op for op in programs[rank].ops if op.name == "comm.all_to_all"]
         assert move.args[2][4] == rows
+        assert dict(move.kwargs)["load"] == 2 * 4 * 6 * 12  # alike on all ranks: they share buckets

@@ -10,6 +10,7 @@ goes the way back, and rows that several ranks read are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -141,7 +142,9 @@ class Spreader:
         received = (dim, 1, 1, (0,) * count, tuple(stop - start for start, stop in into))
         args: tuple[Arg, ...] = (Ref(value), self.axis, received, (dim, 1, 1, starts, lengths))
         words = ("with halo", "sharded")[gives], ("sharded", "with halo")[gives]
-        notes = (("before", words[1]), ("after", words[0]), ("value", ""))
+        shape, most = self.values[value].shape, max(high - low for low, high in rows.read)
+        load = math.prod(shape[:dim]) * most * math.prod(shape[dim + 1 :])
+        notes = (("before", words[1]), ("after", words[0]), ("value", ""), ("load", load))
         return _beside(op, "comm.all_to_all", args, (result,), notes)
 
     def _padded(self, op: Op, value: int, result: int, ends: tuple[int, int], fill: float) -> Op:
