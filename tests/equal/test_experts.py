@@ -64,6 +64,7 @@ def test_a_mixture_equals_one_device(case, name, plan, microbatches):
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("name", "plan", "microbatches"), CELLS)
 def test_every_mixture_equals_one_device(case, name, plan, microbatches):
     verified(case, name, plan, microbatches)

@@ -15,6 +15,7 @@ nothing; `routed` makes of it what a rank does:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -321,16 +322,17 @@ class _Router:
         """Rows to their ranks: so many for each, so many from each."""
         args = (Ref(rows), AXIS, Ref(sent), Ref(received))
         made = self.write("comm.exchange", args, result, op)
+        width = math.prod(self.values[rows].shape[1:])
         there, here = "rows with their samples", "rows with their experts"
         if op.base == _DISPATCH:
-            self.note(there, here, "rows")
+            self.note(there, here, "rows", width)
         else:
-            self.note(here, there, "rows")
+            self.note(here, there, "rows", width)
         return made
 
-    def note(self, before: str, after: str, value: str) -> None:
-        """Say why the last op is there."""
-        notes = (("before", before), ("after", after), ("value", value))
+    def note(self, before: str, after: str, value: str, load: int) -> None:
+        """Say why the last op is there; `load` is alike on all ranks, whatever rows they have."""
+        notes = (("before", before), ("after", after), ("value", value), ("load", load))
         self.ops[-1] = replace(self.ops[-1], kwargs=notes)
 
     def route(self, ids: int, experts: int, op: Op) -> _Route:
@@ -348,7 +350,9 @@ class _Router:
         each = (0, 1, 1, tuple(range(members)), (1,) * members)
         args: tuple[Arg, ...] = (Ref(counts), AXIS, each, (1, 1, 1, starts, shares))
         self.write("comm.all_to_all", args, got, op)
-        self.note(f"sharded(0) over {AXIS}", f"sharded(1) over {AXIS}", "rows of each expert")
+        self.note(
+            f"sharded(0) over {AXIS}", f"sharded(1) over {AXIS}", "rows of each expert", experts
+        )
         received = self.made("int64", (members,))
         self.write("aten.sum.dim_IntList", (Ref(got), (1,)), received, op)
         self.routes[ids] = _Route(order, inverse, sent, received, got)
