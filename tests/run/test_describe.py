@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from meshwright.plan.plan import Plan
-from meshwright.run.describe import describe_run, explain, facts_of
+from meshwright.run.describe import describe_run, explain, facts_of, nearby
 from meshwright.run.prepare import prepare
 from tests.laws.source import ROOT
 from tests.program.accounted import gpt
@@ -120,3 +121,20 @@ def test_lines_are_told_from_the_working_folder(monkeypatch):
     assert any(source.startswith("examples/gpt.py:") for source in sources)
     assert not any(source.startswith("/") for source in sources)
     assert json.loads(json.dumps(told)) == told | {"block": json.loads(json.dumps(told["block"]))}
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "/env/lib/python3.11/site-packages/transformers/models/x.py:3",
+            "transformers/models/x.py:3",
+        ),
+        ("{here}/models/x.py:3", "models/x.py:3"),
+        ("/elsewhere/x.py:3", "/elsewhere/x.py:3"),
+        ("", ""),
+    ],
+)
+def test_a_line_is_told_as_shortly_as_it_can_be_found(source, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert nearby(source.format(here=Path.cwd())) == told

@@ -93,7 +93,7 @@ def _explain(file: Path) -> None:
     show(Padding(plan_table({**record, "collectives": []}), (0, 0, 1, 2)))
     moved = sum(entry["bytes"] for entry in record["collectives"])
     calls = sum(entry["count"] for entry in record["collectives"])
-    where = f"{program()} plan {file} --plan {PLAN}"
+    where = f"{program()} plan {file} --plan {PLAN} --explain"
     _paragraph(
         f"A step moves {bytes_text(moved)} from each rank, in {calls} collectives. For each, the "
         f"source line that needs it and why: {where}"

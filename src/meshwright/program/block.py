@@ -103,8 +103,8 @@ def block(compiled: Compiled, axes: Sequence[Axis]) -> Block:
         last.views.clear()
     _place(drafts, layer, local, list(sent(compiled, axes)))
     whole, _ = compiled.wholes[0]
-    given = _handed_on(drafts, local.program)
-    stations = tuple(_station(draft, local, whole, given) for draft in drafts)
+    given, names = _handed_on(drafts, local.program), _weights(local.program)
+    stations = tuple(_station(draft, local, whole, given, names) for draft in drafts)
     return Block(folded(alike) if layer else "", len(alike), stations)
 
 
@@ -206,8 +206,15 @@ def _handed_on(drafts: Sequence[_Draft], program: Program) -> frozenset[int]:
     )
 
 
-def _station(draft: _Draft, local: Local, whole: Program, given: frozenset[int]) -> Station:
-    program, names = local.program, _weights(local.program)
+def _station(
+    draft: _Draft,
+    local: Local,
+    whole: Program,
+    given: frozenset[int],
+    names: Mapping[int, str],
+) -> Station:
+    """The station of a draft; `given` are values handed on, `names` those that are weights."""
+    program = local.program
     inputs = {n.removeprefix("model/"): v for n, v in program.inputs if n.startswith("model/")}
     read = dict.fromkeys(names[v] for op in draft.ops for v in op.inputs if v in names)
     made = [value for op in (*draft.ops, *draft.views) for value in op.results]
