@@ -95,7 +95,11 @@ def _attention():
     out, total = forward.default(q, k, v, 0.0, True)
     yield Call(f"{name}.default", (q, k, v, 0.0, True), label="causal")
     yield Call(backward, (f(5, 4, 6, 8), q, k, v, out, total, 0.0, True), label="causal")
-    yield Call(f"{name}.default", (q, few, few, 0.0, True), label="grouped")
+    for label, keys in (("grouped", few), ("one key", f(5, 1, 6, 8))):
+        out, total = forward.default(q, keys, keys, 0.0, False)
+        yield Call(f"{name}.default", (q, keys, keys, 0.0, True), label=f"{label}, causal")
+        yield Call(f"{name}.default", (q, keys, keys, 0.0, False), label=label)
+        yield Call(backward, (f(5, 4, 6, 8), q, keys, keys, out, total, 0.0, False), label=label)
 
 
 def _lookups():

@@ -109,15 +109,16 @@ def _glu(view: OpView) -> Rule:
 
 def _flash(view: OpView) -> Rule:
     """q (b h t d), k and v (b h s d) -> out (b h t d), logsumexp (b h t)."""
-    mask = _mask(view)
-    operands = ["b h t d", "b h s d", "b h s d", mask]
-    return einsum(view, operands, made(view, "b h t d", "b h t"), keep=_kept_heads(view, 0))
+    q, k = "b h t d", _keys(view, 0)
+    rule = einsum(view, [q, k, k, _mask(view)], made(view, q, "b h t"), keep=_kept(view, 0))
+    return _grouped(rule, view, 0)
 
 
 def _flash_backward(view: OpView) -> Rule:
-    q, k = "b h t d", "b h s d"
+    q, k = "b h t d", _keys(view, 1)
     operands = [q, q, k, k, q, "b h t", _mask(view)]
-    return einsum(view, operands, made(view, q, k, k), keep=_kept_heads(view, 1))
+    rule = einsum(view, operands, made(view, q, k, k), keep=_kept(view, 1))
+    return _grouped(rule, view, 1)
 
 
 def _mask(view: OpView) -> str | None:
@@ -127,15 +128,40 @@ def _mask(view: OpView) -> str | None:
     return " ".join(("b", "h", "t", "s")[4 - len(view.operands[-1].shape) :])
 
 
-def _kept_heads(view: OpView, query: int) -> str:
-    """Letters that stay whole; heads too where several queries share a key (grouped attention).
+def _kept(view: OpView, query: int) -> str:
+    """Letters that stay whole.
 
     Queries may be split unless a flag says which keys each sees: their gradient to keys and values
     is a sum.
     """
-    heads, shared = (view.operands[place].shape[1] for place in (query, query + 1))
     causal = view.arg(7 if query else 4) is True
-    return "s d" + " t" * causal + " h" * (heads != shared)
+    return "s d" + " t" * causal
+
+
+def _heads(view: OpView, query: int) -> tuple[int, int]:
+    """Heads of queries and of keys; operand `query` holds the queries, the next one the keys."""
+    return view.operands[query].shape[1], view.operands[query + 1].shape[1]
+
+
+def _keys(view: OpView, query: int) -> str:
+    heads, shared = _heads(view, query)
+    return "b h s d" if heads == shared else "b k s d"
+
+
+def _grouped(rule: Rule, view: OpView, query: int) -> Rule:
+    """Where several queries share a key, heads are (heads of keys, queries that share one)."""
+    heads, shared = _heads(view, query)
+    if heads == shared:
+        return rule
+    (queries,), keys = rule.operands[query][1], rule.operands[query + 1][1]
+
+    def dims(found: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        return tuple((*keys, queries) if dim == (queries,) else dim for dim in found)
+
+    sizes = list(rule.sizes)
+    sizes[queries] = heads // shared
+    operands, results = tuple(map(dims, rule.operands)), tuple(map(dims, rule.results))
+    return replace(rule, sizes=tuple(sizes), operands=operands, results=results)
 
 
 def _embedding(view: OpView) -> Rule:
