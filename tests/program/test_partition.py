@@ -80,6 +80,7 @@ def test_moves_name_the_weight_the_layouts_and_the_reader():
         "before": "sharded(1) over data",
         "after": "replicated",
         "value": "model/w",
+        "load": 32,  # elements, were shards even
     }
     assert (gather.module, gather.source, gather.phase) == ("head", "m.py:7", "forward")
 
