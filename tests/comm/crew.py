@@ -331,6 +331,12 @@ class Crew:
         process.join()
         return pid
 
+    def gone(self, ranks: Sequence[int]) -> None:
+        """Wait until workers that end themselves have: the next world must not count on them."""
+        for rank in ranks:
+            self.workers[rank][0].join(20)
+            assert not self.workers[rank][0].is_alive(), f"rank {rank} is still there"
+
     def close(self) -> None:
         for process, pipe in self.workers:
             pipe.close()

@@ -89,6 +89,7 @@ def test_why_a_rank_gave_up_is_known_to_the_others(crew, who):
     for kind, said in crew.answers([rank for rank in range(3) if rank != who]):
         assert kind == "PeerLost"
         assert f"rank {who} ended: ValueError: bad label 12" in said
+    crew.gone([who])
 
 
 def test_who_does_not_come_is_named(crew):
@@ -104,6 +105,7 @@ def test_who_does_not_come_is_named(crew):
 def test_ranks_that_left_with_nothing_owed_are_not_missed(crew):
     crew.start(3, "leaves_early")
     crew.answers([0])
+    crew.gone([1, 2])
 
 
 def test_ranks_that_mean_different_collectives_are_told_apart(crew):
