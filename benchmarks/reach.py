@@ -16,6 +16,7 @@ from benchmarks.harness.task import Task
 COSTS = "What distribution costs"
 PEERS = {n: f"Against peers, {n} sequence{'s' * (n > 1)} a rank" for n in (8, 1)}
 ZERO3 = "ZeRO-3 against our data=2"
+TENSOR = "Tensor parallel, 2 ranks"
 DEVICE = "One device, traced against eager"
 BF16 = "bf16 against float32"
 DROPOUT = "Dropout on against off"
@@ -29,6 +30,7 @@ SECTIONS = (
     COSTS,
     *PEERS.values(),
     ZERO3,
+    TENSOR,
     DEVICE,
     BF16,
     DROPOUT,
@@ -179,6 +181,15 @@ def _groups() -> list[Group]:
         group("data-1", "gpt10m", 1, data_1, cost_1, *data_1_lines, steps=4, seconds=70),
         group("zero12-1", "gpt10m", 1, zero12_1, *zero12_1_lines, steps=4, seconds=70),
         group("zero3-1", "gpt10m", 1, zero3_1, *zero3_1_lines, steps=4, seconds=70),
+        group(
+            "tensor",
+            "gpt10m",
+            8,
+            {"tensor=2": ours("tensor=2"), "DTensor": {"module": "dtensor"}},
+            (TENSOR, Line("tensor-8", "10M GPT, 8 a rank", "tensor=2", CONTROL, 0.9)),
+            (TENSOR, Line("dtensor-8", "against DTensor", "tensor=2", ("DTensor",), 1.0)),
+            seconds=120,
+        ),
         group("gpt60m", "gpt60m", 1, {"data=2": ours("data=2")}, cost_60m, seconds=100),
         group(
             "device",

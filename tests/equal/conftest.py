@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.equal.record import PAGE, Record, tree
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -13,3 +15,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def record():
+    """The matrix's results so far; its page is written when the last cell of a session is done."""
+    kept = Record(tree())
+    yield kept
+    PAGE.write_text(kept.page())

@@ -1,92 +1,110 @@
-"""Results of the full matrix, kept by commit so that a run cut short goes on where it stopped."""
+"""Results of the full matrix, kept by tree so that a run cut short, or in parts, goes on."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.equal.cells import MICROBATCHES, MODELS, PRECISIONS, RANKS, STAGES, Cell, cells, refused
+from meshwright.run.measure import Report
+from tests.equal.tables import TABLES, Table, with_micros
 from tests.laws.source import ROOT
 
-CACHE = ROOT / ".matrix" / "results.json"
-TABLE = ROOT / "docs" / "matrix.md"
+CACHE = ROOT / ".matrix"
+PAGE = ROOT / "docs" / "matrix.md"
+REFUSED = "refused"
+_READ = ("src", "examples", "tests/equal")
+"""What results depend on, of this repository."""
+
+HEAD = """# Equality matrix
+
+`make matrix` writes this page. Each plan runs some steps, a different batch each step, beside the
+user's own eager code on one device, in float64, dropout on; a cell is the largest relative error of
+the loss, any gradient, weight or optimizer state (the law: 1e-10). *refused*: the plan would split
+the samples of a batch norm otherwise than the job says, and a check says so. Plans in bf16 run the
+same ops in float64 for this figure, and are compared with eager autocast as well (decisions/0010).
+"""
 
 
-def commit() -> str:
-    """The commit's id; with a digest of what differs from it, where something does."""
+def tree() -> str:
+    """A name for all that results depend on, what is not committed included."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
         return done.stdout
 
-    changed = git("diff", "HEAD", "--", "src", "examples", "tests/equal")
-    mark = "+" + hashlib.sha256(changed.encode()).hexdigest()[:8] if changed else ""
-    return git("rev-parse", "HEAD").strip()[:12] + mark
+    kept = git("rev-parse", *(f"HEAD:{path}" for path in _READ))
+    changed = git("diff", "HEAD", "--", *_READ)
+    return hashlib.sha256((kept + changed).encode()).hexdigest()[:12]
 
 
-def _today() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%d}"
-
-
-@dataclass
+@dataclass(frozen=True)
 class Record:
-    """Worst errors by cell at one commit; a cell that a check refused says so."""
+    """One file a cell, so that processes that run parts of the matrix don't meet.
 
-    commit: str
-    path: Path = CACHE
-    found: dict[str, dict[str, float] | str] = field(default_factory=dict)
+    Attributes:
+        tree: which source the results are of.
+        folder: of all trees' results.
+        seen: what this process found or read.
+    """
 
-    @classmethod
-    def read(cls, commit: str, path: Path = CACHE) -> Record:
-        """What was found at this commit, if anything."""
+    tree: str
+    folder: Path = CACHE
+    seen: dict[str, float | str] = field(default_factory=dict)
+
+    def once(
+        self, table: Table, cell: tuple[str, str, int], run: Callable[[], Report | str]
+    ) -> None:
+        """Run a cell unless its result is kept; keep the worst error, or what a check said."""
+        path = self._path(table, cell)
+        if path.exists():
+            return
+        found = run()
+        worst = found if isinstance(found, str) else max(w.error for w in found.worst.values())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({"cell": [table.title, *cell], "worst": worst}))
+        aside.rename(path)
+
+    def worst(self, table: Table, cell: tuple[str, str, int]) -> float | str | None:
+        """The kept result of a cell."""
+        path = self._path(table, cell)
         if not path.exists():
-            return cls(commit, path)
-        kept = json.loads(path.read_text())
-        return cls(commit, path, kept["cells"] if kept["commit"] == commit else {})
+            return None
+        found: float | str = json.loads(path.read_text())["worst"]
+        return found
 
-    def put(self, cell: Cell, errors: dict[str, float] | str) -> None:
-        """Keep one cell's result."""
-        self.found[str(cell)] = errors
-        self.path.parent.mkdir(exist_ok=True)
-        text = json.dumps({"commit": self.commit, "cells": self.found}, indent=1)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(text)
-        aside.rename(self.path)
+    def _path(self, table: Table, cell: tuple[str, str, int]) -> Path:
+        row, plan, microbatches = cell
+        name = f"{table.title} {row} {with_micros(plan, microbatches)}"
+        return self.folder / self.tree / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
 
-    def table(self) -> str:
-        """docs/matrix.md: per model and plan the largest relative error."""
-        done = sum(str(cell) in self.found for cell in cells())
-        lines = [
-            "# Equality matrix",
-            "",
-            "`make matrix` writes this page. Each plan runs five steps, a different batch each",
-            "step, beside the user's own eager code on one device, in float64; a cell is the",
-            "largest relative error of the loss, any gradient, weight or optimizer state (the law:",
-            "1e-10). *refused*: the plan would split the samples of a batch norm otherwise than",
-            "the job says, and a check says so. Plans in bf16 run the same ops in float64 for this",
-            "figure, and are compared with eager autocast as well (decisions/0010).",
-            "",
-            f"Commit `{self.commit}`, {_today()}: {done} of {len(cells())} cells.",
-        ]
-        for precision, micro in itertools.product(PRECISIONS, MICROBATCHES):
-            plans = [Cell("", 1, zero, ranks) for zero in STAGES for ranks in RANKS]
-            lines += ["", f"## microbatches={micro}, precision={precision}", ""]
-            lines += [f"| | {' | '.join(p.plan for p in plans)} |", "|---" * (len(plans) + 1) + "|"]
-            for model in MODELS:
-                cells_ = [Cell(model, micro, p.zero, p.ranks, precision) for p in plans]
-                row = [self._text(cell) for cell in cells_]
-                lines.append(f"| {model} | {' | '.join(row)} |")
+    def page(self, tables: tuple[Table, ...] = TABLES) -> str:
+        """docs/matrix.md."""
+        lines = [HEAD]
+        done = [self.worst(table, cell) is not None for table in tables for cell in table.cells]
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        lines += [f"Tree `{self.tree}`, {today}: {sum(done)} of {len(done)} cells."]
+        for table in tables:
+            for micro in table.microbatches:
+                lines += ["", f"## {table.title}, microbatches={micro}", ""]
+                lines += self._rows(table, micro)
         return "\n".join([*lines, ""])
 
-    def _text(self, cell: Cell) -> str:
-        errors = self.found.get(str(cell))
-        if errors is None:
-            return ""
-        if isinstance(errors, str):
-            return "refused" if refused(cell) else errors
-        return f"{max(errors.values()):.0e}"
+    def _rows(self, table: Table, micro: int) -> list[str]:
+        rows = [["", *table.plans], ["---"] * (len(table.plans) + 1)]
+        for row in table.rows:
+            found = [self.worst(table, (row, plan, micro)) for plan in table.plans]
+            rows.append([row, *map(_text, found)])
+        return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _text(worst: float | str | None) -> str:
+    if worst is None:
+        return ""
+    return worst if isinstance(worst, str) else f"{worst:.0e}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from meshwright.errors import PlanError
-from tests.equal.cells import MODELS, Cell, cells, pairwise, refused
+from meshwright.run.measure import Report, Worst
+from tests.equal.cells import MODELS, cells, pairwise, refused
 from tests.equal.harness import Case, assert_equal
-from tests.equal.record import TABLE, Record, commit
+from tests.equal.record import REFUSED, Record
+from tests.equal.tables import BASE, Table
 
 SAMPLE = pairwise(cells())
 
@@ -21,38 +24,30 @@ def case(tmp_path_factory):
     return cache(lambda name: Case(MODELS[name](folder)))
 
 
-@pytest.fixture(scope="session")
-def record():
-    """The results so far; the table is written when the last cell of this session is done."""
-    kept = Record.read(commit())
-    yield kept
-    TABLE.write_text(kept.table())
-
-
-def errors_of(case, cell):
-    """Worst error by kind; the word `refused` where a check does."""
+def equals(case, cell):
+    """The report, or the word `refused` where a check does so."""
     if refused(cell):
         with pytest.raises(PlanError, match=r"(normalize_over|batch norm).*microbatches="):
             case(cell.model).verify(cell.plan, steps=1)
-        return "refused"
+        return REFUSED
     report = case(cell.model).verify(cell.plan)
     assert_equal(report)
     if cell.precision != "float32":
         rounded = case(cell.model).rounded(cell.plan)
         assert rounded["passed"], rounded
-    return {kind: worst.error for kind, worst in report.worst.items()}
+    return report
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=str)
 def test_a_plan_equals_one_device(case, cell):
-    errors_of(case, cell)
+    equals(case, cell)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", cells(), ids=str)
 def test_every_plan_equals_one_device(case, record, cell):
-    if str(cell) not in record.found:
-        record.put(cell, errors_of(case, cell))
+    plan = replace(cell, microbatches=1).plan
+    record.once(BASE, (cell.model, plan, cell.microbatches), lambda: equals(case, cell))
 
 
 def test_the_sample_meets_every_pair():
@@ -71,10 +66,28 @@ def test_the_sample_meets_every_pair():
     assert len(SAMPLE) < len(cells()) / 4
 
 
-def test_results_are_kept_by_commit(tmp_path):
-    cell = Cell("gpt", 3, 2, 4)
-    Record("abc", tmp_path / "m.json").put(cell, {"loss": 1e-16, "weights": 3e-12})
-    again = Record.read("abc", tmp_path / "m.json")
-    assert again.found[str(cell)]["weights"] == 3e-12
-    assert "| 3e-12 |" in again.table()
-    assert Record.read("def", tmp_path / "m.json").found == {}
+def test_results_are_kept_by_tree(tmp_path):
+    table = Table("Some", ("gpt", "vit"), ("data=2", "zero1,data=2"))
+    report = Report()
+    report.worst.update(loss=Worst(1e-16), weights=Worst(3e-12))
+    ran = []
+
+    def run():
+        ran.append(1)
+        return report
+
+    for _ in range(2):
+        Record("abc", tmp_path).once(table, ("gpt", "zero1,data=2", 3), run)
+    Record("abc", tmp_path).once(table, ("vit", "data=2", 1), lambda: REFUSED)
+    page = Record("abc", tmp_path).page((table,))
+    assert len(ran) == 1
+    assert "| gpt |  | 3e-12 |" in page
+    assert "| vit | refused |  |" in page
+    assert "2 of 8 cells" in page
+    assert "0 of 8 cells" in Record("def", tmp_path).page((table,))
+
+
+def test_the_page_has_a_place_for_every_cell():
+    assert {(c.model, replace(c, microbatches=1).plan, c.microbatches) for c in cells()} == set(
+        BASE.cells
+    )

@@ -9,17 +9,10 @@ import pytest
 from meshwright.errors import PlanError
 from meshwright.run.form import first_micros
 from tests.equal.harness import Case, assert_equal, unruled
+from tests.equal.record import REFUSED
+from tests.equal.tables import OTHER, with_micros
 from tests.equal.zoo_other import BATCH_NORMED, OTHERS
 
-PLANS = (
-    "data=2",
-    "tensor=2",
-    "data=2,tensor=2",
-    "zero3,data=2",
-    "zero3,data=2,tensor=2",
-    "zero3,data=4,shard=2",
-)
-MICROBATCHES = (1, 3)
 SPACE = ("context=2", "context=3", "data=2,context=2", "zero3,data=2,context=2,tensor=2")
 
 SAMPLE = (
@@ -43,12 +36,14 @@ def case(name):
 
 
 def check(name, plan, microbatches, steps):
-    text = plan if microbatches == 1 else f"{plan},microbatches={microbatches}"
+    text = with_micros(plan, microbatches)
     if name in BATCH_NORMED and microbatches > 1:
         with pytest.raises(PlanError, match=r"batch norm.*microbatches="):
             case(name).verify(text, steps=1)
-        return
-    assert_equal(case(name).verify(text, steps=steps))
+        return REFUSED
+    report = case(name).verify(text, steps=steps)
+    assert_equal(report)
+    return report
 
 
 @pytest.mark.parametrize(("name", "plan", "microbatches"), SAMPLE)
@@ -77,11 +72,9 @@ def test_ranks_that_split_images_exchange_their_edges():
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("microbatches", MICROBATCHES)
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_family_equals_one_device(name, plan, microbatches):
-    check(name, plan, microbatches, steps=3)
+@pytest.mark.parametrize("cell", OTHER.cells, ids=str)
+def test_every_family_equals_one_device(record, cell):
+    record.once(OTHER, cell, lambda: check(*cell, steps=3))
 
 
 @pytest.mark.matrix

@@ -6,32 +6,23 @@ met; `make matrix` runs every cell.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from fnmatch import fnmatch
 from functools import cache
+from itertools import product
 
 import pytest
 
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Shard
 from meshwright.run.form import first_micros
+from tests.equal.cells import MICROBATCHES
 from tests.equal.harness import Case, assert_equal, unruled
+from tests.equal.tables import TEXT, with_micros
 from tests.equal.zoo_text import FAMILIES
 
-PLANS = (
-    "data=2",
-    "tensor=2",
-    "data=2,tensor=2",
-    "context=2",
-    "zero3,data=2",
-    "zero3,data=2,tensor=2",
-    "zero3,data=4,shard=2",
-)
-MICROBATCHES = (1, 3)
-CELLS = tuple(itertools.product(FAMILIES, PLANS, MICROBATCHES))
 SAMPLE = tuple(
-    (name, PLANS[number % len(PLANS)], MICROBATCHES[number // len(PLANS) % 2])
+    (name, TEXT.plans[number % len(TEXT.plans)], MICROBATCHES[number // len(TEXT.plans) % 2])
     for number, name in enumerate(FAMILIES)
 )
 """Each family once."""
@@ -49,9 +40,11 @@ def case():
 
 
 def equals(case, name, plan, microbatches):
-    text = f"{plan},microbatches={microbatches}" if microbatches > 1 else plan
+    text = with_micros(plan, microbatches)
     assert unruled(case(name), text) == set()
-    assert_equal(case(name).verify(text, steps=2))
+    report = case(name).verify(text, steps=2)
+    assert_equal(report)
+    return report
 
 
 @pytest.mark.parametrize(("name", "plan", "microbatches"), SAMPLE)
@@ -60,14 +53,14 @@ def test_a_family_equals_one_device(case, name, plan, microbatches):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("name", "plan", "microbatches"), CELLS)
-def test_every_plan_equals_one_device(case, name, plan, microbatches):
-    equals(case, name, plan, microbatches)
+@pytest.mark.parametrize("cell", TEXT.cells, ids=str)
+def test_every_plan_equals_one_device(case, record, cell):
+    record.once(TEXT, cell, lambda: equals(case, *cell))
 
 
 def test_the_sample_meets_every_plan():
     assert {name for name, _, _ in SAMPLE} == set(FAMILIES)
-    assert {(plan, k) for _, plan, k in SAMPLE} == set(itertools.product(PLANS, MICROBATCHES))
+    assert {(plan, k) for _, plan, k in SAMPLE} == set(product(TEXT.plans, MICROBATCHES))
 
 
 def whole_matrices(build):
