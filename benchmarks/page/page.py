@@ -86,6 +86,8 @@ def _explained(section: str) -> str:
         reach.COLLECTIVES: "At 16 MB and more our time over that of a copy; at 4 KB over 20 us, and"
         " gloo's time over ours.",
         reach.CROWDED: "gloo's time over ours, at every size.",
+        reach.TENSOR: "Ours under `tensor=2`, each rank on the batches of both; DTensor is torch's"
+        " `parallelize_module` with Megatron's layouts, over gloo.",
         reach.FIRST: "From starting `mw train` to its first step's line, over torchrun and DDP.",
     }.get(section, "")
 
@@ -121,14 +123,15 @@ def _how(raw: Mapping[str, Any]) -> str:
     counted = [
         f"| {name} | {group['raw']['steps']} after {group['raw']['warm']} |"
         f" {max(len(s) for s in group['raw']['seconds'].values())} |"
-        f" {group['raw']['load']:.1f} |"
+        f" {group['raw']['load']:.1f} | {group['raw'].get('began', m['began'])} |"
+        f" {group['raw'].get('commit', m['commit'])} |"
         for name, group in raw["groups"].items()
         if group["raw"].get("tasks") and group["raw"]["seconds"]
     ]
     table = "\n".join(
         [
-            "| group | steps timed in a turn | rounds | load at its start |",
-            "| --- | ---: | ---: | ---: |",
+            "| group | steps timed in a turn | rounds | load at its start | begun | commit |",
+            "| --- | ---: | ---: | ---: | --- | --- |",
             *counted,
         ]
     )

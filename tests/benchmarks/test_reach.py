@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from benchmarks.__main__ import renewed
 from benchmarks.harness.lines import CONTROL
 from benchmarks.models import SHAPES
 from benchmarks.page.page import page
 from benchmarks.reach import COLLECTIVES, CROWDED, GROUPS, SECTIONS
 from benchmarks.special import KB, MB, collective_lines
 
-MODULES = {"ours", "eager", "ddp", "fsdp2", "deepspeed", "fairscale", "accelerate"}
+MODULES = {"ours", "eager", "ddp", "fsdp2", "deepspeed", "fairscale", "accelerate", "dtensor"}
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
@@ -66,3 +69,12 @@ def test_a_page_without_any_group_says_how_and_what_broke():
     written = page(raw | {"broken": {"curve": "it broke"}}, [])
     assert "How it is measured" in written
     assert "curve did not run: it broke" in written
+
+
+def test_parts_take_the_place_of_what_the_page_had(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    kept = {"machine": {"began": "then"}, "groups": {"a": {"results": [1]}, "b": {"results": [2]}}}
+    (tmp_path / "benchmarks" / "raw.json").write_text(json.dumps(kept))
+    found = renewed({"machine": {"began": "now"}, "groups": {"b": {"results": [3]}}}, tmp_path)
+    assert found["groups"] == {"a": {"results": [1]}, "b": {"results": [3]}}
+    assert found["machine"] == {"began": "then"}
