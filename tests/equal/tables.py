@@ -54,7 +54,15 @@ BASE = _table("Data parallelism and ZeRO", MODELS, SHARDS)
 TEXT = _table(
     "Text families",
     FAMILIES,
-    ("data=2", *_TENSOR, "context=2", "zero3,data=2,context=2,tensor=2", *_SHARDED),
+    (
+        "data=2",
+        *_TENSOR,
+        "tensor=2,sequence=tensor",
+        "zero3,data=2,tensor=2,sequence=tensor",
+        "context=2",
+        "zero3,data=2,context=2,tensor=2",
+        *_SHARDED,
+    ),
 )
 OTHER = _table("Vision, convolution and audio", OTHERS, ("data=2", *_TENSOR, *_SHARDED))
 EXPERTS = _table(

@@ -157,9 +157,23 @@ def shards_divide_the_data_axis(plan: Plan, facts: Facts) -> tuple[Problem, ...]
     return ()
 
 
+def sequences_are_split_over_something(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """The axis that activations are split over is there."""
+    del facts
+    if plan.sequence != "tensor" or plan.tensor > 1:
+        return ()
+    return (
+        Problem(
+            "plan asks for sequence=tensor, but tensor=1",
+            "use tensor=2 or more, or drop sequence; sequences alone are split by context=2",
+        ),
+    )
+
+
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "pipeline": (1,),
+    "sequence": ("none", "tensor"),
     "schedule": (None,),
     "virtual": (1,),
     "gather": (None,),
@@ -216,6 +230,7 @@ CHECKS: Final[dict[str, Check]] = {
     "world": world_is_filled,
     "samples": microbatches_hold_samples,
     "shard": shards_divide_the_data_axis,
+    "sequence": sequences_are_split_over_something,
     "batch norm": batch_norm_keeps_its_samples,
     "version": version_runs_it,
 }

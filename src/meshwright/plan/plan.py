@@ -18,7 +18,16 @@ __all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
 COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
 _WHOLE: Final = ("zero", "redundancy", "max_fallback")  # whole numbers, 0 or more
-_WORDS: Final = ("schedule", "gather", "remat", "precision", "offload", "regime", "codec")
+_WORDS: Final = (
+    "sequence",
+    "schedule",
+    "gather",
+    "remat",
+    "precision",
+    "offload",
+    "regime",
+    "codec",
+)
 _OPTIONAL: Final = ("data", "shard", "schedule", "gather")  # None: left to Meshwright
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
@@ -37,6 +46,8 @@ class Plan:
         tensor: ranks that share each weight matrix.
         context: ranks that share each sequence.
         expert: ranks that share each layer's experts.
+        sequence: `tensor`: activations that `tensor` would leave whole are split over it along the
+            sequence; none.
         zero: 0 to 3, what the data axis shards: 1 optimizer state, 2 gradients too, 3 weights too.
         shard: ranks, next to each other on the data axis, that ZeRO shards state over; groups of
             them are replicas (hybrid sharding). None: the whole axis.
@@ -65,6 +76,7 @@ class Plan:
     tensor: int = 1
     context: int = 1
     expert: int = 1
+    sequence: str = "none"
     zero: int = 0
     shard: int | None = None
     schedule: str | None = None

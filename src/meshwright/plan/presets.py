@@ -32,13 +32,20 @@ def hybrid(shard: int, data: int | None = None, *, stage: int = 3, microbatches:
 
 
 def megatron(
-    tensor: int, data: int | None = None, *, stage: int = 0, microbatches: int = 1
+    tensor: int,
+    data: int | None = None,
+    *,
+    sequence: bool = False,
+    stage: int = 0,
+    microbatches: int = 1,
 ) -> Plan:
     """Weights split in columns and rows over `tensor`, found from the graph of any model.
 
-    Shoeybi et al. 2019, section 3.
+    Shoeybi et al. 2019, section 3; with `sequence` the activations between them along the sequence,
+    Korthikanti et al. 2022.
     """
-    return Plan(data=data, tensor=tensor, zero=stage, microbatches=microbatches)
+    over = "tensor" if sequence else "none"
+    return Plan(data=data, tensor=tensor, sequence=over, zero=stage, microbatches=microbatches)
 
 
 def context(

@@ -21,6 +21,7 @@ from meshwright.program.partition import Local, partition
 from meshwright.program.pieces import Table, run_pieces
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
+from meshwright.program.sequence import along_sequences
 from meshwright.program.zero import StateLayouts
 
 __all__ = [
@@ -90,9 +91,16 @@ def unit_outputs(
 
 
 def complete_unit(
-    unit: Program, axes: Sequence[Axis], states: Mapping[str, StateLayouts]
+    unit: Program,
+    axes: Sequence[Axis],
+    states: Mapping[str, StateLayouts],
+    *,
+    sequence: bool = False,
 ) -> Completed:
-    """Propagate the unit's annotations: batches split by sample, weights as they rest."""
+    """Propagate the unit's annotations: batches split by sample, weights as they rest.
+
+    With `sequence`, what `tensor` leaves whole is split over it along the sequence.
+    """
     sums = unit_outputs(unit, axes, states, last=False)
     split = [axis for axis in axes if axis.name in SAMPLE_AXES and axis.size > 1]
     batch = Layout.of(axes, {axis.name: Shard(0) for axis in split})
@@ -114,7 +122,8 @@ def complete_unit(
         for name, value in unit.outputs
         if name.startswith("gradient/")
     }
-    return propagate(unit, axes, pinned, stored, wanted)
+    completed = propagate(unit, axes, pinned, stored, wanted)
+    return along_sequences(unit, axes, completed, pinned, stored) if sequence else completed
 
 
 def _resting(state: StateLayouts) -> Layout:
@@ -142,6 +151,8 @@ def assemble(
     axes: Sequence[Axis],
     coordinates: Mapping[str, int],
     states: Mapping[str, StateLayouts],
+    *,
+    sequence: bool = False,
 ) -> Compiled:
     """The instruction list of the rank at `coordinates`.
 
@@ -150,6 +161,7 @@ def assemble(
         axes: of the mesh.
         coordinates: the rank's.
         states: layouts by parameter.
+        sequence: split over `tensor` along the sequence what it would leave whole.
     """
     table = Table()
     body: list[Instruction] = []
@@ -161,7 +173,7 @@ def assemble(
         key = (unit.digest, first, last)
         if key not in made:
             program = accumulated(unit, first=first)
-            completed = complete_unit(program, axes, states)
+            completed = complete_unit(program, axes, states, sequence=sequence)
             wholes[key] = (program, completed)
             outputs = unit_outputs(program, axes, states, last=last)
             local = partition(program, completed, axes, coordinates, outputs)

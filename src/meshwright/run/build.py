@@ -171,7 +171,13 @@ class Build:
             place = self.place(rank)
             units = [self.unit(m, loss, **how) for m in micros]
             programs = [unit.program for unit in units]
-            compiled = assemble(programs, self.axes, place.coordinates, self.states)
+            compiled = assemble(
+                programs,
+                self.axes,
+                place.coordinates,
+                self.states,
+                sequence=self.plan.sequence == "tensor",
+            )
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = tuple(
                 promoting(lower(segment, place.coordinates))
