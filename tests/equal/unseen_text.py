@@ -111,11 +111,11 @@ _TABLE: dict[str, Family] = {
         _sizes(**_DROPPED, embedding_size=16, conv_kernel_size=3, head_ratio=2),
     ),
     # Windows of tokens read by strides.
-    "longformer": Family("longformer", MASKED, _sizes(**_DROPPED, attention_window=4)),
+    "longformer": Family("longformer", MASKED, _sizes(**_DROPPED, attention_window=4, max_position_embeddings=LENGTH + 2)),
     # Landmarks, an iterated pseudo-inverse, a depthwise convolution over values.
     "nystromformer": Family(
         "nystromformer",
-        MASKED,
+        UNPADDED,  # its own code cannot add a mask to what landmarks see
         _sizes(**_DROPPED, num_landmarks=4, segment_means_seq_len=LENGTH, conv_kernel_size=3),
     ),
     # Fourier transforms in place of attention.
