@@ -71,13 +71,13 @@ def answer(question: Callable[[], Any], seconds: int = SECONDS) -> Any:
 def lowered(case: Case, plan: str) -> Any:
     """A plan's build and its compiled list."""
     build = case.build(plan + ",max_fallback=100000")
-    return build, build.lowered(0, first_micros(build, build.data)).compiled
+    return build, build.lowered(0, first_micros(build, case.data)).compiled
 
 
 def traced(case: Case) -> bool:
     """Whether a micro-batch traces."""
     build = case.build("data=2")
-    build.unit(first_micros(build, build.data)[0])
+    build.unit(first_micros(build, case.data)[0])
     return True
 
 

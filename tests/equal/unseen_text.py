@@ -111,7 +111,11 @@ _TABLE: dict[str, Family] = {
         _sizes(**_DROPPED, embedding_size=16, conv_kernel_size=3, head_ratio=2),
     ),
     # Windows of tokens read by strides.
-    "longformer": Family("longformer", MASKED, _sizes(**_DROPPED, attention_window=4, max_position_embeddings=LENGTH + 2)),
+    "longformer": Family(
+        "longformer",
+        MASKED,
+        _sizes(**_DROPPED, attention_window=4, max_position_embeddings=LENGTH + 2),
+    ),
     # Landmarks, an iterated pseudo-inverse, a depthwise convolution over values.
     "nystromformer": Family(
         "nystromformer",
