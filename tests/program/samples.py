@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.program import samples_algebra, samples_experts, samples_layers, samples_space
+from tests.program import (
+    samples_algebra,
+    samples_experts,
+    samples_layers,
+    samples_matrices,
+    samples_space,
+)
 
 
 @cache
@@ -17,6 +23,7 @@ def calls():
         *samples_algebra.MAKERS,
         *samples_layers.MAKERS,
         *samples_experts.MAKERS,
+        *samples_matrices.MAKERS,
         *samples_space.MAKERS,
     )
     return tuple(call for maker in makers for call in maker())

@@ -9,8 +9,10 @@ from meshwright.program.rules import (
     create,
     experts,
     matmul,
+    matrices,
     network,
     pointwise,
+    position,
     reduce,
     shape,
     space,
@@ -51,6 +53,8 @@ RULES: Mapping[str, RuleMaker] = {
     **space.RULES,
     **create.RULES,
     **experts.RULES,
+    **matrices.RULES,
+    **position.RULES,
 }
 
 

@@ -20,6 +20,10 @@ softplus_backward softshrink sqrt square tan tanh tanh_backward threshold thresh
 xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like fill zero
 isposinf isneginf
 _prelu_kernel _prelu_kernel_backward sinc where bitwise_left_shift bitwise_right_shift
+angle celu complex polar conj _conj _conj_physical deg2rad rad2deg gcd lcm heaviside i0 igamma
+igammac ldexp logaddexp2 mvlgamma nextafter polygamma signbit logit_backward softshrink_backward
+hardshrink_backward special_entr special_i0e special_i1 special_i1e special_log_ndtr special_ndtri
+special_erfcx special_zeta frexp
 """.split()  # noqa: SIM905 - a table of words
 
 # In which operands (by place) an op is linear, together: a partial sum passes through those.
