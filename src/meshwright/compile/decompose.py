@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.compile.decompose_values import BY_VALUE
+
 __all__ = ["DECOMPOSITIONS"]
 
 aten = torch.ops.aten
@@ -340,6 +342,7 @@ def _batch_norm_cpu(
 
 
 DECOMPOSITIONS: dict[Any, Any] = {
+    **BY_VALUE,
     aten.nll_loss_forward.default: _nll_forward,
     aten.nll_loss_backward.default: _nll_backward,
     aten.mean.default: _mean,
