@@ -88,7 +88,8 @@ def _repeat(x: Tensor, times: Sequence[int]) -> Tensor:
         return x.reshape(sizes).clone()
     apart = [n for t, size in zip(times, sizes, strict=True) for n in (1, size)[t == 1 :]]
     wide = [n for t, size in zip(times, sizes, strict=True) for n in (t, size)[t == 1 :]]
-    return x.reshape(apart).expand(wide).reshape([t * n for t, n in zip(times, sizes, strict=True)])
+    made = [t * n for t, n in zip(times, sizes, strict=True)]
+    return x.reshape(apart).expand(wide).reshape(made).contiguous()  # as what reads it relies on
 
 
 def _mse(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:

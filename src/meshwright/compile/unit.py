@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright.compile.attention import Attention
 from meshwright.compile.blame import blamed
 from meshwright.compile.check import Checks
+from meshwright.compile.ctc import Ctc
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
@@ -284,6 +285,7 @@ def _unit(
         watching(watched),
         torch.set_grad_enabled(training),
         Attention(),
+        Ctc(),
         Checks() as checks,
     ):
         with computing(how.precision):

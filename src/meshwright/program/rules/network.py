@@ -307,7 +307,17 @@ def _index_add(view: OpView) -> Rule:
     return einsum(view, [base, letters[dim], given], [base], addends=[0], linear=[[0, 2]])
 
 
+def _ctc(view: OpView) -> Rule:
+    """log_probs (t n c), targets (n s), lengths (n) -> losses (n); each sample is alone."""
+    operands = ["t n c", "n s", "n", "n"]
+    if view.op.base == "meshwright.ctc":
+        return einsum(view, operands, ["n"], keep="t c s")
+    return einsum(view, ["n", *operands], ["t n c"], keep="t c s", linear=[[0]])
+
+
 RULES: dict[str, RuleMaker] = {
+    "meshwright.ctc": _ctc,
+    "meshwright.ctc_backward": _ctc,
     **dict.fromkeys(
         (
             "aten._softmax",
