@@ -96,7 +96,8 @@ def glpn() -> Job:
 
     config = GLPNConfig(
         num_encoder_blocks=4, depths=[1] * 4, sr_ratios=[2, 2, 1, 1], hidden_sizes=[8, 8, 16, 16],
-        patch_sizes=[3] * 4, strides=[4, 2, 2, 2], num_attention_heads=[1, 2, 2, 2], mlp_ratios=[2] * 4,
+        patch_sizes=[3] * 4, strides=[4, 2, 2, 2],
+        num_attention_heads=[1, 2, 2, 2], mlp_ratios=[2] * 4,
         **DROPOUT, drop_path_rate=0.1, decoder_hidden_size=8,
     )  # fmt: skip
 

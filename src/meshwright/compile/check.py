@@ -8,6 +8,7 @@ does not. How often it was otherwise is summed with the loss, and a step where i
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ class _Expected:
 
 
 class Checks(TorchDispatchMode):
-    """Reads of conditions under it are answered; `found` is how much speaks against the answers."""
+    """Reads of conditions under it are answered; `totals` is what speaks against the answers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
         self._known: dict[int, _Expected] = {}
         self._times: dict[str, int] = {}
 
@@ -78,18 +79,17 @@ class Checks(TorchDispatchMode):
         self._times[line] = times = self._times.get(line, 0) + 1
         if times > _MOST:
             return None
-        self.found[line if times == 1 else f"{line}#{times}"] = known.against.sum()
+        name = f"check/{line}" if times == 1 else f"check/{line}#{times}"
+        self.totals[name] = known.against.sum()
         return known
 
 
-def _expected(
-    func: Any, x: Any, scalar: Any, known: dict[int, _Expected]
-) -> _Expected | None:
+def _expected(func: Any, x: Any, scalar: Any, known: dict[int, _Expected]) -> _Expected | None:
     """What the result of an op should be: `all` is true, `any` is not."""
     if func in _EVERY:
-        return _Expected(scalar, True, x == 0)
+        return _Expected(scalar, value=True, against=x == 0)
     if func in _SOME:
-        return _Expected(scalar, False, x != 0)
+        return _Expected(scalar, value=False, against=x != 0)
     if func in _NOT and id(x) in known:
         return _Expected(scalar, not known[id(x)].value, known[id(x)].against)
     return None
@@ -116,11 +116,10 @@ _Span = tuple[int | None, int | None, int | None, int | None]
 
 def _span(frame: FrameType) -> _Span:
     """(line, end line, column, end column) of the expression that a frame is at."""
-    places = list(frame.f_code.co_positions())
-    return places[frame.f_lasti // 2]
+    return next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
 
 
-def _polarity(node: ast.expr, value: bool, span: _Span) -> bool | None:  # noqa: FBT001
+def _polarity(node: ast.expr, value: bool, span: _Span) -> bool | None:
     """What the expression at `span` must be where `node`, which holds it, is to be `value`."""
     if (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == span:
         return value
@@ -147,6 +146,11 @@ def _checks(tree: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             yield node.test, True
-        elif isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
-            if all(isinstance(part, ast.Raise | ast.Expr | ast.Assign) for part in node.body):
-                yield node.test, False
+        elif isinstance(node, ast.If) and _raises(node.body):
+            yield node.test, False
+
+
+def _raises(body: list[ast.stmt]) -> bool:
+    """Whether statements end in an error, whatever message they put together for it."""
+    told = all(isinstance(part, ast.Expr | ast.Assign) for part in body[:-1])
+    return told and isinstance(body[-1], ast.Raise)

@@ -47,7 +47,7 @@ def ctc_backward(
     frames: Tensor,
     lengths: Tensor,
     blank: int,
-    zero_infinity: bool,  # noqa: FBT001 - an op's schema
+    zero_infinity: bool,
 ) -> Tensor:
     """The gradient of `log_probs`."""
     sizes = frames.tolist(), lengths.tolist()
@@ -76,7 +76,7 @@ class _Loss(torch.autograd.Function):
         frames: Tensor,
         lengths: Tensor,
         blank: int,
-        zero_infinity: bool,  # noqa: FBT001 - autograd's signature
+        zero_infinity: bool,
     ) -> Tensor:
         ctx.save_for_backward(log_probs, targets, frames, lengths)
         ctx.how = blank, zero_infinity
@@ -145,10 +145,10 @@ class Ctc(TorchFunctionMode):
 
 
 def _rows_by_mask(rows: Any, mask: Any) -> bool:
-    both = isinstance(rows, Tensor) and isinstance(mask, Tensor)
-    if not both or mask.dtype != torch.bool or rows.dtype != torch.long:
+    if not isinstance(rows, Tensor) or not isinstance(mask, Tensor):
         return False
-    return rows.dim() == 2 and rows.shape == mask.shape
+    alike = rows.dim() == 2 and rows.shape == mask.shape
+    return alike and (rows.dtype, mask.dtype) == (torch.long, torch.bool)
 
 
 def _asked(
@@ -158,7 +158,7 @@ def _asked(
     target_lengths: Any,
     blank: int = 0,
     reduction: str = "mean",
-    zero_infinity: bool = False,  # noqa: FBT001, FBT002 - torch's signature
+    zero_infinity: bool = False,
 ) -> dict[str, Any] | None:
     """A call by name; None where torch is to answer (or to refuse)."""
     if log_probs.dim() != 3 or reduction not in _REDUCTIONS:
@@ -183,5 +183,5 @@ def _loss(asked: Mapping[str, Any]) -> Tensor:
     if zeroed:
         found = torch.where(found == math.inf, 0, found)
     if reduction == "mean":
-        return (found / lengths.clamp(min=1)).mean()
+        found = (found / lengths.clamp(min=1)).mean()
     return found.sum() if reduction == "sum" else found

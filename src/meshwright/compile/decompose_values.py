@@ -22,7 +22,7 @@ def _all(x: Tensor, dims: Sequence[int] | int | None = None, keepdim: bool = Fal
     return _count(x == 0, dims, keepdim) == 0
 
 
-def _count(x: Tensor, dims: Sequence[int] | int | None, keepdim: bool) -> Tensor:  # noqa: FBT001
+def _count(x: Tensor, dims: Sequence[int] | int | None, keepdim: bool) -> Tensor:
     found = list(range(x.dim())) if dims is None else [dims] if isinstance(dims, int) else dims
     return x.sum(list(found), keepdim) if x.dim() else x.long()
 
@@ -67,7 +67,7 @@ def _masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[int]) -
     taken, width = _rows(mask, grad, count)
     given = torch.where(mask, grad, 0).reshape(*taken.shape, width)
     rows = grad.new_zeros(count // width, width)
-    added = aten.index_put.default(rows, [_places(taken)], given, True)  # noqa: FBT003
+    added = aten.index_put.default(rows, [_places(taken)], given, True)
     return added.reshape(list(sizes))  # type: ignore[no-any-return]
 
 

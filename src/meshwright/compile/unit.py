@@ -2,8 +2,7 @@
 
 inputs    model/* buffer/* constant/* batch/*  position  scale
 outputs   gradient/* of the loss sum times `scale`, next/* buffers,
-          total/loss total/weight total/metric/* total/check/* (sums over the micro-batch),
-          watch/*
+          total/* (loss, weight, metric/*, check/*: sums over the micro-batch), watch/*
 """
 
 from __future__ import annotations
@@ -304,8 +303,7 @@ def _unit(
         scalars = {"loss": total, "weight": weight}
         for name, (part, share) in metrics.items():
             scalars |= {f"metric/{name}": part, f"metric-weight/{name}": share}
-        scalars |= {f"check/{line}": against for line, against in checks.found.items()}
-        for name, value in scalars.items():
+        for name, value in (scalars | checks.totals).items():
             outputs[f"total/{name}"] = _scalar(value, inputs["scale"])
     if training:
         # A buffer that the forward rebound was written back to `state` by functional_call.
