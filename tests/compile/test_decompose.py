@@ -127,7 +127,41 @@ def copies():
         yield aten.repeat.default, (f(5, 3, 4), times)
 
 
-CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies()]
+def choices():
+    x, truth = f(5, 3, 4), f(5, 3, 4) > 0.7
+    for name, given in {"any": truth, "all": truth | (x > 0)}.items():
+        op = getattr(aten, name)
+        for call in ((given,), (torch.ones(()).bool(),), (x,)):
+            yield op.default, call
+        yield op.dim, (given, 1)
+        yield op.dim, (given, -1, True)
+        yield op.dims, (given, [0, 2])
+        yield op.dims, (given, None, True)
+    for whole in (truth, torch.ones(3).bool(), torch.zeros(3).bool()):
+        yield aten._is_all_true.default, (whole,)
+        yield aten._is_any_true.default, (whole,)
+    for op in (aten.max.default, aten.min.default):
+        yield op, (x,)
+        yield op, (torch.arange(5),)
+        yield op, (f(),)
+
+
+def written():
+    x, rows, some = f(5, 3, 4), f(5, 3, 1) > 0, f(5, 3, 4) > 0.5
+    for mask, source in (
+        (rows, f(15, 4)), (rows.expand(5, 3, 4), f(5, 3, 4)), (some, f(60)), (rows[0], f(3, 5, 4)),
+        (rows, f(61)),
+    ):  # fmt: skip
+        yield aten.masked_scatter.default, (x, mask, source)
+        yield aten.masked_scatter_backward.default, (f(5, 3, 4, high=1.5), mask, source.shape)
+    index = torch.arange(24).reshape(4, 6) % 5
+    for how in ("sum", "mean", "amax"):
+        for keep in (True, False):
+            yield aten.scatter_reduce.two, (f(5, 6), 0, index, f(4, 6), how), {"include_self": keep}
+
+
+CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies(), *choices()]
+CASES = [(op, args, {}) for op, args in CASES] + [(*case, {})[:3] for case in written()]
 
 
 def flat(found):
@@ -135,22 +169,24 @@ def flat(found):
 
 
 def test_every_decomposition_is_tried():
-    assert {op for op, _ in CASES} == set(DECOMPOSITIONS)
-    taken = {op for op, args in CASES if DECOMPOSITIONS[op](*args) is not NotImplemented}
+    assert {op for op, *_ in CASES} == set(DECOMPOSITIONS)
+    taken = {
+        op for op, args, how in CASES if DECOMPOSITIONS[op](*args, **how) is not NotImplemented
+    }
     assert taken == set(DECOMPOSITIONS)
 
 
 @pytest.mark.parametrize(
-    ("op", "args"), CASES, ids=[f"{op}-{place}" for place, (op, _) in enumerate(CASES)]
+    ("op", "args", "how"), CASES, ids=[f"{op}-{place}" for place, (op, *_) in enumerate(CASES)]
 )
-def test_it_computes_what_the_op_does(op, args):
+def test_it_computes_what_the_op_does(op, args, how):
     """Values that a caller reads; saved statistics that aten leaves empty are not compared."""
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    found = DECOMPOSITIONS[op](*args)
+    found = DECOMPOSITIONS[op](*args, **how)
     if found is NotImplemented:
-        assert op in (aten.nll_loss_forward.default, aten.nll_loss_backward.default)
+        assert op in PARTLY
         return
-    wanted = op(*args)
+    wanted = op(*args, **how)
     for a, b in zip(args, before, strict=True):
         assert not isinstance(a, Tensor) or torch.equal(a, b), "operands are left alone"
     for mine, theirs in zip(flat(found), flat(wanted), strict=True):
@@ -162,6 +198,12 @@ def test_it_computes_what_the_op_does(op, args):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
 
 
+PARTLY = {
+    aten.nll_loss_forward.default,
+    aten.nll_loss_backward.default,
+    aten.scatter_reduce.two,
+}
+"""Of these, some forms are left as they are."""
 SCRATCH = {
     aten.log_sigmoid_forward.default,  # its buffer is a kernel's own
     aten.log_sigmoid_backward.default,

@@ -40,27 +40,27 @@ class Columns(Dataset[dict[str, Tensor]]):
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def _generator(seed: int) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def pictures(size: int) -> Columns:
     """Random images [3, size, size] and labels."""
-    g = _generator(5)
+    g = generator(5)
     images = torch.randn(COUNT, 3, size, size, generator=g)
     return Columns(pixel_values=images, labels=torch.randint(0, CLASSES, (COUNT,), generator=g))
 
 
 def maps(size: int) -> Columns:
     """Random images and a class for each pixel; one in ten is ignored (255)."""
-    g = _generator(6)
+    g = generator(6)
     labels = torch.randint(0, CLASSES, (COUNT, size, size), generator=g)
     ignored = torch.rand(COUNT, size, size, generator=g) < 0.1
     images = torch.randn(COUNT, 3, size, size, generator=g)
     return Columns(pixel_values=images, labels=labels.masked_fill(ignored, 255))
 
 
-def _classifier(kind: str, size: int, **config: Any) -> Job:
+def classifier(kind: str, size: int, **config: Any) -> Job:
     """An image classifier of `transformers`, by its type."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -70,44 +70,44 @@ def _classifier(kind: str, size: int, **config: Any) -> Job:
     return Job(lambda: factory(made), own_loss, adamw, lambda: pictures(size), BATCH)
 
 
-_LAYER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+LAYER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
 def deit() -> Job:
     """Vision transformer with a distillation token."""
-    return _classifier(
-        "deit", 8, **_LAYER, **_DROPOUT, intermediate_size=32, image_size=8, patch_size=4,
+    return classifier(
+        "deit", 8, **LAYER, **DROPOUT, intermediate_size=32, image_size=8, patch_size=4,
     )  # fmt: skip
 
 
 def swin() -> Job:
     """Windows that shift, merged patches, a relative position bias, paths that drop out."""
-    return _classifier(
+    return classifier(
         "swin", 16, embed_dim=8, depths=(2, 1), num_heads=(2, 2), window_size=2, image_size=16,
-        patch_size=2, mlp_ratio=2.0, drop_path_rate=0.2, **_DROPOUT,
+        patch_size=2, mlp_ratio=2.0, drop_path_rate=0.2, **DROPOUT,
     )  # fmt: skip
 
 
 def beit() -> Job:
     """Relative position bias by lookup, scaled layers, mean pooling."""
-    return _classifier(
-        "beit", 8, **_LAYER, **_DROPOUT, intermediate_size=32, image_size=8, patch_size=4,
+    return classifier(
+        "beit", 8, **LAYER, **DROPOUT, intermediate_size=32, image_size=8, patch_size=4,
         use_relative_position_bias=True, drop_path_rate=0.1,
     )  # fmt: skip
 
 
 def dinov2() -> Job:
     """SwiGLU and scaled layers."""
-    return _classifier(
-        "dinov2", 8, **_LAYER, **_DROPOUT, image_size=8, patch_size=4, mlp_ratio=2,
+    return classifier(
+        "dinov2", 8, **LAYER, **DROPOUT, image_size=8, patch_size=4, mlp_ratio=2,
         use_swiglu_ffn=True, drop_path_rate=0.1,
     )  # fmt: skip
 
 
 def convnext() -> Job:
     """Depthwise convolutions, channels last in the middle."""
-    return _classifier(
+    return classifier(
         "convnext", 16, num_stages=2, hidden_sizes=(8, 12), depths=(1, 1), patch_size=2,
         image_size=16, drop_path_rate=0.2, layer_scale_init_value=0.5,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def convnext() -> Job:
 
 def resnet() -> Job:
     """Bottlenecks with batch norm."""
-    return _classifier(
+    return classifier(
         "resnet", 16, embedding_size=8, hidden_sizes=(16, 24), depths=(1, 1),
         layer_type="bottleneck",
     )  # fmt: skip
@@ -123,14 +123,14 @@ def resnet() -> Job:
 
 def regnet() -> Job:
     """Grouped convolutions, squeeze and excitation, batch norm."""
-    return _classifier(
+    return classifier(
         "regnet", 16, embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1), groups_width=4
     )
 
 
 def mobilenet() -> Job:
     """Inverted bottlenecks: expand, depthwise, project; batch norm; dropout."""
-    return _classifier(
+    return classifier(
         "mobilenet_v2", 16, image_size=16, depth_multiplier=0.05, min_depth=4, depth_divisible_by=2,
         output_stride=4, classifier_dropout_prob=0.2,
     )  # fmt: skip
@@ -140,7 +140,7 @@ class Mixed(Dataset[dict[str, Tensor]]):
     """Sound and text: log-mel features and the tokens said."""
 
     def __init__(self, bins: int, frames: int, length: int, vocabulary: int) -> None:
-        g = _generator(7)
+        g = generator(7)
         self.features = torch.randn(COUNT, bins, frames, generator=g)
         self.labels = torch.randint(4, vocabulary, (COUNT, length), generator=g)
 
@@ -173,13 +173,13 @@ def wav2vec2() -> Job:
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
     config = Wav2Vec2Config(
-        **_LAYER, intermediate_size=32, conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(6, 3),
+        **LAYER, intermediate_size=32, conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(6, 3),
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4, apply_spec_augment=False,
         layerdrop=0.0, classifier_proj_size=8, num_labels=CLASSES, feat_proj_dropout=0.1,
     )  # fmt: skip
 
     def sounds() -> Columns:
-        g = _generator(8)
+        g = generator(8)
         waves = torch.randn(COUNT, 64, generator=g)
         return Columns(input_values=waves, labels=torch.randint(0, CLASSES, (COUNT,), generator=g))
 
@@ -190,7 +190,7 @@ def clip() -> Job:
     """Two towers; each image's caption is told from all others of the micro-batch."""
     from transformers import CLIPConfig, CLIPModel
 
-    tower = {**_LAYER, "intermediate_size": 32, "attention_dropout": 0.1, "projection_dim": 8}
+    tower = {**LAYER, "intermediate_size": 32, "attention_dropout": 0.1, "projection_dim": 8}
     text = {**tower, "vocab_size": 24, "max_position_embeddings": 6}
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = CLIPConfig(
@@ -199,7 +199,7 @@ def clip() -> Job:
     )  # fmt: skip
 
     def captioned() -> Columns:
-        g = _generator(9)
+        g = generator(9)
         tokens = torch.randint(3, 24, (COUNT, 6), generator=g)
         tokens[:, -1] = 2
         return Columns(input_ids=tokens, pixel_values=torch.randn(COUNT, 3, 8, 8, generator=g))
@@ -217,7 +217,7 @@ def segformer() -> Job:
     config = SegformerConfig(
         num_encoder_blocks=2, depths=(1, 1), sr_ratios=(2, 1), hidden_sizes=(8, 12),
         patch_sizes=(3, 3), strides=(2, 2), num_attention_heads=(1, 2), mlp_ratios=(2, 2),
-        **_DROPOUT, decoder_hidden_size=8, num_labels=CLASSES,
+        **DROPOUT, decoder_hidden_size=8, num_labels=CLASSES,
     )  # fmt: skip
     return Job(
         lambda: SegformerForSemanticSegmentation(config), own_loss, adamw, lambda: maps(16), BATCH

@@ -173,6 +173,9 @@ def _cuts():
     yield Call("aten.constant_pad_nd.default", (x, (1, 2)))
     yield Call("aten.constant_pad_nd.default", (x, (0, -1, 0, 0), 3.0), label="cut, filled")
     yield Call("aten.constant_pad_nd.default", (x, (1, 1, 0, 0), 3.0), label="filled")
+    yield Call("aten.unfold.default", (f(5, 7, 4), 1, 3, 2))
+    yield Call("aten.unfold.default", (f(5, 6), -1, 2, 2), label="apart")
+    yield Call("aten.unfold_backward.default", (f(5, 3, 4, 3), (5, 7, 4), 1, 3, 2))
 
 
 def _along():

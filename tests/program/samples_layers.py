@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import meshwright.compile.annotate
-import meshwright.compile.window  # noqa: F401 - both register ops
+import meshwright.compile.ctc
+import meshwright.compile.window  # noqa: F401 - they register ops
 from meshwright.compile.draw import position_operand
 from tests.program.call import Call, f, truth, unit, whole
 
@@ -124,6 +125,12 @@ def _lookups():
     yield Call("aten.index_select.default", (x, 0, whole(3, high=5)), label="rows")
     yield Call("aten.index_add.default", (x, -1, whole(3, high=4), f(5, 6, 3)))
     yield Call("aten.index_add.default", (x, 0, whole(3, high=5), f(3, 6, 4)), label="rows")
+    yield Call(
+        "aten.index_add.default", (x, 1, whole(5, high=6), f(5, 5, 4)), {"alpha": 2.0}, "twice"
+    )
+    for how in ("amax", "prod"):
+        args = (f(5, 6), 1, whole(5, 3, high=6), f(5, 3), how)
+        yield Call("aten.scatter_reduce.two", args, {"include_self": False}, how)
     yield Call("aten.index.Tensor", (x, [whole(3, high=5)]))
     yield Call("aten.index.Tensor", (x, [None, whole(3, high=6)]), label="second")
     crossed = [whole(5, 1, high=5), whole(1, 3, high=6)]
@@ -156,6 +163,15 @@ def _losses():
     )
 
 
+def _spoken():
+    """The CTC loss of five samples of at most three classes of four, in six frames."""
+    chances, targets = f(6, 5, 4).log_softmax(-1), whole(5, 3, high=3) + 1
+    lengths = torch.tensor([3, 2, 3, 1, 2])
+    given = (chances, targets, torch.tensor([6, 6, 5, 4, 6]), lengths)
+    yield Call("meshwright.ctc.default", (*given, 0))
+    yield Call("meshwright.ctc_backward.default", (f(5), *given, 0, False))
+
+
 def _made():
     options = {"dtype": torch.float64}
     yield Call("aten.full.default", ((5, 4), 2.5), options)
@@ -181,5 +197,6 @@ def _made():
 
 
 MAKERS = (
-    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _lookups, _losses, _made,
+    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _lookups, _losses, _spoken,
+    _made,
 )  # fmt: skip

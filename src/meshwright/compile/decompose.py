@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.compile.decompose_values import BY_VALUE
+
 __all__ = ["DECOMPOSITIONS"]
 
 aten = torch.ops.aten
@@ -86,7 +88,8 @@ def _repeat(x: Tensor, times: Sequence[int]) -> Tensor:
         return x.reshape(sizes).clone()
     apart = [n for t, size in zip(times, sizes, strict=True) for n in (1, size)[t == 1 :]]
     wide = [n for t, size in zip(times, sizes, strict=True) for n in (t, size)[t == 1 :]]
-    return x.reshape(apart).expand(wide).reshape([t * n for t, n in zip(times, sizes, strict=True)])
+    made = [t * n for t, n in zip(times, sizes, strict=True)]
+    return x.reshape(apart).expand(wide).reshape(made).contiguous()  # as what reads it relies on
 
 
 def _mse(x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
@@ -340,6 +343,7 @@ def _batch_norm_cpu(
 
 
 DECOMPOSITIONS: dict[Any, Any] = {
+    **BY_VALUE,
     aten.nll_loss_forward.default: _nll_forward,
     aten.nll_loss_backward.default: _nll_backward,
     aten.mean.default: _mean,

@@ -55,6 +55,8 @@ def _content(tensor: Tensor) -> bytes:
     """Of a tensor that the code brings along, which a program keeps; others have none."""
     if type(tensor) is not Tensor or tensor.device.type == "meta":
         return b""
+    if torch._is_functional_tensor(tensor):  # type: ignore[attr-defined]
+        return b""  # a wrapper of torch's, which has no memory
     with _disable_current_modes():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         return hashlib.sha256(flat.numpy().tobytes()).digest()

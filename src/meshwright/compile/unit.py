@@ -2,7 +2,7 @@
 
 inputs    model/* buffer/* constant/* batch/*  position  scale
 outputs   gradient/* of the loss sum times `scale`, next/* buffers,
-          total/loss total/weight total/metric/* (sums over the micro-batch), watch/*
+          total/* (loss, weight, metric/*, check/*: sums over the micro-batch), watch/*
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright.compile.attention import Attention
 from meshwright.compile.blame import blamed
+from meshwright.compile.check import Checks
+from meshwright.compile.ctc import Ctc
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
@@ -282,6 +284,8 @@ def _unit(
         watching(watched),
         torch.set_grad_enabled(training),
         Attention(),
+        Ctc(),
+        Checks() as checks,
     ):
         with computing(how.precision):
             found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
@@ -299,7 +303,7 @@ def _unit(
         scalars = {"loss": total, "weight": weight}
         for name, (part, share) in metrics.items():
             scalars |= {f"metric/{name}": part, f"metric-weight/{name}": share}
-        for name, value in scalars.items():
+        for name, value in (scalars | checks.totals).items():
             outputs[f"total/{name}"] = _scalar(value, inputs["scale"])
     if training:
         # A buffer that the forward rebound was written back to `state` by functional_call.

@@ -17,6 +17,7 @@ from meshwright.run.build import Micro
 from meshwright.run.data import Source
 from meshwright.run.eager import EagerWorker, Result
 from meshwright.run.executor import Committed
+from meshwright.run.step import require_checks
 from meshwright.run.worker import Worker, same_everywhere
 
 __all__ = ["evaluate", "predict"]
@@ -59,6 +60,7 @@ class _Forward:
             if name.startswith("output/"):
                 outputs[int(name.removeprefix("output/"))] = tensor
         sums = dict(zip(self.names, self.vector.tolist(), strict=True))
+        require_checks(sums, "this batch")
         return sums, [outputs[k] for k in sorted(outputs)]
 
 

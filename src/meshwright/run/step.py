@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 
-__all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals"]
+__all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,7 @@ class StepWork:
         size = len(self.group.ranks)
         digest, squares = self.totals["digest"], self.totals["digest2"]
         self.digests_differ = digest * digest != size * squares
+        require_checks(self.totals.numbers, f"step {self.step + 1}")
         weight = self.totals["weight"]
         if not weight > 0:
             raise UserCodeError(
@@ -224,6 +225,22 @@ class StepWork:
         loss = totals["loss"] / totals["weight"]
         flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
         return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched, flags)
+
+
+def require_checks(numbers: Mapping[str, float], when: str) -> None:
+    """Return if every condition that the trace took for granted held.
+
+    Raises:
+        UserCodeError: one did not; names its line.
+    """
+    for name, against in numbers.items():
+        if name.startswith("check/") and against:
+            raise UserCodeError(
+                f"{name.removeprefix('check/').partition('#')[0]}: in {when} the condition there "
+                "was not what the program was traced with (a check that raises passes, all() is "
+                "true, any() is false), so eager code would have gone the other way; correct the "
+                "data, write it with torch.where, or run it with --eager"
+            )
 
 
 def _mean(total: float, weight: float) -> float:

@@ -296,14 +296,28 @@ def _index_select(view: OpView) -> Rule:
 
 
 def _index_add(view: OpView) -> Rule:
-    """x.index_add(dim, index, source): the other dims pass."""
-    rank = len(view.operands[0].shape)
-    letters = ["1" if k == view.number(1) % rank else f"d{k}" for k in range(rank)]
-    pattern = " ".join(letters)
-    return einsum(view, [pattern, "1", pattern], [pattern], linear=[[0, 2]])
+    """x.index_add(dim, index, source): what is added over a split index is a term."""
+    shapes = [value.shape for value in view.operands]
+    if len(shapes[0]) != len(shapes[2]) or len(shapes[1]) != 1:
+        return whole(view)
+    dim = view.number(1) % len(shapes[0])
+    letters = [f"d{k}" for k in range(len(shapes[0]))]
+    base = " ".join("1" if k == dim else letter for k, letter in enumerate(letters))
+    given = " ".join(letters)
+    return einsum(view, [base, letters[dim], given], [base], addends=[0], linear=[[0, 2]])
+
+
+def _ctc(view: OpView) -> Rule:
+    """log_probs (t n c), targets (n s), lengths (n) -> losses (n); each sample is alone."""
+    operands = ["t n c", "n s", "n", "n"]
+    if view.op.base == "meshwright.ctc":
+        return einsum(view, operands, ["n"], keep="t c s")
+    return einsum(view, ["n", *operands], ["t n c"], keep="t c s", linear=[[0]])
 
 
 RULES: dict[str, RuleMaker] = {
+    "meshwright.ctc": _ctc,
+    "meshwright.ctc_backward": _ctc,
     **dict.fromkeys(
         (
             "aten._softmax",
@@ -328,6 +342,7 @@ RULES: dict[str, RuleMaker] = {
     "aten.nll_loss_backward": _nll_backward,
     "aten.gather": _gather,
     "aten.scatter": _scatter,
+    "aten.scatter_reduce": _scatter,
     "aten.scatter_add": _scatter_add,
     "aten.index": _index,
     "aten.index_put": _index_put,

@@ -331,6 +331,18 @@ def _select_scatter(view: OpView) -> Rule:
     return einsum(view, [full, " ".join(rest)], [full], linear=[[0, 1]])
 
 
+def _unfold(view: OpView) -> Rule:
+    """unfold(x, dim, size, step): windows along a dim, what each holds in a new last one."""
+    backward = view.op.base == "aten.unfold_backward"
+    rank = len((view.results if backward else view.operands)[0].shape)
+    dim = view.number(2 if backward else 1) % max(rank, 1)
+    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
+    flat, apart = " ".join(letters), " ".join([*letters, "1"])
+    if backward:
+        return einsum(view, [apart], [flat], linear=[[0]], shape_args=[(1, 0)])
+    return einsum(view, [flat], [apart], linear=[[0]])
+
+
 RULES: dict[str, RuleMaker] = {
     **dict.fromkeys(
         ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.unsqueeze", "aten.squeeze"), _view
@@ -349,6 +361,8 @@ RULES: dict[str, RuleMaker] = {
     "aten.select_scatter": _select_scatter,
     **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.unsafe_split"), _split),
     "aten.cat": _cat,
+    "aten.unfold": _unfold,
+    "aten.unfold_backward": _unfold,
     "aten.constant_pad_nd": _pad,
     "aten.tril": _last_two,
     "aten.triu": _last_two,
