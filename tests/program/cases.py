@@ -112,15 +112,18 @@ def placed(draw, shape, axes, *, partial=False):
     return Layout.of(axes, found)
 
 
+_SAID = ("pinned", "open", "stored", "pinned", "wanted", "both")
+
+
 @st.composite
-def cases(draw, most=12):
+def cases(draw, most=12, ways=_SAID):
     """Programs of up to `most` steps; of each input something is said, or nothing."""
     axes = draw(meshes())
     graph = draw(graphs(axes, most))
     pinned, stored, wanted = {}, {}, {}
     for _, value in graph.inputs:
         shape, real = graph.shape(value), graph.tensors[value].is_floating_point()
-        how = draw(st.sampled_from(["pinned", "open", "stored", "pinned", "wanted", "both"]))
+        how = draw(st.sampled_from(ways))
         if how in ("pinned", "both"):
             pinned[value] = draw(placed(shape, axes, partial=real and how == "pinned"))
         if how == "stored":
@@ -130,9 +133,14 @@ def cases(draw, most=12):
             stored[value] = _beside(shape, axes, pinned[value], rest)
         elif how == "wanted":
             wanted[value] = draw(placed(shape, axes))
-    made = [v for op in graph.ops for v in op.results if graph.tensors[v].dim()]
+    made = [
+        v
+        for op in graph.ops
+        for v in op.results
+        if graph.tensors[v].dim() and op.base != "meshwright.annotate"
+    ]
     for value in draw(st.lists(st.sampled_from(made), max_size=3, unique=True)) if made else []:
-        said = pinned if draw(st.booleans()) else wanted
+        said = pinned if "wanted" not in ways or draw(st.booleans()) else wanted
         said[value] = draw(placed(graph.shape(value), axes))
     outputs = _outputs(draw, graph)
     delivered = {}
@@ -154,10 +162,18 @@ def _beside(shape, axes, work, rest):
 
 
 def _outputs(draw, graph):
-    """The last value and a few others; every annotated one, as it comes."""
+    """The last value and a few others."""
     last = len(graph.tensors) - 1
     others = draw(st.lists(st.integers(0, last), max_size=3))
     return tuple(dict.fromkeys([last, *others]))
 
 
-__all__ = ["Case", "cases", "graphs", "meshes", "placed"]
+@st.composite
+def annotated(draw, most=10):
+    """(program, inputs, tensors, axes, pinned, stored, layouts to deliver) of a case."""
+    case = draw(cases(most, ("pinned", "open", "stored", "pinned")))
+    said = (case.pinned, case.stored, case.delivered)
+    return case.program, case.graph.given(), case.graph.tensors, case.axes, *said
+
+
+__all__ = ["Case", "annotated", "cases", "graphs", "meshes", "placed"]

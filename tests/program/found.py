@@ -51,6 +51,17 @@ def an_uneven_exchange():
     return Case(graph, (x,), DATA, {x: on(data=Shard(1))}, {}, {}, {"y0": on(data=Shard(0))})
 
 
+def a_halo():
+    """The explanation told as moved what a rank kept."""
+    graph = Graph()
+    x = graph.input(2, 2, 3, 2)
+    args = (Ref(x), [2, 2], [1, 1], [0, 0])
+    _, places = graph.call("max_pool2d_with_indices.default", *args)
+    axes = (Axis("context", 2),)
+    return Case(graph, (places,), axes, {x: on(context=Shard(2))})
+
+
 FOUND = (
     later_axis_is_said, later_axis_is_wanted, rows_of_a_joined_table, an_uneven_exchange,
+    a_halo,
 )  # fmt: skip

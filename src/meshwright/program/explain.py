@@ -161,15 +161,18 @@ def moved(op: Op, program: Program, size: int) -> int:
         case "comm.all_reduce":
             return 2 * (size - 1) * given // size
         case "comm.all_to_all":
-            return given - _kept(op, program)
+            return _exchanged(op, program)
     return (size - 1) * given // size
 
 
-def _kept(op: Op, program: Program) -> int:
-    """Elements of an all-to-all's operand that stay on the rank: parts need not be even."""
-    cut = op.args[2]
+def _exchanged(op: Op, program: Program) -> int:
+    """Elements of an all-to-all's operand that go to other ranks; parts need not be even."""
+    said, cut = dict(op.kwargs).get("sent"), op.args[2]
+    if isinstance(said, int):
+        return said
     assert isinstance(cut, tuple)
     dim = cut[0]
     assert isinstance(dim, int)
     given, made = program.values[op.inputs[0]], program.values[op.results[0]]
-    return made.elements * given.shape[dim] // made.shape[dim] if made.elements else 0
+    kept = made.elements * given.shape[dim] // made.shape[dim] if made.elements else 0
+    return given.elements - kept
