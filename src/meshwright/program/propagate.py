@@ -179,12 +179,26 @@ class _Search:
         self.open = {v for v in range(len(self.program.values)) if v not in self.closed}
         # Inputs are what they are; a made value that is pinned still tells its producer.
         self.inputs = set(range(len(self.program.values))) - made
+        at_rest = [self.axis.name in found for found in self.carried]
+        before = None
+        while before != (found := (dict(self.place), self._refine(at_rest))):
+            before = found
+        return self.place
+
+    def _refine(self, at_rest: Sequence[bool]) -> list[Carry | None]:
+        """Choose every op's factor anew, knowing more of where values lie; the factors chosen.
+
+        An op that chose early may not have known where all its operands would lie.
+        """
+        for found, rests in zip(self.carried, at_rest, strict=True):
+            if not rests:
+                found.pop(self.axis.name, None)
         changed = True
         while changed:
             forward = [self._forward(number) for number in range(len(self.program.ops))]
             backward = [self._backward(n) for n in reversed(range(len(self.program.ops)))]
             changed = any(forward) or any(backward)
-        return self.place
+        return [found.get(self.axis.name) for found in self.carried]
 
     def _forward(self, number: int) -> bool:
         """Choose the factor that keeps the most operand bytes in place, less what it owes."""
