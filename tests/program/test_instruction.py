@@ -22,7 +22,8 @@ from meshwright.program.partition import COLLECTIVES, partition
 from meshwright.program.pieces import Table, pieces, run_pieces, segments_of
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import propagate
-from tests.program.graphs import Graph, annotated, close
+from tests.program.cases import annotated
+from tests.program.graphs import Graph, close
 from tests.program.worlds import assert_holds, axes_of, everywhere, local_parts
 
 LIMITS = st.sampled_from([1, 100, BUCKET_BYTES])
@@ -144,7 +145,7 @@ def test_lists_compute_what_the_program_does(case, limit):
         parts = [
             rank[delivered(local)[name]] for rank, (_, local, _, _) in zip(left, lists, strict=True)
         ]
-        assert_holds(parts, tensors[value], laid[name], axes, close(tensors[value]))
+        assert_holds(parts, tensors[value], laid[name], axes, close(*tensors))
 
 
 def _layouts(program, completed, axes, outputs):

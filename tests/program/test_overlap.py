@@ -15,7 +15,7 @@ from meshwright.program.pieces import pieces
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import propagate
 from meshwright.program.repeat import repeated
-from tests.program.graphs import annotated
+from tests.program.cases import annotated
 from tests.program.worlds import axes_of, everywhere
 
 ELEMENT = 8

@@ -12,7 +12,8 @@ from meshwright.program.partition import COLLECTIVES, partition
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import propagate
 from tests.program.call import program_of
-from tests.program.graphs import Graph, annotated
+from tests.program.cases import annotated
+from tests.program.graphs import Graph
 from tests.program.samples import calls
 from tests.program.worlds import axes_of, everywhere, give, held, run_everywhere, run_global
 

@@ -160,4 +160,19 @@ def moved(op: Op, program: Program, size: int) -> int:
             return given - made
         case "comm.all_reduce":
             return 2 * (size - 1) * given // size
+        case "comm.all_to_all":
+            return _exchanged(op, program)
     return (size - 1) * given // size
+
+
+def _exchanged(op: Op, program: Program) -> int:
+    """Elements of an all-to-all's operand that go to other ranks; parts need not be even."""
+    said, cut = dict(op.kwargs).get("sent"), op.args[2]
+    if isinstance(said, int):
+        return said
+    assert isinstance(cut, tuple)
+    dim = cut[0]
+    assert isinstance(dim, int)
+    given, made = program.values[op.inputs[0]], program.values[op.results[0]]
+    kept = made.elements * given.shape[dim] // made.shape[dim] if made.elements else 0
+    return given.elements - kept

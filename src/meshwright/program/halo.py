@@ -143,8 +143,9 @@ class Spreader:
         args: tuple[Arg, ...] = (Ref(value), self.axis, received, (dim, 1, 1, starts, lengths))
         words = ("with halo", "sharded")[gives], ("sharded", "with halo")[gives]
         shape, most = self.values[value].shape, max(high - low for low, high in rows.read)
-        load = math.prod(shape[:dim]) * most * math.prod(shape[dim + 1 :])
-        notes = (("before", words[1]), ("after", words[0]), ("value", ""), ("load", load))
+        row = math.prod(shape[:dim]) * math.prod(shape[dim + 1 :])
+        sized = (("load", most * row), ("sent", (sum(lengths) - lengths[me]) * row))
+        notes = (("before", words[1]), ("after", words[0]), ("value", ""), *sized)
         return _beside(op, "comm.all_to_all", args, (result,), notes)
 
     def _padded(self, op: Op, value: int, result: int, ends: tuple[int, int], fill: float) -> Op:

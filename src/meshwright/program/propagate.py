@@ -57,17 +57,16 @@ def propagate(
     """
     stored, wanted = stored or {}, wanted or {}
     rules = tuple(rule_of(op, program.values) for op in program.ops)
+    said = {axis.name: _said(program, axis, pinned, stored, wanted) for axis in axes}
     places: dict[str, dict[int, Placement]] = {}
     carried: list[dict[str, Carry]] = [{} for _ in program.ops]
     resting: set[int] = set(stored)
     for axis in axes:
         if axis.size > 1:
-            search = _Search(program, rules, axis, axes, places, carried)
-            rests = {v: layout.on(axis.name) for v, layout in stored.items()}
-            works = {v: layout.on(axis.name) for v, layout in pinned.items()}
-            works |= {v: p for v, w in wanted.items() if (p := w.on(axis.name)) is not None}
-            works |= _annotated(program, axis)
-            rests = {v: p for v, p in rests.items() if p is not None or v not in works}
+            rests, works = said[axis.name]
+            later = axes[axes.index(axis) + 1 :]
+            taken = [*places.values(), *({**said[a.name][0], **said[a.name][1]} for a in later)]
+            search = _Search(program, rules, axis, axes, taken, carried)
             resting |= search.rest(rests)
             places[axis.name] = search.complete({v: works[v] for v in works if v not in rests})
     closed = dict(pinned)
@@ -82,6 +81,21 @@ def propagate(
     )
     orders = [tuple(found.items()) for found in carried]
     return Completed(rules, tuple(orders), inputs, frozenset(resting), places)
+
+
+def _said(
+    program: Program,
+    axis: Axis,
+    pinned: Mapping[int, Layout],
+    stored: Mapping[int, Layout],
+    wanted: Mapping[int, Layout],
+) -> tuple[dict[int, Placement], dict[int, Placement]]:
+    """Where values rest over an axis, and where they lie at work, as far as that is said."""
+    rests = {v: layout.on(axis.name) for v, layout in stored.items()}
+    works = {v: layout.on(axis.name) for v, layout in pinned.items()}
+    works |= {v: p for v, w in wanted.items() if (p := w.on(axis.name)) is not None}
+    works |= _annotated(program, axis)
+    return {v: p for v, p in rests.items() if p is not None or v not in works}, works
 
 
 def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
@@ -113,7 +127,10 @@ def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
 
 
 class _Search:
-    """The fix point over one axis, given what the axes before it took."""
+    """The fix point over one axis, given what is `taken`.
+
+    That is what axes before it took, and what is said of those after it.
+    """
 
     def __init__(
         self,
@@ -121,14 +138,14 @@ class _Search:
         rules: tuple[Rule, ...],
         axis: Axis,
         axes: Sequence[Axis],
-        earlier: Mapping[str, Mapping[int, Placement]],
+        taken: Sequence[Mapping[int, Placement]],
         carried: list[dict[str, Carry]],
     ) -> None:
         self.program = program
         self.rules = rules
         self.axis = axis
         self.sizes = {a.name: a.size for a in axes}
-        self.earlier = earlier
+        self.taken = taken
         self.carried = carried
         self.place: dict[int, Placement] = {}
         self.closed: set[int] = set()
@@ -162,12 +179,26 @@ class _Search:
         self.open = {v for v in range(len(self.program.values)) if v not in self.closed}
         # Inputs are what they are; a made value that is pinned still tells its producer.
         self.inputs = set(range(len(self.program.values))) - made
+        at_rest = [self.axis.name in found for found in self.carried]
+        before = None
+        while before != (found := (dict(self.place), self._refine(at_rest))):
+            before = found
+        return self.place
+
+    def _refine(self, at_rest: Sequence[bool]) -> list[Carry | None]:
+        """Choose every op's factor anew, knowing more of where values lie; the factors chosen.
+
+        An op that chose early may not have known where all its operands would lie.
+        """
+        for found, rests in zip(self.carried, at_rest, strict=True):
+            if not rests:
+                found.pop(self.axis.name, None)
         changed = True
         while changed:
             forward = [self._forward(number) for number in range(len(self.program.ops))]
             backward = [self._backward(n) for n in reversed(range(len(self.program.ops)))]
             changed = any(forward) or any(backward)
-        return self.place
+        return [found.get(self.axis.name) for found in self.carried]
 
     def _forward(self, number: int) -> bool:
         """Choose the factor that keeps the most operand bytes in place, less what it owes."""
@@ -202,7 +233,8 @@ class _Search:
         shard = self.place.get(value)
         if not isinstance(shard, Shard):
             return None
-        if shard.outer == 1 and any((factor,) == dims[shard.dim] for factor, _ in rule.halos):
+        plain = {*dict(rule.halos), *rule.plain}
+        if shard.outer == 1 and any((factor,) == dims[shard.dim] for factor in plain):
             # Rows in even blocks are rows.
             granules = shard.granules(self.program.values[value].shape[shard.dim])
             shard = Shard(shard.dim) if granules % self.axis.size == 0 else shard
@@ -236,9 +268,9 @@ class _Search:
         return granules >= self.axis.size
 
     def _free(self, value: int, shard: Shard) -> bool:
-        """Whether no earlier axis splits the value's dim in a way that cuts across `shard`."""
+        """Whether no other axis splits the value's dim in a way that cuts across `shard`."""
         size = self.program.values[value].shape[shard.dim]
-        for found in self.earlier.values():
+        for found in self.taken:
             other = found.get(value)
             if not isinstance(other, Shard) or other.dim != shard.dim or other == shard:
                 continue

@@ -31,8 +31,9 @@ def _draw(view: OpView) -> Rule:
     dims[dim] = (0, 1, 2)
     operands = tuple(((),) * len(value.shape) for value in view.operands)
     return Rule(
-        (outer, n, unit), operands, (tuple(dims),), whole=frozenset({0, 2}), shape_args=((1, 0),)
-    )
+        (outer, n, unit), operands, (tuple(dims),), whole=frozenset({0, 2}), shape_args=((1, 0),),
+        plain=frozenset({1}),
+    )  # fmt: skip
 
 
 RULES: dict[str, RuleMaker] = {

@@ -89,6 +89,7 @@ class Rule:
         window: (factor, name): where the factor is carried, the op of that name runs in place of
             this one, with the factor's whole size and where each coordinate's part begins as its
             last arguments.
+        plain: factors of which each rank's part is one run: what runs is told where that begins.
         beside: (axis, tensor, dim): where the axis carries a factor, dim `dim` of that tensor
             (operands first, then results) is split over it too, though it is another factor.
         halos: (factor, halo): dims that only the axis `context` may carry, in plain chunks; their
@@ -108,6 +109,7 @@ class Rule:
     count_args: tuple[tuple[int, int, int], ...] = ()
     arguments: Localize | None = field(default=None, compare=False)
     window: tuple[int, str] | None = None
+    plain: frozenset[int] = frozenset()
     beside: tuple[tuple[str, int, int], ...] = ()
     halos: tuple[tuple[int, Halo], ...] = ()
     known: bool = True
@@ -275,7 +277,7 @@ def carry_of(rule: Rule, dims: tuple[Dim, ...], shard: Shard) -> Carry | None:
         if shard.outer % before == 0 and shard.unit % after == 0:
             carry = Carry(factor, shard.outer // before, shard.unit // after)
             if rule.sizes[factor] % (carry.outer * carry.unit) == 0:
-                plain = carry == Carry(factor) or factor not in dict(rule.halos)
+                plain = carry == Carry(factor) or factor not in {*dict(rule.halos), *rule.plain}
                 return carry if plain and factor not in rule.whole else None
         before *= rule.sizes[factor]
     return None

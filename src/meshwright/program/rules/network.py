@@ -172,7 +172,9 @@ def _embedding(view: OpView) -> Rule:
     plain = len(view.op.args) < 4 or view.op.args[3] is False
     if not plain or not rule.operands[0][0]:
         return einsum(view, ["v d", " ".join(index)], [out], keep="v", linear=[[0]])
-    return replace(rule, window=(rule.operands[0][0][0], "meshwright.embedding_window.default"))
+    rows = rule.operands[0][0][0]
+    name = "meshwright.embedding_window.default"
+    return replace(rule, window=(rows, name), plain=frozenset({rows}))
 
 
 def _embedding_backward(view: OpView) -> Rule:
@@ -183,8 +185,9 @@ def _embedding_backward(view: OpView) -> Rule:
     rule = einsum(view, operands, ["v d"], keep=keep, linear=[[0]])
     if keep or not rule.results[0][0]:
         return einsum(view, operands, ["1 d"], keep=keep, linear=[[0]])
+    rows = rule.results[0][0][0]
     name = "meshwright.embedding_window_backward.default"
-    return replace(rule, window=(rule.results[0][0][0], name), arguments=_rows)
+    return replace(rule, window=(rows, name), plain=frozenset({rows}), arguments=_rows)
 
 
 def _rows(args: tuple[Arg, ...], results: Sequence[Value]) -> tuple[Arg, ...]:
