@@ -154,8 +154,9 @@ def gather_program(
         if parts is None:
             found[name] = (value, layout, REPLICATED)
             continue
-        each = zip(parts.names(name), parts.shapes(value.shape), part_layouts(layout, parts))
-        found |= {n: (Value(value.dtype, shape), lies, REPLICATED) for n, shape, lies in each}
+        values = (Value(value.dtype, shape) for shape in parts.shapes(value.shape))
+        each = zip(parts.names(name), values, part_layouts(layout, parts), strict=True)
+        found |= {part: (made, lies, REPLICATED) for part, made, lies in each}
     joints = {name: Joint(parts) for name, parts in fused.items()}
     return closed(move_program(found, axes, coordinates), joints, joints)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from meshwright.plan.mesh import Axis
 from meshwright.program.annotate import work_layouts
@@ -69,10 +70,10 @@ def _merged(group: Mapping[str, Parts], layouts: Mapping[str, Layout]) -> dict[s
     found = {}
     for name, parts in group.items():
         sizes: list[int] = []
-        named = zip(parts.sizes, parts.names(name), strict=True)
-        for split, run in groupby(named, lambda part: _split(layouts[part[1]], parts.dim)):
-            each = [size for size, _ in run]
-            sizes += each if split else [sum(each)]
+        split = [_split(layouts[part], parts.dim) for part in parts.names(name)]
+        for apart, run in groupby(zip(split, parts.sizes, strict=True), itemgetter(0)):
+            each = [size for _, size in run]
+            sizes += each if apart else [sum(each)]
         if len(sizes) > 1:
             found[name] = Parts(parts.dim, tuple(sizes))
     return found

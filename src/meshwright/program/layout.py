@@ -87,7 +87,9 @@ class Fused:
     def splits(self, place: int) -> bool:
         """Whether the part in which `place` of the dim lies is split."""
         ends = itertools.accumulate(self.sizes)
-        return next(s is not None for end, (_, s) in zip(ends, self.parts, strict=True) if place < end)
+        return next(
+            s is not None for end, (_, s) in zip(ends, self.parts, strict=True) if place < end
+        )
 
 
 Placement = Shard | Partial | Fused | None

@@ -1,8 +1,8 @@
 """A program with its fused weights taken apart: each part is an input of its own.
 
-Whatever is made along a fused dim is made part by part, forward and backward, by the rules' factors:
-`x W^T` becomes one product per part, the gradient of x their sum. Where an op cannot be done so, it
-gets the parts side by side. Values that stay keep their numbers.
+Whatever is made along a fused dim is made part by part, forward and backward, by the factors of the
+rules: `x W^T` becomes one product per part, the gradient of x their sum. Where an op cannot be done
+so, it gets the parts side by side. Values that stay keep their numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from meshwright.program.parts import (
     Cuts,
     Parts,
     Span,
-    carried_cuts,
+    cuts_of,
     factor_cuts,
     span_of,
     tensor_cuts,
@@ -44,7 +44,7 @@ def opened(program: Program, fused: Mapping[str, Parts]) -> Program:
     if not fused:
         return program
     rules = [rule_of(op, program.values) for op in program.ops]
-    opener = _Opener(program, rules, _flow(program, rules, fused))
+    opener = _Opener(program, rules, cuts_of(program, rules, fused))
     entries: list[tuple[str, int]] = []
     for name, value in program.inputs:
         parts = fused.get(name.removeprefix("model/"))
@@ -65,48 +65,6 @@ def opened(program: Program, fused: Mapping[str, Parts]) -> Program:
             outputs += zip(parts.names(name), opener.gradients(value, parts), strict=True)
     found = Program(tuple(opener.values), tuple(entries), tuple(opener.ops), tuple(outputs))
     return without_dead_ops(found)
-
-
-def _flow(
-    program: Program, rules: Sequence[Rule], fused: Mapping[str, Parts]
-) -> dict[int, Cuts]:
-    """Where every value is cut: forward from the weights, backward from their gradients."""
-    found: dict[int, Cuts] = {}
-    for name, value in (*program.inputs, *program.outputs):
-        kind, _, bare = name.partition("/")
-        if kind in ("model", "gradient") and bare in fused:
-            parts = fused[bare]
-            found[value] = Cuts(parts.dim, frozenset(stop for _, stop in parts.bounds[:-1]))
-    order = list(zip(program.ops, rules, strict=True))
-    changed = True
-    while changed:
-        changed = False
-        for op, rule in order:
-            changed |= _push(program, op, rule, found, forward=True)
-        for op, rule in reversed(order):
-            if op.phase == "backward":
-                changed |= _push(program, op, rule, found, forward=False)
-    return found
-
-
-def _push(
-    program: Program, op: Op, rule: Rule, found: dict[int, Cuts], *, forward: bool
-) -> bool:
-    """Carry the cuts of an op's tensors on to its results, or to its operands."""
-    known = dict.fromkeys(v for v in (*op.inputs, *op.results) if v in found)
-    targets = op.results if forward else op.inputs
-    changed = False
-    for value in known:
-        span = span_of(op, program.values)
-        for other, cuts in carried_cuts(op, rule, span, (value, found[value])):
-            old = found.get(other)
-            if other not in targets or (old is not None and old.dim != cuts.dim):
-                continue
-            places = cuts.places | (old.places if old else frozenset())
-            if old is None or places != old.places:
-                found[other] = Cuts(cuts.dim, places)
-                changed = True
-    return changed
 
 
 class _Opener:
@@ -166,7 +124,11 @@ class _Opener:
             parts = self.parts_of(value)
             shape = self.program.values[value].shape
             found: list[Arg] = [
-                Ref(self.zeros(self.new(value, _resized(shape, parts.dim, size))) if p is None else p)
+                Ref(
+                    self.zeros(self.new(value, _resized(shape, parts.dim, size)))
+                    if p is None
+                    else p
+                )
                 for p, size in zip(self.parts[value], parts.sizes, strict=True)
             ]
             self.write("aten.cat.default", (tuple(found), parts.dim), value)
@@ -221,8 +183,8 @@ class _Opener:
         if len(given) < len(span.pieces) or not all(_meets(parts, *ends) for _, *ends in given):
             return False
         if not span.cuts:
-            bounds = enumerate(parts.bounds)
-            self.parts[span.whole] = tuple(self._filled(span, parts, k, *ends) for k, ends in bounds)
+            made = [self._filled(span, parts, *ends) for ends in parts.bounds]
+            self.parts[span.whole] = tuple(made)
             return True
         found = self.apart(span.whole, parts)
         for value, start, stop in given:
@@ -246,8 +208,8 @@ class _Opener:
                 args = (Ref(part), parts.dim, start - begin, stop - begin)
                 self.write("aten.slice.Tensor", args, value)
 
-    def _filled(self, span: Span, parts: Parts, k: int, begin: int, end: int) -> int | None:
-        """Part `k`, of `begin` to `end`, of a value that pieces and zeros make up."""
+    def _filled(self, span: Span, parts: Parts, begin: int, end: int) -> int | None:
+        """The part from `begin` to `end` of a value that pieces and zeros make up."""
         inner: list[tuple[int, int, int]] = []
         for value, start, stop in span.pieces:
             assert value is not None
@@ -324,7 +286,10 @@ class _Opener:
         for tensors, dims in ((op.inputs, rule.operands), (op.results, rule.results)):
             shapes = []
             for value, theirs in zip(tensors, dims, strict=True):
-                shape, cuts = self.program.values[value].shape, tensor_cuts(rule, theirs, factor, at)
+                shape, cuts = (
+                    self.program.values[value].shape,
+                    tensor_cuts(rule, theirs, factor, at),
+                )
                 if cuts is not None:
                     shape = _resized(shape, cuts.dim, cuts.parts(shape[cuts.dim]).sizes[k])
                 shapes.append(shape)
@@ -342,14 +307,21 @@ class _Opener:
         empty = {place for place, value in enumerate(operands) if value is None}
         if empty and any(group <= empty for group in rule.linear):
             return (None,) * len(op.results)
-        if empty and op.name == "aten.add.Tensor" and not op.kwargs and shapes[0][0] == shapes[0][1]:
+        if (
+            empty
+            and op.name == "aten.add.Tensor"
+            and not op.kwargs
+            and shapes[0][0] == shapes[0][1]
+        ):
             return (operands[1 - empty.pop()],)
-        for place in empty:
-            operands[place] = self.zeros(self.new(op.inputs[place], shapes[0][place]))
+        given = [
+            self.zeros(self.new(op.inputs[place], shapes[0][place])) if value is None else value
+            for place, value in enumerate(operands)
+        ]
         results = [self.new(v, shape) for v, shape in zip(op.results, shapes[1], strict=True)]
-        feed = iter(operands)
+        feed = iter(given)
         args, kwargs = map_refs((op.args, op.kwargs), lambda _: next(feed))
-        args = self._local(rule, args, operands, results)
+        args = self._local(rule, args, given, results)
         made = iter(results)
         outputs = tuple(None if value is None else next(made) for value in op.outputs)
         self.ops.append(replace(op, args=args, kwargs=kwargs, outputs=outputs))
@@ -359,7 +331,7 @@ class _Opener:
         self,
         rule: Rule,
         args: tuple[Arg, ...],
-        operands: Sequence[int | None],
+        operands: Sequence[int],
         results: Sequence[int],
     ) -> tuple[Arg, ...]:
         """Sizes inside arguments become those of the part."""
@@ -367,9 +339,7 @@ class _Opener:
         for place, result in rule.shape_args:
             changed[place] = self.values[results[result]].shape
         for place, operand, dim in rule.count_args:
-            value = operands[operand]
-            assert value is not None
-            changed[place] = self.values[value].shape[dim]
+            changed[place] = self.values[operands[operand]].shape[dim]
         if rule.arguments is not None:
             changed = list(rule.arguments(tuple(changed), [self.values[v] for v in results]))
         return tuple(changed)
@@ -402,5 +372,3 @@ def _has(dims: Sequence[Dim], factor: int) -> bool:
 
 def _resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     return (*shape[:dim], size, *shape[dim + 1 :])
-
-

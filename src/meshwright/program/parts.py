@@ -16,7 +16,16 @@ from itertools import pairwise
 from meshwright.program.program import Op, Program, Value
 from meshwright.program.rules import Dim, Rule, rule_of
 
-__all__ = ["Cuts", "Parts", "Span", "carried_cuts", "factor_cuts", "fused_weights", "span_of"]
+__all__ = [
+    "Cuts",
+    "Parts",
+    "Span",
+    "cuts_of",
+    "factor_cuts",
+    "fused_weights",
+    "span_of",
+    "tensor_cuts",
+]
 
 MOST_WEIGHTS = 8
 """Weights that one cut may go back to. A cut of a residual stream goes back to all of them."""
@@ -163,7 +172,7 @@ def factor_cuts(rule: Rule, dims: Sequence[Dim], cuts: Cuts) -> tuple[int, froze
 
 
 def tensor_cuts(rule: Rule, dims: Sequence[Dim], factor: int, at: frozenset[int]) -> Cuts | None:
-    """The cuts of a tensor of these dims where a factor is cut; None if it has it not, or inside."""
+    """The cuts of a tensor of these dims where a factor is cut; None if it has it not."""
     for dim, factors in enumerate(dims):
         if factors and factors[0] == factor:
             unit = math.prod(rule.sizes[f] for f in factors[1:])
@@ -171,7 +180,7 @@ def tensor_cuts(rule: Rule, dims: Sequence[Dim], factor: int, at: frozenset[int]
     return None
 
 
-def carried_cuts(
+def _carried(
     op: Op, rule: Rule, span: Span | None, given: tuple[int, Cuts]
 ) -> Iterator[tuple[int, Cuts]]:
     """What cuts of one tensor of an op mean for the others."""
@@ -179,7 +188,10 @@ def carried_cuts(
     if span is not None and span.dim == cuts.dim:
         yield from _along(span, value, cuts)
         return
-    tensors = [*zip(op.inputs, rule.operands, strict=True), *zip(op.results, rule.results, strict=True)]
+    tensors = [
+        *zip(op.inputs, rule.operands, strict=True),
+        *zip(op.results, rule.results, strict=True),
+    ]
     for dims in [dims for other, dims in tensors if other == value]:
         found = factor_cuts(rule, dims, cuts)
         if found is None:
@@ -199,6 +211,44 @@ def _along(span: Span, value: int, cuts: Cuts) -> Iterator[tuple[int, Cuts]]:
             inside = frozenset(place - start for place in cuts.places if start < place < stop)
             if inside:
                 yield piece, Cuts(cuts.dim, inside)
+
+
+def cuts_of(program: Program, rules: Sequence[Rule], fused: Mapping[str, Parts]) -> dict[int, Cuts]:
+    """Where every value is cut: forward from the weights, backward from their gradients."""
+    found: dict[int, Cuts] = {}
+    for name, value in (*program.inputs, *program.outputs):
+        kind, _, bare = name.partition("/")
+        if kind in ("model", "gradient") and bare in fused:
+            parts = fused[bare]
+            found[value] = Cuts(parts.dim, frozenset(stop for _, stop in parts.bounds[:-1]))
+    order = list(zip(program.ops, rules, strict=True))
+    changed = True
+    while changed:
+        changed = False
+        for op, rule in order:
+            changed |= _push(program, op, rule, found, forward=True)
+        for op, rule in reversed(order):
+            if op.phase == "backward":
+                changed |= _push(program, op, rule, found, forward=False)
+    return found
+
+
+def _push(program: Program, op: Op, rule: Rule, found: dict[int, Cuts], *, forward: bool) -> bool:
+    """Carry the cuts of an op's tensors on to its results, or to its operands."""
+    known = dict.fromkeys(v for v in (*op.inputs, *op.results) if v in found)
+    targets = op.results if forward else op.inputs
+    changed = False
+    for value in known:
+        span = span_of(op, program.values)
+        for other, cuts in _carried(op, rule, span, (value, found[value])):
+            old = found.get(other)
+            if other not in targets or (old is not None and old.dim != cuts.dim):
+                continue
+            places = cuts.places | (old.places if old else frozenset())
+            if old is None or places != old.places:
+                found[other] = Cuts(cuts.dim, places)
+                changed = True
+    return changed
 
 
 @dataclass(slots=True)
@@ -230,7 +280,7 @@ class _Finder:
                 continue
             op, rule = self.program.ops[number], self.rule(number)
             span = span_of(op, self.program.values)
-            for other, theirs in carried_cuts(op, rule, span, (here, seen[here])):
+            for other, theirs in _carried(op, rule, span, (here, seen[here])):
                 if other in op.inputs and other not in seen:
                     seen[other] = theirs
                     queue.append(other)
