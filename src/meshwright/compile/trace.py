@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from meshwright.compile.consecutive import with_slices
 from meshwright.compile.decompose import DECOMPOSITIONS
 from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
@@ -184,7 +185,8 @@ def trace_function(
     graph = make_fx(flat, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*inputs.values())
     graph.graph.eliminate_dead_code()
     reader = _Reader(graph, places, make)
-    return reader.read(list(inputs), names), reader.constants
+    program = reader.read(list(inputs), names)
+    return with_slices(program, reader.constants), reader.constants
 
 
 @contextmanager

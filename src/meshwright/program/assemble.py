@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.dispatch import routed
 from meshwright.program.donate import donated
+from meshwright.program.fused import Joint, by_part, closed, fused_of, part_layouts
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
+from meshwright.program.opened import opened
 from meshwright.program.overlap import overlapped
 from meshwright.program.partition import Local, partition
+from meshwright.program.parts import Parts
 from meshwright.program.pieces import Table, run_pieces
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
@@ -29,6 +32,7 @@ __all__ = [
     "accumulated",
     "assemble",
     "complete_unit",
+    "gather_program",
     "move_instructions",
     "move_program",
     "unit_outputs",
@@ -146,6 +150,26 @@ def move_program(
     return partition(program, propagate(program, axes, pinned), axes, coordinates, after)
 
 
+def gather_program(
+    moves: Mapping[str, tuple[Value, Layout]],
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+) -> Local:
+    """A rank's program that makes named values whole on every rank; fused ones part by part."""
+    fused = fused_of({name: layout for name, (_, layout) in moves.items()})
+    found: dict[str, tuple[Value, Layout, Layout]] = {}
+    for name, (value, layout) in moves.items():
+        parts = fused.get(name)
+        if parts is None:
+            found[name] = (value, layout, REPLICATED)
+            continue
+        values = (Value(value.dtype, shape) for shape in parts.shapes(value.shape))
+        each = zip(parts.names(name), values, part_layouts(layout, parts), strict=True)
+        found |= {part: (made, lies, REPLICATED) for part, made, lies in each}
+    joints = {name: Joint(parts) for name, parts in fused.items()}
+    return closed(move_program(found, axes, coordinates), joints, joints)
+
+
 def assemble(
     units: Sequence[Program],
     axes: Sequence[Axis],
@@ -168,16 +192,20 @@ def assemble(
     made: dict[tuple[str, bool, bool], Local] = {}
     wholes: dict[tuple[str, bool, bool], tuple[Program, Completed]] = {}
     runs: dict[tuple[str, bool, bool], int] = {}
+    fused = fused_of({name: state.work for name, state in states.items()})
+    each = by_part(states)
+    apart = {unit.digest: opened(unit, fused) for unit in units}
     for k, unit in enumerate(units):
         first, last = k == 0, k == len(units) - 1
         key = (unit.digest, first, last)
         if key not in made:
-            program = accumulated(unit, first=first)
-            completed = complete_unit(program, axes, states, sequence=sequence)
+            program = accumulated(apart[unit.digest], first=first)
+            completed = complete_unit(program, axes, each, sequence=sequence)
             wholes[key] = (program, completed)
-            outputs = unit_outputs(program, axes, states, last=last)
+            outputs = unit_outputs(program, axes, each, last=last)
             local = partition(program, completed, axes, coordinates, outputs)
             local = donated(routed(local, axes))
+            local = _in_one_piece(local, unit, fused, states, last=last)
             made[key] = replace(local, program=overlapped(local.program))
         runs[key] = runs.get(key, 0) + 1
         body += _microbatch(k, made[key].program, table, last=last)
@@ -201,6 +229,27 @@ def assemble(
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
     used = tuple((count, made[key]) for key, count in runs.items())
     return Compiled(lists, used, (gather,), tuple(wholes[key] for key in runs))
+
+
+def _in_one_piece(
+    local: Local,
+    unit: Program,
+    fused: Mapping[str, Parts],
+    states: Mapping[str, StateLayouts],
+    *,
+    last: bool,
+) -> Local:
+    """Fused parameters come in one piece, and their gradients go so; sums stay in parts."""
+    if not fused:
+        return local
+    inputs = dict(unit.inputs)
+    comes = {
+        f"model/{name}": Joint(parts, inputs[f"model/{name}"], states[name].weights)
+        for name, parts in fused.items()
+        if f"model/{name}" in inputs
+    }
+    goes = {f"gradient/{name}": Joint(parts) for name, parts in fused.items() if last}
+    return closed(local, comes, goes)
 
 
 def _in_place(gather: Local) -> Local:
@@ -235,7 +284,8 @@ def _microbatch(k: int, program: Program, table: Table, *, last: bool) -> list[I
     load = Instruction("Load", None, k, 0, (), tuple(names[name] for name in own))
     used = set(kept.values()) | set(load.outputs)
     dead = tuple(v for v in sorted(used) if v.startswith(f"{k}:"))
-    dead += tuple(name for name in done if k)  # the sums of the micro-batches before
+    sums = (name for name, _ in program.inputs if name.startswith("gradient/"))
+    dead += tuple(name for name in sums if last)  # of the micro-batches before
     return [load, *run, stash, Instruction("Free", None, k, 0, dead)]
 
 

@@ -7,6 +7,9 @@ Per axis a value is sharded, replicated (not mentioned) or partial (it still owe
                                      a fused qkv is (3, heads, head size), a flattened batch is
                                      (1, samples, tokens)
 
+    Fused(dim, parts)                parts side by side, each split in its own way or whole on every
+                                     rank: queries of many heads, then one key and one value
+
 Chunks differ by at most one granule; earlier coordinates get the larger ones. Axes that share a
 factor nest, in mesh order: the later axis splits what the earlier one left.
 """
@@ -24,12 +27,14 @@ from meshwright.plan.mesh import Axis
 __all__ = [
     "REPLICATED",
     "Bounds",
+    "Fused",
     "Layout",
     "Partial",
     "Placement",
     "Shard",
     "Slab",
     "chunk",
+    "counted",
     "disjoint",
     "local_shape",
     "pieces",
@@ -63,14 +68,38 @@ class Partial:
     op: Literal["sum", "max", "min"] = "sum"
 
 
-Placement = Shard | Partial | None
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Dim `dim` is parts side by side: (size, how it is split) of each; None is whole everywhere.
+
+    A rank holds its pieces of the parts one after another. Only state at rest lies so: programs
+    have an input for each part.
+    """
+
+    dim: int
+    parts: tuple[tuple[int, Shard | None], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the parts."""
+        return tuple(size for size, _ in self.parts)
+
+    def splits(self, place: int) -> bool:
+        """Whether the part in which `place` of the dim lies is split."""
+        ends = itertools.accumulate(self.sizes)
+        return next(
+            s is not None for end, (_, s) in zip(ends, self.parts, strict=True) if place < end
+        )
+
+
+Placement = Shard | Partial | Fused | None
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """(axis, placement) for every axis over which the value is not replicated, in mesh order."""
 
-    placements: tuple[tuple[str, Shard | Partial], ...] = ()
+    placements: tuple[tuple[str, Shard | Partial | Fused], ...] = ()
 
     @classmethod
     def of(cls, axes: Sequence[Axis], placements: Mapping[str, Placement]) -> Layout:
@@ -87,22 +116,36 @@ class Layout:
         return Layout.of(axes, {**dict(self.placements), axis: placement})
 
     @property
+    def fused(self) -> bool:
+        """Whether it is a layout of parts."""
+        return any(isinstance(place, Fused) for _, place in self.placements)
+
+    @property
     def partial_axes(self) -> tuple[str, ...]:
         """Axes over which a reduction is owed."""
         return tuple(name for name, place in self.placements if isinstance(place, Partial))
 
     def __str__(self) -> str:
         """`replicated`, `sharded(0) over data`, `partial(sum) over data`."""
-        words = []
-        for name, place in self.placements:
-            if isinstance(place, Partial):
-                words.append(f"partial({place.op}) over {name}")
-            else:
-                inner = (
-                    f" in ({place.outer}, n, {place.unit})" if place.outer * place.unit > 1 else ""
-                )
-                words.append(f"sharded({place.dim}{inner}) over {name}")
-        return ", ".join(words) or "replicated"
+        return ", ".join(_words(name, place) for name, place in self.placements) or "replicated"
+
+
+def _words(axis: str, place: Shard | Partial | Fused) -> str:
+    match place:
+        case Partial():
+            return f"partial({place.op}) over {axis}"
+        case Shard():
+            return f"sharded({place.dim}{_inner(place)}) over {axis}"
+    ends = itertools.accumulate(place.sizes)
+    told = [
+        f"{end - size}:{end} " + ("whole" if shard is None else f"sharded{_inner(shard)}")
+        for end, (size, shard) in zip(ends, place.parts, strict=True)
+    ]
+    return f"fused({place.dim}: {'; '.join(told)}) over {axis}"
+
+
+def _inner(shard: Shard) -> str:
+    return f" in ({shard.outer}, n, {shard.unit})" if shard.outer * shard.unit > 1 else ""
 
 
 REPLICATED = Layout()
@@ -180,6 +223,10 @@ def local_shape(
         whole = shard.granules(shape[shard.dim])
         left = _granules(shape, layout, axes, coordinates, shard, None)
         local[shard.dim] = local[shard.dim] // whole * left if whole else 0
+    for axis, place in layout.placements:
+        if isinstance(place, Fused):
+            parts = _part_runs(axis, place, axes, coordinates)
+            local[place.dim] = sum(length for _, length in parts)
     return tuple(local)
 
 
@@ -232,6 +279,33 @@ def _runs(
     dim: int, size: int, layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """((start, length) in the dim, the same in the rank's part of it) of every run."""
+    fused = [(a, p) for a, p in layout.placements if isinstance(p, Fused) and p.dim == dim]
+    found = (
+        _part_runs(*fused[0], axes, coordinates)
+        if fused
+        else _shard_runs(dim, size, layout, axes, coordinates)
+    )
+    begins = itertools.accumulate((length for _, length in found), initial=0)
+    return [(run, (begin, run[1])) for run, begin in zip(found, begins, strict=False)]
+
+
+def _part_runs(
+    axis: str, fused: Fused, axes: Sequence[Axis], coordinates: Mapping[str, int]
+) -> list[tuple[int, int]]:
+    """(start, length) of every run of a fused dim; none goes over the border of two parts."""
+    found, start = [], 0
+    for size, shard in fused.parts:
+        lies = Layout() if shard is None else Layout(((axis, shard),))
+        runs = _shard_runs(fused.dim, size, lies, axes, coordinates)
+        found += [(start + begin, length) for begin, length in runs if length]
+        start += size
+    return found
+
+
+def _shard_runs(
+    dim: int, size: int, layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]
+) -> list[tuple[int, int]]:
+    """(start, length) of every run of a dim that shards leave a rank."""
     shards = {p for _, p in layout.placements if isinstance(p, Shard) and p.dim == dim}
     runs = [(0, size)]
     # From coarse to fine: a finer factor repeats within each unit of a coarser one.
@@ -254,14 +328,34 @@ def _runs(
             merged[-1] = (merged[-1][0], merged[-1][1] + length)
         else:
             merged.append((start, length))
-    lengths = [length for _, length in merged]
-    begins = itertools.accumulate(lengths, initial=0)
-    return [(run, (begin, run[1])) for run, begin in zip(merged, begins, strict=False)]
+    return merged
 
 
-def primary(layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]) -> bool:
-    """Whether this rank keeps the replica that counts of a value under `layout`."""
-    return all(coordinates[a.name] == 0 for a in axes if not isinstance(layout.on(a.name), Shard))
+def primary(
+    layout: Layout,
+    axes: Sequence[Axis],
+    coordinates: Mapping[str, int],
+    at: Bounds | None = None,
+) -> bool:
+    """Whether this rank keeps the replica that counts of a value, or of its box `at`."""
+
+    def split(place: Placement) -> bool:
+        if isinstance(place, Fused):
+            return at is None or place.splits(at[place.dim][0])
+        return isinstance(place, Shard)
+
+    return all(coordinates[a.name] == 0 for a in axes if not split(layout.on(a.name)))
+
+
+def counted(
+    shape: tuple[int, ...], layout: Layout, axes: Sequence[Axis], coordinates: Mapping[str, int]
+) -> tuple[Bounds, ...]:
+    """The boxes of a rank's part that count, so that over all ranks each element counts once."""
+    if layout.fused:
+        found = pieces(shape, layout, axes, coordinates)
+        return tuple(here for at, here in found if primary(layout, axes, coordinates, at))
+    held = local_shape(shape, layout, axes, coordinates)
+    return (tuple((0, n) for n in held),) if primary(layout, axes, coordinates) else ()
 
 
 def respelled(shape: tuple[int, ...], here: Layout, like: Layout, axes: Sequence[Axis]) -> Layout:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
-from meshwright.program.layout import REPLICATED, Layout, Partial, Shard
+from meshwright.program.layout import REPLICATED, Fused, Layout, Partial, Shard
 from meshwright.program.program import Value
 
 __all__ = ["WHOLE_BELOW", "StateLayouts", "shard_dim", "zero_layouts"]
@@ -53,7 +53,7 @@ def shard_dim(shape: tuple[int, ...], parts: int, work: Layout = REPLICATED) -> 
 
     Dims that `work` splits over other axes are left alone.
     """
-    taken = {place.dim for _, place in work.placements if isinstance(place, Shard)}
+    taken = {p.dim for _, p in work.placements if isinstance(p, Shard | Fused)}
 
     def padding(dim: int) -> int:
         """Elements that a split into equal parts would add."""

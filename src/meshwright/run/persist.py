@@ -38,10 +38,9 @@ def _pieces(
 ) -> Iterator[Piece]:
     """The boxes of this rank's part; of replicas one is written."""
     where = worker.build.axes, worker.place.coordinates
-    written = primary(layout, *where)
     for there, here in pieces(shape, layout, *where):
         start = tuple(start for start, _ in there)
-        yield Piece(name, shape, start, box(part, here), written)
+        yield Piece(name, shape, start, box(part, here), primary(layout, *where, there))
 
 
 def pieces_of(worker: Worker) -> list[Piece]:

@@ -13,8 +13,8 @@ from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
 from meshwright.plan.plan import Plan
-from meshwright.program.annotate import work_layouts
 from meshwright.program.chosen import chosen_layouts
+from meshwright.program.fused import fused_work_layouts
 from meshwright.program.layout import Layout
 from meshwright.program.zero import zero_layouts
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
@@ -71,7 +71,7 @@ def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:
     if all(axis.size == 1 for axis in build.axes if axis.name not in ("data", "shard")):
         return {}
     program = build.unit(first_micros(build, data)[0]).program
-    return work_layouts(program, build.axes, chosen)
+    return fused_work_layouts(program, build.axes, chosen)
 
 
 def _require_elementwise(plan: Plan, made: Recipe) -> None:

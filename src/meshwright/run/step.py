@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
+from meshwright.program.layout import Bounds
+from meshwright.run.part import box
 
 __all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks"]
 
@@ -56,6 +58,7 @@ class RankState:
         optimizer: over the shards.
         counted: parameters whose shard this rank counts in global sums (one of its replicas does).
         inplace: parameters whose whole tensor is refreshed from gathered shards.
+        partly: of those counted that are fused, the boxes of their shards that are.
     """
 
     values: dict[str, Tensor]
@@ -64,6 +67,7 @@ class RankState:
     counted: frozenset[str]
     trained: tuple[str, ...]
     scheduler: Any = None
+    partly: Mapping[str, tuple[Bounds, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -137,11 +141,12 @@ class StepWork:
 
     def _squares(self, values: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of the squared norm of all gradients, as accumulated."""
-        mine = [
-            values[f"reduced/{name}"]
-            for name in self.state.trained
-            if name in self.state.counted and f"reduced/{name}" in values
-        ]
+        mine = []
+        for name in self.state.trained:
+            if name not in self.state.counted or f"reduced/{name}" not in values:
+                continue
+            gradient, boxes = values[f"reduced/{name}"], self.state.partly.get(name)
+            mine += [gradient] if boxes is None else [box(gradient, bounds) for bounds in boxes]
         return nn.utils.get_total_norm(mine).to(torch.float64).square()
 
     def agree(self) -> Generator[Any, Any, None]:

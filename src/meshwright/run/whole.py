@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from meshwright.compile.interpret import interpret
-from meshwright.program.assemble import move_program
-from meshwright.program.layout import REPLICATED
+from meshwright.program.assemble import gather_program
 from meshwright.program.program import Value
 from meshwright.run.worker import Worker
 
@@ -45,7 +44,6 @@ def gathered(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
         return tensor
     shape = tuple(build.model.parameters[name].shape)
     value = Value(str(tensor.dtype).removeprefix("torch."), shape)
-    moves = {name: (value, layout, REPLICATED)}
-    local = move_program(moves, build.axes, place.coordinates)
+    local = gather_program({name: (value, layout)}, build.axes, place.coordinates)
     outputs = yield from interpret(local.program, {name: tensor}, place.coordinates, place.groups)
     return outputs[name]

@@ -19,9 +19,9 @@ from meshwright.program.layout import (
     REPLICATED,
     Bounds,
     Layout,
+    counted,
     local_shape,
     pieces,
-    primary,
 )
 from meshwright.program.program import Program
 from meshwright.run.agreement import same_programs
@@ -85,7 +85,7 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
 def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankState:
     axes, coordinates = build.axes, build.place(rank).coordinates
     shards: dict[str, nn.Parameter] = {}
-    counted: set[str] = set()
+    counts: dict[str, tuple[Bounds, ...]] = {}
     for name in build.recipe.names:
         fake, states = build.model.parameters[name], build.states[name]
         part = values[f"model/{name}"]
@@ -94,12 +94,15 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
             part = finer(part, shape, states.weights, states.optimizer, axes, coordinates)
         shards[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
     for name, fake in build.model.parameters.items():
-        if fake.requires_grad and primary(build.states[name].optimizer, axes, coordinates):
-            counted.add(name)
-    trained = tuple(n for n, p in build.model.parameters.items() if p.requires_grad)
+        if fake.requires_grad:
+            layout = build.states[name].optimizer
+            counts[name] = counted(tuple(fake.shape), layout, axes, coordinates)
+    trained = tuple(counts)
     optimizer = build_optimizer(build.recipe, shards)
     scheduler = None if build.job.schedule is None else scheduled(optimizer, build.job.schedule)
-    return RankState(values, shards, optimizer, frozenset(counted), trained, scheduler)
+    mine = frozenset(name for name, boxes in counts.items() if boxes)
+    partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
+    return RankState(values, shards, optimizer, mine, trained, scheduler, partly)
 
 
 @dataclass(frozen=True, slots=True)
