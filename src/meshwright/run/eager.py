@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from meshwright.comm.base import all_gather, all_reduce
-from meshwright.compile.init import seeded
+from meshwright.compile.init import built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing
 from meshwright.compile.watch import Watched, watching
@@ -54,8 +54,7 @@ class EagerWorker(Worker):
         """As a `Worker`; refuses what the user's own code cannot do."""
         _require_possible(build)
         super().__init__(build, rank, source, policy, make)
-        with seeded(build.job.seed):
-            self.module: nn.Module = build.job.model()
+        self.module: nn.Module = built(build.job.model, build.job.seed, build.model)
         if build.dtype is not None:
             self.module.to(build.dtype)
         self._share()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compile.draw import SampleDim, draw, position_operand
-from meshwright.compile.init import Blueprint, seeded
+from meshwright.compile.init import Blueprint, built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing
 from meshwright.compile.random import RandomMode
@@ -71,8 +71,7 @@ class Reference:
         self.job, self.names, self.source, self.dtype = job, names, source, dtype
         self.microbatches, self.draws, self.flipped = microbatches, draws, flipped
         self.precision = precision
-        with seeded(job.seed):
-            self.model = job.model()
+        self.model = built(job.model, job.seed, names)
         if start:
             _load(self.model, names, start)
         if dtype is not None:
