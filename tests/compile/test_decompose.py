@@ -127,7 +127,15 @@ def copies():
         yield aten.repeat.default, (f(5, 3, 4), times)
 
 
-CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies()]
+def conjugates():
+    z = torch.complex(f(5, 4), f(5, 4))
+    yield aten._conj.default, (z,)
+    yield aten._neg_view.default, (z.conj().imag,)
+
+
+CASES = [
+    *losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies(), *conjugates()
+]  # fmt: skip
 
 
 def flat(found):

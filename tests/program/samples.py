@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.program import samples_algebra, samples_experts, samples_layers, samples_space
+from tests.program import (
+    samples_algebra,
+    samples_experts,
+    samples_layers,
+    samples_space,
+    samples_spectral,
+)
 
 
 @cache
@@ -18,5 +24,6 @@ def calls():
         *samples_layers.MAKERS,
         *samples_experts.MAKERS,
         *samples_space.MAKERS,
+        *samples_spectral.MAKERS,
     )
     return tuple(call for maker in makers for call in maker())

@@ -46,7 +46,7 @@ def test_a_model_of_six_gib_is_planned_in_one(plan, meta):
     ("plan", "given"),
     [
         ("zero3,data=4", True),
-        ("tensor=4", False),
+        pytest.param("tensor=4", False, marks=pytest.mark.matrix),
         pytest.param("zero3,data=4", False, marks=pytest.mark.matrix),
         pytest.param("tensor=4", True, marks=pytest.mark.matrix),
     ],

@@ -20,6 +20,7 @@ from meshwright.comm.base import all_gather, all_reduce
 from meshwright.compile.init import built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing
+from meshwright.compile.settings import recast
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
@@ -56,7 +57,7 @@ class EagerWorker(Worker):
         super().__init__(build, rank, source, policy, make)
         self.module: nn.Module = built(build.job.model, build.job.seed, build.model)
         if build.dtype is not None:
-            self.module.to(build.dtype)
+            recast(self.module, build.dtype)
         self._share()
         self.list: Lowered | None = None
 

@@ -14,6 +14,7 @@ from meshwright.program.rules import (
     reduce,
     shape,
     space,
+    spectral,
 )
 from meshwright.program.rules.factor import (
     Carry,
@@ -51,6 +52,7 @@ RULES: Mapping[str, RuleMaker] = {
     **space.RULES,
     **create.RULES,
     **experts.RULES,
+    **spectral.RULES,
 }
 
 

@@ -19,7 +19,7 @@ sgn sigmoid sigmoid_backward sign silu silu_backward sin sinh softplus
 softplus_backward softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc
 xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like fill zero
 isposinf isneginf
-_prelu_kernel _prelu_kernel_backward sinc where bitwise_left_shift bitwise_right_shift
+_prelu_kernel _prelu_kernel_backward polar angle sinc where bitwise_left_shift bitwise_right_shift
 """.split()  # noqa: SIM905 - a table of words
 
 # In which operands (by place) an op is linear, together: a partial sum passes through those.
@@ -31,6 +31,8 @@ _LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
     "div": ((0,),),
     "neg": ((0,),),
     "clone": ((0,),),
+    "conj_physical": ((0,),),
+    "_conj_physical": ((0,),),
     "detach": ((0,),),
     "alias": ((0,),),
     "copy": ((1,),),
