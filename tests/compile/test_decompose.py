@@ -160,7 +160,22 @@ def written():
             yield aten.scatter_reduce.two, (f(5, 6), 0, index, f(4, 6), how), {"include_self": keep}
 
 
-CASES = [*losses(), *likelihoods(), *crossentropies(), *means(), *norms(), *copies(), *choices()]
+def conjugates():
+    z = torch.complex(f(5, 4), f(5, 4))
+    yield aten._conj.default, (z,)
+    yield aten._neg_view.default, (z.conj().imag,)
+
+
+CASES = [
+    *losses(),
+    *likelihoods(),
+    *crossentropies(),
+    *means(),
+    *norms(),
+    *copies(),
+    *choices(),
+    *conjugates(),
+]
 CASES = [(op, args, {}) for op, args in CASES] + [(*case, {})[:3] for case in written()]
 
 

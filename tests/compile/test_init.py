@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meshwright.compile import init
-from meshwright.compile.init import blueprint, seeded
+from meshwright.compile.init import blueprint, built, seeded
 from meshwright.errors import UserCodeError
 from tests.equal import odd
 
@@ -93,6 +93,46 @@ def test_tied_tensors_stand_once():
     assert found.tied["head.weight"] == "token.weight"
     assert "head.weight" not in found.parameters
     assert {"again.weight": "mix.weight", "again.bias": "mix.bias"}.items() <= found.tied.items()
+
+
+def on_meta():
+    with torch.device("meta"):
+        return odd.Tied()
+
+
+def test_what_a_factory_leaves_on_the_meta_device_is_made_and_stays_tied():
+    with seeded(3):
+        want = odd.Tied()
+    module = built(on_meta, 3, blueprint(on_meta, 3))
+    assert module.head.weight is module.token.weight
+    assert module.again.weight is module.mix.weight
+    found, wanted = module.state_dict(), want.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class Blank(nn.Module):
+    """Parameters and buffers of which nothing says what is in them."""
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(4, 2, device=device))
+        self.none = nn.Parameter(torch.empty(0, 2))
+        self.filled = nn.Parameter(torch.empty(4).view(2, 2).fill_(2.0).flatten())
+        self.register_buffer("cache", torch.empty(3, device=device))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_parameter_without_values_is_refused_and_a_buffer_is_zero(device):
+    """Ranks would begin with whatever lay in their memory."""
+    found = blueprint(lambda: Blank(device), 0)
+    with pytest.raises(UserCodeError, match=r"parameter table of shape \[4, 2\] is made without"):
+        found.make(found.parameters["table"])
+    assert found.make(found.parameters["none"]).shape == (0, 2)
+    assert found.make(found.parameters["filled"]).tolist() == [2.0] * 4
+    assert found.make(found.buffers["cache"]).tolist() == [0.0] * 3
+    if device == "meta":  # a module whose values are given later needs none
+        assert built(lambda: Blank(device), 0, found).table.tolist() == [[0.0, 0.0]] * 4
 
 
 class Reads(nn.Linear):

@@ -48,7 +48,9 @@ class Case:
         """The source that makes it."""
         said = (self.pinned, self.stored, self.wanted, self.delivered)
         parts = [list(self.outputs), self.axes, *said]
-        return "\n".join(["", *self.graph.lines, "Case(graph, " + ", ".join(map(repr, parts)) + ")"])
+        return "\n".join(
+            ["", *self.graph.lines, "Case(graph, " + ", ".join(map(repr, parts)) + ")"]
+        )
 
     def _repr_pretty_(self, printer, cycle):
         printer.text(repr(self))  # in place of hypothesis' own

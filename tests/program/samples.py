@@ -13,6 +13,7 @@ from tests.program import (
     samples_layers,
     samples_matrices,
     samples_space,
+    samples_spectral,
 )
 
 
@@ -25,5 +26,6 @@ def calls():
         *samples_experts.MAKERS,
         *samples_matrices.MAKERS,
         *samples_space.MAKERS,
+        *samples_spectral.MAKERS,
     )
     return tuple(call for maker in makers for call in maker())

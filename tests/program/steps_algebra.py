@@ -42,7 +42,9 @@ def partner(draw, graph, x):
     """A value that broadcasts with x: one that there is, or a fresh input."""
     shape = graph.shape(x)
     if draw(st.booleans()):
-        return draw(st.sampled_from([k for k in graph.numbers() if _broadcast(graph.shape(k), shape)]))
+        return draw(
+            st.sampled_from([k for k in graph.numbers() if _broadcast(graph.shape(k), shape)])
+        )
     return graph.input(*spread_shape(draw, shape))
 
 
@@ -80,7 +82,9 @@ def _masked(draw, graph, x):
     mask = graph.mask(*spread_shape(draw, shape))
     how = one(draw, "where", "fill", "scalar", "nearly")
     if how == "where":
-        graph.call("where.self", Ref(mask), *draw(st.permutations([Ref(x), Ref(graph.input(*shape))])))
+        graph.call(
+            "where.self", Ref(mask), *draw(st.permutations([Ref(x), Ref(graph.input(*shape))]))
+        )
     elif how == "fill":
         graph.call("masked_fill.Scalar", Ref(x), Ref(mask), 0.0)
     elif how == "scalar":

@@ -344,6 +344,8 @@ def _batch_norm_cpu(
 
 DECOMPOSITIONS: dict[Any, Any] = {
     **BY_VALUE,
+    aten._conj.default: aten.conj_physical.default,  # a bit on a view, which no transport sees
+    aten._neg_view.default: aten.neg.default,
     aten.nll_loss_forward.default: _nll_forward,
     aten.nll_loss_backward.default: _nll_backward,
     aten.mean.default: _mean,

@@ -35,10 +35,20 @@ from meshwright.compile.settings import default_dtype
 from meshwright.compile.stale import python_seeded
 from meshwright.errors import UserCodeError
 
-__all__ = ["Blueprint", "blueprint", "seeded"]
+__all__ = ["Blueprint", "blueprint", "built", "seeded"]
 
 _STREAM = 2**40
 """Initialisation draws from streams of its own, far from those of training steps."""
+
+_BLANK = (
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+)
+"""What makes tensors of whatever lies in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +130,25 @@ class Blueprint:
     tape: list[_Entry] = field(default_factory=list)
 
     def make(self, tensor: Tensor) -> Tensor:
-        """The real tensor that `tensor` (one of this blueprint's) stands for, alone in memory."""
+        """The real tensor that `tensor` (one of this blueprint's) stands for, alone in memory.
+
+        Raises:
+            UserCodeError: a parameter without values: each rank would begin with other numbers.
+        """
+        made = self._made(tensor)
+        if made is None and isinstance(tensor, nn.Parameter):
+            name = next(n for n, other in self.parameters.items() if other is tensor)
+            raise UserCodeError(
+                f"parameter {name} of shape {list(tensor.shape)} is made without values "
+                "(torch.empty, or the meta device) and the model factory never gives it any: "
+                "initialise it there (nn.init), or name weights= that hold it"
+            )
+        return _zeros(tensor) if made is None else made
+
+    def _made(self, tensor: Tensor) -> Tensor | None:
+        """The same; None where the factory gives it no values."""
         if not isinstance(tensor, FakeTensor):
-            return tensor.detach().clone()
+            return None if tensor.is_meta else tensor.detach().clone()
         needed = {_storage(tensor)}
         chain: list[_Entry] = []
         for entry in reversed(self.tape):
@@ -130,11 +156,32 @@ class Blueprint:
                 chain.append(entry)
                 needed |= entry.reads
         chain.reverse()
+        if tensor.numel() and not any(_fills(entry, _storage(tensor)) for entry in chain):
+            return None
         real = _replayed(chain, _storage(tensor))
         found = real.get(id(tensor))
         if found is None:  # a Parameter wraps the tensor that the tape knows
             found = next(real[id(e.result)] for e in reversed(chain) if _same(e.result, tensor))
         return found.detach()  # type: ignore[no-any-return]
+
+    def stand_in(self, name: str) -> Tensor:
+        """A tensor by its name, for a module that is given its values later: blank ones are 0."""
+        tensor = {**self.parameters, **self.buffers, **self.constants}[name]
+        made = self._made(tensor)
+        return _zeros(tensor) if made is None else made
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _fills(entry: _Entry, storage: int) -> bool:
+    """Whether an op gives values to a storage, and neither makes it blank nor views it."""
+    if storage not in entry.writes:
+        return False
+    schema = entry.function._schema
+    made = storage not in entry.reads and schema.name.split("::")[1] not in _BLANK
+    return bool(schema.is_mutable) or made
 
 
 def _replayed(chain: Sequence[_Entry], wanted: int) -> dict[int, Any]:
@@ -265,6 +312,23 @@ def blueprint(factory: Callable[[], Any], seed: int) -> Blueprint:
             f"model() returned {type(module).__name__}, but must return a torch.nn.Module"
         )
     return _named(module, tape.entries, notes)
+
+
+def built(factory: Callable[[], nn.Module], seed: int, model: Blueprint) -> nn.Module:
+    """The factory's module for real, in one process: what it leaves on the meta device is made."""
+    with seeded(seed):
+        module = factory()
+    real: dict[int, Tensor] = {}  # a tied tensor stays tied
+    for path, part in module.named_modules():
+        for name, tensor in {**part._parameters, **part._buffers, **vars(part)}.items():
+            if not (isinstance(tensor, Tensor) and tensor.is_meta):
+                continue
+            if id(tensor) not in real:
+                made = model.stand_in(f"{path}.{name}" if path else name)
+                trained = isinstance(tensor, nn.Parameter)
+                real[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if trained else made
+            setattr(part, name, real[id(tensor)])
+    return module
 
 
 def _named(module: nn.Module, tape: list[_Entry], notes: list[str]) -> Blueprint:

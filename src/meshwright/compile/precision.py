@@ -25,7 +25,12 @@ from meshwright.program.program import Op, Program, map_refs, without_dead_ops
 
 __all__ = ["Promoting", "computing", "notes_on", "promoted", "promoting", "with_shared_casts"]
 
-_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def promoted(
     What the op writes to stays as it is.
     """
     leaves = pytree.tree_leaves((args, kwargs))
-    if not any((x.dtype if isinstance(x, Tensor) else x) in _LOW for x in leaves):
+    if not any((x.dtype if isinstance(x, Tensor) else x) in _WIDE for x in leaves):
         return args, kwargs
     schema = func._schema.arguments  # noqa: SLF001 - torch offers no other way to its names
     names = [a.name for a in schema]
@@ -111,8 +116,8 @@ def promoted(
 
     def raised(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.to(torch.float64) if leaf.dtype in _LOW else leaf
-        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
+            return leaf.to(_WIDE.get(leaf.dtype, leaf.dtype))
+        return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
     def up(name: str, value: Any) -> Any:
         return value if name in written else pytree.tree_map(raised, value)

@@ -55,7 +55,7 @@ def _content(tensor: Tensor) -> bytes:
     """Of a tensor that the code brings along, which a program keeps; others have none."""
     if type(tensor) is not Tensor or tensor.device.type == "meta":
         return b""
-    if torch._is_functional_tensor(tensor):  # type: ignore[attr-defined]
+    if torch._is_functional_tensor(tensor):  # noqa: SLF001
         return b""  # a wrapper of torch's, which has no memory
     with _disable_current_modes():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -9,8 +9,28 @@ from unittest import mock
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor, nn
 
-__all__ = ["default_dtype", "straight_checkpoint", "unvalidated"]
+__all__ = ["default_dtype", "in_dtype", "recast", "straight_checkpoint", "unvalidated"]
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def in_dtype(kind: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor of `kind` becomes where floating ones are `wanted`: complex ones follow."""
+    if wanted is not None and kind.is_complex:
+        return _COMPLEX.get(wanted, kind)
+    return wanted if wanted is not None and kind.is_floating_point else kind
+
+
+def recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters, buffers and plain tensor attributes of floating and complex kind."""
+    # `model.to` makes complex tensors real.
+    model._apply(lambda tensor: tensor.to(in_dtype(tensor.dtype, dtype)))  # noqa: SLF001
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value.to(in_dtype(value.dtype, dtype)))
 
 
 @contextlib.contextmanager

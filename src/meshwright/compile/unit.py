@@ -30,7 +30,7 @@ from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
 from meshwright.compile.script import Recorder, Script
-from meshwright.compile.settings import default_dtype, straight_checkpoint, unvalidated
+from meshwright.compile.settings import default_dtype, in_dtype, straight_checkpoint, unvalidated
 from meshwright.compile.stale import not_stale
 from meshwright.compile.state import (
     constants_swapped,
@@ -220,7 +220,7 @@ def _fakes(
     found: dict[str, Tensor] = {}
 
     def like(shape: Sequence[int], kind: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype if dtype and kind.is_floating_point else kind)
+        return torch.empty(tuple(shape), dtype=in_dtype(kind, dtype))
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, tensor in model.parameters.items():

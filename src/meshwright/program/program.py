@@ -55,7 +55,7 @@ class Symbol:
     name: str
 
 
-Arg = None | bool | int | float | str | Ref | Symbol | tuple["Arg", ...]
+Arg = None | bool | int | float | complex | str | Ref | Symbol | tuple["Arg", ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def _plain(arg: Any) -> Any:
         return {"ref": arg.index}
     if isinstance(arg, Symbol):
         return {arg.kind: arg.name}
-    if isinstance(arg, float):
+    if isinstance(arg, float | complex):
         return repr(arg)
     if isinstance(arg, tuple):
         return [_plain(part) for part in arg]

@@ -19,6 +19,7 @@ from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.lower import Segment, lower
 from meshwright.compile.precision import promoting
+from meshwright.compile.settings import in_dtype
 from meshwright.compile.unit import Unit, trace_unit
 from meshwright.job import Job
 from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
@@ -213,8 +214,8 @@ def values_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[
     """Dtypes and shapes, by name."""
     found = {}
     for name, tensor in tensors.items():
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        found[name] = Value(str(kind).removeprefix("torch."), tuple(tensor.shape))
+        kind = str(in_dtype(tensor.dtype, dtype)).removeprefix("torch.")
+        found[name] = Value(kind, tuple(tensor.shape))
     return found
 
 

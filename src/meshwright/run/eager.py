@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from meshwright.comm.base import all_gather, all_reduce
-from meshwright.compile.init import seeded
+from meshwright.compile.init import built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing
+from meshwright.compile.settings import recast
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
@@ -54,10 +55,9 @@ class EagerWorker(Worker):
         """As a `Worker`; refuses what the user's own code cannot do."""
         _require_possible(build)
         super().__init__(build, rank, source, policy, make)
-        with seeded(build.job.seed):
-            self.module: nn.Module = build.job.model()
+        self.module: nn.Module = built(build.job.model, build.job.seed, build.model)
         if build.dtype is not None:
-            self.module.to(build.dtype)
+            recast(self.module, build.dtype)
         self._share()
         self.list: Lowered | None = None
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from meshwright.comm.base import all_reduce
 from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
+from meshwright.compile.settings import in_dtype
 from meshwright.errors import UserCodeError
 from meshwright.run.build import Micro
 from meshwright.run.data import Source
@@ -130,9 +131,8 @@ def _traced(
     worker: Worker, tree: Any, size: int, step: int, forward: Forward | None, *, predict: bool
 ) -> Generator[Any, Any, Result]:
     example, tensors = example_of(tree)
-    dtype = worker.build.dtype
     leaves = {
-        f"batch/{name}": t.to(dtype) if dtype and t.is_floating_point() else t
+        f"batch/{name}": t.to(in_dtype(t.dtype, worker.build.dtype))
         for (name, _, _), t in zip(example.leaves, tensors, strict=True)
     }
     micro = Micro(example, size)

@@ -19,6 +19,7 @@ from meshwright.program.layout import Layout, Partial, pieces
 from meshwright.program.partition import Local
 from meshwright.program.program import Op
 from meshwright.run.build import Build
+from meshwright.run.measure import wide
 from meshwright.run.part import box, part_of
 from meshwright.run.worker import Worker
 
@@ -129,14 +130,14 @@ def _error(
     build: Build, workers: Sequence[Worker], layout: Layout, parts: Sequence[Tensor], whole: Tensor
 ) -> float:
     """Largest difference between what the ranks hold under a layout and the whole, relative."""
-    wide = whole.to(torch.float64)
-    finite = wide[wide.isfinite()]
+    exact = wide(whole)
+    finite = exact[exact.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     owed = layout.partial_axes
     worst = 0.0
     for worker, part in zip(workers, parts, strict=True):
-        want = part_of(wide, layout, build.axes, worker.place.coordinates)
-        have = part.to(torch.float64)
+        want = part_of(exact, layout, build.axes, worker.place.coordinates)
+        have = wide(part)
         if owed:
             have = _reduced(layout, workers, worker, parts)
         if want.shape != have.shape:
@@ -157,7 +158,7 @@ def _reduced(
     kind = next(p for _, p in layout.placements if isinstance(p, Partial)).op
     here = worker.place.coordinates
     terms = [
-        part.to(torch.float64)
+        wide(part)
         for other, part in zip(workers, parts, strict=True)
         if all(other.place.coordinates[a] == here[a] for a in here if a not in owed)
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "order"]
+__all__ = ["KINDS", "LAW", "Report", "Worst", "compare", "order", "wide"]
 
 KINDS = ("loss", "gradients", "weights", "optimizer")
 LAW = 1e-10
@@ -92,13 +92,18 @@ def order(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In double precision."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def scales(tensors: Mapping[str, Tensor], kind_of: Callable[[str], str]) -> dict[str, float]:
     """Per kind, the root mean square over all its elements."""
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
         kind = kind_of(name)
-        squares[kind] = squares.get(kind, 0.0) + float(tensor.to(torch.float64).square().sum())
+        squares[kind] = squares.get(kind, 0.0) + float(wide(tensor).abs().square().sum())
         counts[kind] = counts.get(kind, 0) + tensor.numel()
     return {kind: math.sqrt(squares[kind] / max(1, counts[kind])) for kind in squares}
 
@@ -117,7 +122,7 @@ def compare(
     scale = scales(whole, kind_of)
     found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
     for name in set(parts) & set(whole):
-        reference = whole[name].to(torch.float64)
+        reference = wide(whole[name])
         part = part_of(name, reference)
         if part.shape != parts[name].shape:
             found[name] = math.inf
@@ -125,6 +130,6 @@ def compare(
         if not part.numel():
             continue
         size = max(float(reference.abs().max()), floor * scale[kind_of(name)])
-        difference = float((parts[name].to(torch.float64) - part).abs().max())
+        difference = float((wide(parts[name]) - part).abs().max())
         found[name] = difference / size if size else difference
     return found

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compile.draw import SampleDim, draw, position_operand
-from meshwright.compile.init import Blueprint, seeded
+from meshwright.compile.init import Blueprint, built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing
 from meshwright.compile.random import RandomMode
-from meshwright.compile.settings import default_dtype, straight_checkpoint
+from meshwright.compile.settings import default_dtype, in_dtype, recast, straight_checkpoint
 from meshwright.job import Job
 from meshwright.run.build import micro_ranges
 from meshwright.run.data import Source
@@ -71,12 +71,11 @@ class Reference:
         self.job, self.names, self.source, self.dtype = job, names, source, dtype
         self.microbatches, self.draws, self.flipped = microbatches, draws, flipped
         self.precision = precision
-        with seeded(job.seed):
-            self.model = job.model()
+        self.model = built(job.model, job.seed, names)
         if start:
             _load(self.model, names, start)
         if dtype is not None:
-            _cast(self.model, dtype)
+            recast(self.model, dtype)
         self.optimizer = job.optimizer(self.model)
         self.scheduler = job.schedule(self.optimizer) if job.schedule is not None else None
         self.model.train()
@@ -133,8 +132,7 @@ class Reference:
         return float(total.detach()), float(weight)
 
     def _as_given(self, tensor: Tensor) -> Tensor:
-        if self.dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)
+        tensor = tensor.to(in_dtype(tensor.dtype, self.dtype))
         return tensor.flip(0) if self.flipped else tensor
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -167,15 +165,6 @@ def _load(model: nn.Module, names: Blueprint, start: Mapping[str, Tensor]) -> No
             if f"buffer/{name}" in start:
                 buffer.copy_(start[f"buffer/{name}"])
     del names
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters, buffers and plain tensor attributes of floating kind."""
-    model.to(dtype)
-    for part in model.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(part, name, value.to(dtype))
 
 
 def _flip_samples(tensor: Tensor, sample: SampleDim) -> Tensor:

@@ -118,7 +118,7 @@ def allow_zeros(report: Report, exact: Mapping[str, Tensor]) -> None:
         report: of a run in bf16, settled.
         exact: the float64 gradients of the first step.
     """
-    squares = sum(float(tensor.square().sum()) for tensor in exact.values())
+    squares = sum(float(tensor.abs().square().sum()) for tensor in exact.values())
     typical = math.sqrt(squares / max(1, sum(tensor.numel() for tensor in exact.values())))
     for name in report.over:
         if name in exact and float(exact[name].abs().max()) <= SAME * typical:

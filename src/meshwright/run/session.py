@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meshwright.comm.base import Comm, Group
 from meshwright.comm.handshake import agree
 from meshwright.compile.inductor import require_compiler
-from meshwright.compile.init import seeded
+from meshwright.compile.init import built
 from meshwright.compile.precision import notes_on
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
@@ -227,8 +227,7 @@ class Session:
             for _ in tensors:
                 pass
             return None
-        with seeded(self.job.seed):
-            model: nn.Module = self.job.model()
+        model = built(self.job.model, self.job.seed, self.worker.build.model)
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, tensor in tensors:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from meshwright.comm.base import Group, all_reduce
 from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
+from meshwright.compile.settings import in_dtype
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import (
     REPLICATED,
@@ -61,8 +62,8 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
 
     def part(name: str, fake: Tensor, layout: Layout = REPLICATED) -> Tensor:
         shape = tuple(fake.shape)
-        kind = dtype if dtype is not None and fake.is_floating_point() else fake.dtype
-        made = torch.empty(local_shape(shape, layout, axes, coordinates), dtype=kind)
+        local = local_shape(shape, layout, axes, coordinates)
+        made = torch.empty(local, dtype=in_dtype(fake.dtype, dtype))
         whole: Tensor | None = None
         for there, here in pieces(shape, layout, axes, coordinates):
             found = make(name, fake, there) if make is not None else None
@@ -171,8 +172,7 @@ class Worker:
         return Fetched(step, tuple(micros), tuple(leaves), firsts, digest)
 
     def _cast(self, tensors: list[Tensor]) -> list[Tensor]:
-        dtype = self.build.dtype
-        return [t.to(dtype) if dtype and t.is_floating_point() else t for t in tensors]
+        return [t.to(in_dtype(t.dtype, self.build.dtype)) for t in tensors]
 
     def agree_on_shapes(self, fetched: Fetched) -> Generator[Any, Any, Fetched]:
         """Have all ranks run the same program: where shapes differ, collate whole micro-batches."""

@@ -16,6 +16,7 @@ from meshwright.program.rules import (
     reduce,
     shape,
     space,
+    spectral,
 )
 from meshwright.program.rules.factor import (
     Carry,
@@ -55,6 +56,7 @@ RULES: Mapping[str, RuleMaker] = {
     **experts.RULES,
     **matrices.RULES,
     **position.RULES,
+    **spectral.RULES,
 }
 
 

@@ -1,4 +1,4 @@
-"""Batches of matrices and transforms: leading dims pass, what elements mix along is whole."""
+"""Batches of matrices: leading dims pass, the matrices stay whole."""
 
 from __future__ import annotations
 
@@ -47,22 +47,6 @@ def _triangular(view: OpView) -> Rule:
     return einsum(view, ["... 1 1", given], [given], linear=[[1]])
 
 
-def _transform(view: OpView) -> Rule:
-    """Fourier transforms (x, dims, ..): elements mix along the dims."""
-    rank = len(view.operands[0].shape)
-    dims = view.dims(1, rank)
-    pattern = " ".join("1" if k in dims else f"d{k}" for k in range(rank))
-    return einsum(view, [pattern], [pattern])
-
-
-def _pairs(view: OpView) -> Rule:
-    """Complex numbers seen as pairs of real ones, in a last dim of two, or back."""
-    real = "... 1"
-    if view.op.base == "aten.view_as_real":
-        return einsum(view, ["..."], [real])
-    return einsum(view, [real], ["..."])
-
-
 def _distances(view: OpView) -> Rule:
     """_cdist_forward(x (b i d), y (b j d)) -> (b i j)."""
     return einsum(view, ["... i d", "... j d"], ["... i j"], keep="d")
@@ -84,11 +68,6 @@ RULES: dict[str, RuleMaker] = {
     },
     "aten._linalg_solve_ex": _solve,
     "aten.linalg_solve_triangular": _triangular,
-    "aten._fft_c2c": _transform,
-    "aten._fft_r2c": _transform,
-    "aten._fft_c2r": _transform,
-    "aten.view_as_real": _pairs,
-    "aten.view_as_complex": _pairs,
     "aten._cdist_forward": _distances,
     "aten._cdist_backward": _distances_backward,
 }  # fmt: skip

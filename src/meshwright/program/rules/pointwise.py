@@ -20,7 +20,7 @@ softplus_backward softshrink sqrt square tan tanh tanh_backward threshold thresh
 xlogy special_xlog1py addcmul addcdiv ones_like zeros_like full_like empty_like fill zero
 isposinf isneginf
 _prelu_kernel _prelu_kernel_backward sinc where bitwise_left_shift bitwise_right_shift
-angle celu complex polar conj _conj _conj_physical deg2rad rad2deg gcd lcm heaviside i0 igamma
+angle celu polar conj _conj _conj_physical deg2rad rad2deg gcd lcm heaviside i0 igamma
 igammac ldexp logaddexp2 mvlgamma nextafter polygamma signbit logit_backward softshrink_backward
 hardshrink_backward special_entr special_i0e special_i1 special_i1e special_log_ndtr special_ndtri
 special_erfcx special_zeta frexp
@@ -35,6 +35,8 @@ _LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
     "div": ((0,),),
     "neg": ((0,),),
     "clone": ((0,),),
+    "conj_physical": ((0,),),
+    "_conj_physical": ((0,),),
     "detach": ((0,),),
     "alias": ((0,),),
     "copy": ((1,),),

@@ -42,27 +42,6 @@ def _diagonal_scatter(view: OpView) -> Rule:
     return einsum(view, [letters, rest], [letters], linear=[[0, 1]])
 
 
-def _unfold(view: OpView) -> Rule:
-    """unfold(x, dim, size, step): windows of a dim; each is a new last dim."""
-    rank = len(view.operands[0].shape)
-    if not rank:
-        return whole(view)
-    dim = view.number(1) % rank
-    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
-    return einsum(view, [" ".join(letters)], [" ".join([*letters, "1"])], linear=[[0]])
-
-
-def _unfold_backward(view: OpView) -> Rule:
-    """unfold_backward(grad, sizes, dim, size, step): each element gets the sum of its windows."""
-    rank = len(view.results[0].shape)
-    if not rank:
-        return whole(view)
-    dim = view.number(2) % rank
-    letters = ["1" if k == dim else f"d{k}" for k in range(rank)]
-    given = " ".join([*letters, "1"])
-    return einsum(view, [given], [" ".join(letters)], linear=[[0]], shape_args=[(1, 0)])
-
-
 def _ordered(place: int, missing: int) -> RuleMaker:
     """Ops whose dim is argument `place`: running maxima, the k-th value, the most frequent one."""
 
@@ -77,17 +56,6 @@ def _ordered(place: int, missing: int) -> RuleMaker:
         return einsum(view, [" ".join(letters)], [" ".join(made)] * len(view.results))
 
     return rule
-
-
-def _scatter_reduce(view: OpView) -> Rule:
-    """x.scatter_reduce(dim, index, source, how): dims that all three have alike pass."""
-    shapes = [value.shape for value in view.operands]
-    if not shapes[0] or len({len(shape) for shape in shapes}) != 1:
-        return whole(view)
-    dim = view.number(1) % len(shapes[0])
-    same = [k != dim and len({shape[k] for shape in shapes}) == 1 for k in range(len(shapes[0]))]
-    pattern = " ".join(f"d{k}" if ok else "1" for k, ok in enumerate(same))
-    return einsum(view, [pattern] * len(shapes), [pattern])
 
 
 def _rows_replaced(view: OpView) -> Rule:
@@ -179,15 +147,12 @@ RULES: dict[str, RuleMaker] = {
     "aten.diagonal_backward": _diagonal_backward,
     "aten.diagonal_scatter": _diagonal_scatter,
     "aten.diag_embed": _diagonal_backward,
-    "aten.unfold": _unfold,
-    "aten.unfold_backward": _unfold_backward,
     "aten.cummax": _ordered(1, 0),
     "aten.cummin": _ordered(1, 0),
     "aten.logcumsumexp": _ordered(1, 0),
     "aten._logcumsumexp": _ordered(1, 0),
     "aten.kthvalue": _ordered(2, -1),
     "aten.mode": _ordered(1, -1),
-    "aten.scatter_reduce": _scatter_reduce,
     "aten.index_copy": _rows_replaced,
     "aten.index_fill": _rows_replaced,
     "aten.index_reduce": _rows_replaced,
