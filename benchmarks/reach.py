@@ -17,6 +17,7 @@ COSTS = "What distribution costs"
 PEERS = {n: f"Against peers, {n} sequence{'s' * (n > 1)} a rank" for n in (8, 1)}
 ZERO3 = "ZeRO-3 against our data=2"
 TENSOR = "Tensor parallel, 2 ranks"
+BYTES = "Bytes beside JAX's compiler, 8 ranks"
 DEVICE = "One device, traced against eager"
 BF16 = "bf16 against float32"
 DROPOUT = "Dropout on against off"
@@ -31,6 +32,7 @@ SECTIONS = (
     *PEERS.values(),
     ZERO3,
     TENSOR,
+    BYTES,
     DEVICE,
     BF16,
     DROPOUT,

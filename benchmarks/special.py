@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import loss_curve, reach
 from benchmarks.first_step import compare as first_step
+from benchmarks.gspmd import compare as gspmd
 from benchmarks.harness.lines import Line, judged
 from benchmarks.harness.measure import Measured
 from benchmarks.harness.result import Result, failed
@@ -50,6 +51,23 @@ def curve(say: Say, steps: int) -> Measured:
         "within", HOLDS if good else MISSES,
     )  # fmt: skip
     return Measured([result], {"losses": found})
+
+
+def bytes_moved(say: Say) -> Measured:
+    """What our compiler and JAX's make of the same annotations, in bytes; nothing is run."""
+    found = gspmd.rows()
+    results = []
+    for row in found:
+        say(f"{row['plan']}: {row['ours']:,} bytes, JAX {row['jax']:,}")
+        ratio = row["ours"] / row["jax"]
+        shown = (f"{row[who] / MB:.2f} MiB" for who in ("ours", "jax", "closed form"))
+        results.append(
+            Result(
+                reach.BYTES, f"bytes-{row['plan']}", row["plan"], *shown,
+                Estimate(ratio, ratio, ratio, 1), 1.0, "at most", HOLDS if ratio <= 1 else MISSES,
+            )
+        )  # fmt: skip
+    return Measured(results, {"rows": found})
 
 
 def collectives(say: Say, rounds: int, *, quick: bool) -> Measured:

@@ -20,22 +20,26 @@ PACKAGES = {
     "accelerate": "accelerate==1.15.0",
     "deepspeed": "deepspeed==0.19.8",
     "fairscale": "fairscale==0.4.13",
+    "jax": "jax==0.10.2",
 }
 INSTALL_SECONDS = 600
 
 
 def ensure() -> dict[str, str]:
     """Install what is missing; the reason for each peer that cannot be."""
+    if not (PEERS / "bin" / "python").exists():
+        venv.create(PEERS, with_pip=True, clear=True)
     if not STAMP.exists():
-        if not (PEERS / "bin" / "python").exists():
-            venv.create(PEERS, with_pip=True, clear=True)
         _install(*BASE)
-        failed = {name: _install("--no-build-isolation", what) for name, what in PACKAGES.items()}
-        STAMP.write_text(json.dumps({name: why for name, why in failed.items() if why}))
+    tried: dict[str, str] = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    missing = {name: what for name, what in PACKAGES.items() if name not in tried}
+    if missing:
+        tried |= {n: _install("--no-build-isolation", what) for n, what in missing.items()}
+        STAMP.write_text(json.dumps(tried))
     # A build that was killed leaves a lock behind, for which every later start waits for ever.
     for lock in EXTENSIONS.rglob("lock"):
         lock.unlink()
-    return dict(json.loads(STAMP.read_text()))
+    return {name: why for name, why in tried.items() if why}
 
 
 def peers_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,10 @@ import psutil
 from benchmarks.harness.peers import PEERS, versions
 
 ROOT = Path(__file__).parents[2]
-OURS, THEIRS = ("torch", "numpy", "meshwright"), ("torch", "accelerate", "deepspeed", "fairscale")
+OURS, THEIRS = (
+    ("torch", "numpy", "meshwright"),
+    ("torch", "accelerate", "deepspeed", "fairscale", "jax"),
+)
 
 
 def machine() -> dict[str, Any]:
