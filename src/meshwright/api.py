@@ -28,6 +28,7 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract, here
+from meshwright.launch.heap import keep_freed_memory
 from meshwright.launch.signals import Stop, listen
 from meshwright.launch.worker import ending, guard
 from meshwright.plan.plan import Plan
@@ -124,6 +125,7 @@ class Run:
         self._described, self._saved_at = False, time.monotonic()
         with ExitStack() as stack:
             self._contract = contract = here()
+            keep_freed_memory()
             if _on_main_thread():
                 self._stop = stack.enter_context(listen())
             comm = connect(contract)
