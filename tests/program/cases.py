@@ -120,8 +120,16 @@ _SAID = ("pinned", "open", "stored", "pinned", "wanted", "both")
 @st.composite
 def cases(draw, most=12, ways=_SAID):
     """Programs of up to `most` steps; of each input something is said, or nothing."""
-    axes = draw(meshes())
-    graph = draw(graphs(axes, most))
+    graph = draw(graphs(draw(meshes()), most))
+    last = len(graph.tensors) - 1
+    others = draw(st.lists(st.integers(0, last), max_size=3))
+    return draw(annotations(graph, tuple(dict.fromkeys([last, *others])), ways))
+
+
+@st.composite
+def annotations(draw, graph, outputs, ways=_SAID):
+    """A case of a graph."""
+    axes = graph.axes
     pinned, stored, wanted = {}, {}, {}
     for _, value in graph.inputs:
         shape, real = graph.shape(value), graph.tensors[value].is_floating_point()
@@ -144,7 +152,6 @@ def cases(draw, most=12, ways=_SAID):
     for value in draw(st.lists(st.sampled_from(made), max_size=3, unique=True)) if made else []:
         said = pinned if "wanted" not in ways or draw(st.booleans()) else wanted
         said[value] = draw(placed(graph.shape(value), axes))
-    outputs = _outputs(draw, graph)
     delivered = {}
     for k, value in enumerate(outputs):
         if draw(st.booleans()):
@@ -163,13 +170,6 @@ def _beside(shape, axes, work, rest):
     return Layout.of(axes, free)
 
 
-def _outputs(draw, graph):
-    """The last value and a few others."""
-    last = len(graph.tensors) - 1
-    others = draw(st.lists(st.integers(0, last), max_size=3))
-    return tuple(dict.fromkeys([last, *others]))
-
-
 @st.composite
 def annotated(draw, most=10):
     """(program, inputs, tensors, axes, pinned, stored, layouts to deliver) of a case."""
@@ -178,4 +178,4 @@ def annotated(draw, most=10):
     return case.program, case.graph.given(), case.graph.tensors, case.axes, *said
 
 
-__all__ = ["Case", "annotated", "cases", "graphs", "meshes", "placed"]
+__all__ = ["Case", "annotated", "annotations", "cases", "graphs", "meshes", "placed"]
