@@ -76,25 +76,25 @@ STEPS = (steps_algebra.STEPS, steps_shape.STEPS, steps_layers.STEPS)
 
 
 @st.composite
-def graphs(draw, axes, most=12):
+def graphs(draw, axes, most=12, steps=STEPS):
     """A graph of at most so many steps, each of one op or a few."""
     graph = Graph(axes)
     for _ in range(draw(st.integers(1, 2))):
         graph.input(*(draw(st.sampled_from(SIZES)) for _ in range(draw(st.sampled_from(RANKS)))))
-    draw(stepped(graph))
+    draw(stepped(graph, steps))
     for _ in range(most - 1):
         if not draw(st.integers(0, 19)):  # rarely; shrinks to less steps
             break
-        draw(stepped(graph))
+        draw(stepped(graph, steps))
     return graph
 
 
 @st.composite
-def stepped(draw, graph):
+def stepped(draw, graph, steps):
     """One step more."""
     fit = graph.numbers(least=1)
     x = draw(st.sampled_from(fit[-3:] if draw(st.booleans()) else fit))
-    step = draw(st.sampled_from(draw(st.sampled_from(STEPS))))
+    step = draw(st.sampled_from(draw(st.sampled_from(steps))))
     graph.attempt(step, draw, graph, x)
 
 
@@ -121,9 +121,9 @@ _SAID = ("open", "pinned", "pinned", "open", "stored", "wanted", "both")
 
 
 @st.composite
-def cases(draw, most=12, ways=_SAID):
+def cases(draw, most=12, ways=_SAID, steps=STEPS):
     """Programs of up to `most` steps; of each input something is said, or nothing."""
-    graph = draw(graphs(draw(meshes()), most))
+    graph = draw(graphs(draw(meshes()), most, steps))
     last = len(graph.tensors) - 1
     others = draw(st.lists(st.integers(0, last), max_size=3))
     return draw(annotations(graph, tuple(dict.fromkeys([last, *others])), ways))
@@ -136,7 +136,8 @@ def annotations(draw, graph, outputs, ways=_SAID):
     pinned, stored, wanted = {}, {}, {}
     for _, value in graph.inputs:
         shape, real = graph.shape(value), graph.tensors[value].is_floating_point()
-        how = draw(st.sampled_from(ways))
+        # The first is split, so that there is something to complete.
+        how = draw(st.sampled_from(ways)) if pinned or stored or wanted else "pinned"
         if how in ("pinned", "both"):
             pinned[value] = draw(placed(shape, axes, partial=real and how == "pinned"))
         if how == "stored":

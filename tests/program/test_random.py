@@ -123,11 +123,11 @@ def settled(case):
     for (_, value), layout in zip(case.program.inputs, first.inputs, strict=True):
         if value not in case.stored:
             pinned[value] = layout
-    places = {}
+    places = {value: dict(layout.placements) for value, layout in case.wanted.items()}
     for axis, found in first.places.items():
         for value, place in found.items():
             places.setdefault(value, {})[axis] = place
-    wanted = {v: Layout.of(case.axes, p) for v, p in places.items()} | case.wanted
+    wanted = {v: Layout.of(case.axes, p) for v, p in places.items()}
     again = propagate(case.program, case.axes, pinned, case.stored, wanted)
     assert again.inputs == first.inputs
     assert {a: _shards(f) for a, f in again.places.items()} == {
