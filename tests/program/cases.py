@@ -15,6 +15,9 @@ from tests.program.steps_algebra import SIZES
 
 MESHES = ((2,), (3,), (4,), (2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (2, 1))
 
+RANKS = (2, 3, 1, 4, 2, 3)
+"""Of inputs; the first are what hypothesis shrinks to."""
+
 NAMES = {1: (("data",), ("tensor",), ("context",)), 2: (("data", "tensor"), ("data", "context"))}
 """Axes of meshes of one and two: rules and partitioning look at some names."""
 
@@ -73,25 +76,25 @@ STEPS = (steps_algebra.STEPS, steps_shape.STEPS, steps_layers.STEPS)
 
 
 @st.composite
-def graphs(draw, axes, most=12):
+def graphs(draw, axes, most=12, steps=STEPS):
     """A graph of at most so many steps, each of one op or a few."""
     graph = Graph(axes)
     for _ in range(draw(st.integers(1, 2))):
-        graph.input(*draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=4)))
-    draw(stepped(graph))
+        graph.input(*(draw(st.sampled_from(SIZES)) for _ in range(draw(st.sampled_from(RANKS)))))
+    draw(stepped(graph, steps))
     for _ in range(most - 1):
-        if not draw(st.integers(0, 9)):  # rarely; shrinks to less steps
+        if not draw(st.integers(0, 19)):  # rarely; shrinks to less steps
             break
-        draw(stepped(graph))
+        draw(stepped(graph, steps))
     return graph
 
 
 @st.composite
-def stepped(draw, graph):
+def stepped(draw, graph, steps):
     """One step more."""
     fit = graph.numbers(least=1)
     x = draw(st.sampled_from(fit[-3:] if draw(st.booleans()) else fit))
-    step = draw(st.sampled_from(draw(st.sampled_from(STEPS))))
+    step = draw(st.sampled_from(draw(st.sampled_from(steps))))
     graph.attempt(step, draw, graph, x)
 
 
@@ -102,7 +105,7 @@ def placed(draw, shape, axes, *, partial=False):
     for axis in axes:
         choices = [None]
         for dim, size in enumerate(shape):
-            for outer, unit in ((1, 1), (2, 1), (1, 2), (3, 1)):
+            for outer, unit in ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (3, 1)):
                 shard = Shard(dim, outer, unit)
                 taken = [s for s in found.values() if isinstance(s, Shard) and s.dim == dim]
                 fits = size % (outer * unit) == 0 and size // (outer * unit) >= 2
@@ -114,18 +117,27 @@ def placed(draw, shape, axes, *, partial=False):
     return Layout.of(axes, found)
 
 
-_SAID = ("pinned", "open", "stored", "pinned", "wanted", "both")
+_SAID = ("open", "pinned", "pinned", "open", "stored", "wanted", "both")
 
 
 @st.composite
-def cases(draw, most=12, ways=_SAID):
+def cases(draw, most=12, ways=_SAID, steps=STEPS):
     """Programs of up to `most` steps; of each input something is said, or nothing."""
-    axes = draw(meshes())
-    graph = draw(graphs(axes, most))
+    graph = draw(graphs(draw(meshes()), most, steps))
+    last = len(graph.tensors) - 1
+    others = draw(st.lists(st.integers(0, last), max_size=3))
+    return draw(annotations(graph, tuple(dict.fromkeys([last, *others])), ways))
+
+
+@st.composite
+def annotations(draw, graph, outputs, ways=_SAID):
+    """A case of a graph."""
+    axes = graph.axes
     pinned, stored, wanted = {}, {}, {}
     for _, value in graph.inputs:
         shape, real = graph.shape(value), graph.tensors[value].is_floating_point()
-        how = draw(st.sampled_from(ways))
+        # The first is split, so that there is something to complete.
+        how = draw(st.sampled_from(ways)) if pinned or stored or wanted else "pinned"
         if how in ("pinned", "both"):
             pinned[value] = draw(placed(shape, axes, partial=real and how == "pinned"))
         if how == "stored":
@@ -144,7 +156,6 @@ def cases(draw, most=12, ways=_SAID):
     for value in draw(st.lists(st.sampled_from(made), max_size=3, unique=True)) if made else []:
         said = pinned if "wanted" not in ways or draw(st.booleans()) else wanted
         said[value] = draw(placed(graph.shape(value), axes))
-    outputs = _outputs(draw, graph)
     delivered = {}
     for k, value in enumerate(outputs):
         if draw(st.booleans()):
@@ -163,13 +174,6 @@ def _beside(shape, axes, work, rest):
     return Layout.of(axes, free)
 
 
-def _outputs(draw, graph):
-    """The last value and a few others."""
-    last = len(graph.tensors) - 1
-    others = draw(st.lists(st.integers(0, last), max_size=3))
-    return tuple(dict.fromkeys([last, *others]))
-
-
 @st.composite
 def annotated(draw, most=10):
     """(program, inputs, tensors, axes, pinned, stored, layouts to deliver) of a case."""
@@ -178,4 +182,4 @@ def annotated(draw, most=10):
     return case.program, case.graph.given(), case.graph.tensors, case.axes, *said
 
 
-__all__ = ["Case", "annotated", "cases", "graphs", "meshes", "placed"]
+__all__ = ["Case", "annotated", "annotations", "cases", "graphs", "meshes", "placed"]

@@ -1,4 +1,4 @@
-"""Steps of random programs that are layers: norms, softmax, attention, convolutions, annotations."""
+"""Steps of random programs that are layers: norms, attention, convolutions; and annotations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.program.steps_algebra import SIZES, dim_of, one
 from tests.program.steps_shape import dense
 
 
-def _softmax(draw, graph, x):
+def softmax(draw, graph, x):
     name = one(draw, "_softmax", "_log_softmax", "_safe_softmax")
     rest = () if name == "_safe_softmax" else (False,)
     graph.call(f"{name}.default", Ref(x), dim_of(draw, graph, x), *rest)
@@ -160,6 +160,6 @@ def _annotated(draw, graph, x):
 
 
 STEPS = (
-    _annotated, _annotated, _annotated, _softmax, _softmax_backward, _layer_norm, _layer_norm, _group_norm, _gate, _attention,
-    _convolution, _pooled, _enlarged, _counted, _constant, _loss,
+    _annotated, _annotated, _annotated, softmax, _softmax_backward, _layer_norm, _layer_norm,
+    _group_norm, _gate, _attention, _convolution, _pooled, _enlarged, _counted, _constant, _loss,
 )  # fmt: skip

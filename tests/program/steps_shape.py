@@ -150,7 +150,7 @@ def _padded(draw, graph, x):
         graph.call("constant_pad_nd.default", Ref(x), amounts, one(draw, 0.0, 0.0, 3.0))
 
 
-def _looked_up(draw, graph, x):
+def looked_up(draw, graph, x):
     """Rows of x by index."""
     shape, dim = graph.shape(x), dim_of(draw, graph, x)
     size, count = shape[dim], one(draw, 2, 3, 4, 6)
@@ -221,5 +221,5 @@ def _placed_back(draw, graph, x):
 
 STEPS = (
     _turned, _split_dim, _split_dim, _merged, _merged, _regrouped, _spread, _stretched, _joined,
-    _joined, _cut, _selected, _split, _along, _padded, _looked_up, _looked_up, _put, _placed_back,
+    _joined, _cut, _selected, _split, _along, _padded, looked_up, looked_up, _put, _placed_back,
 )  # fmt: skip

@@ -14,6 +14,7 @@ from meshwright.program.layout import Layout, Shard, respelled
 from meshwright.program.partition import partition
 from meshwright.program.propagate import propagate
 from tests.program.cases import Case, cases
+from tests.program.found import FOUND
 from tests.program.graphs import close
 from tests.program.played import collectives, play, travels
 from tests.program.worlds import assert_holds, everywhere
@@ -122,11 +123,11 @@ def settled(case):
     for (_, value), layout in zip(case.program.inputs, first.inputs, strict=True):
         if value not in case.stored:
             pinned[value] = layout
-    places = {}
+    places = {value: dict(layout.placements) for value, layout in case.wanted.items()}
     for axis, found in first.places.items():
         for value, place in found.items():
             places.setdefault(value, {})[axis] = place
-    wanted = {v: Layout.of(case.axes, p) for v, p in places.items()} | case.wanted
+    wanted = {v: Layout.of(case.axes, p) for v, p in places.items()}
     again = propagate(case.program, case.axes, pinned, case.stored, wanted)
     assert again.inputs == first.inputs
     assert {a: _shards(f) for a, f in again.places.items()} == {
@@ -139,17 +140,54 @@ def _shards(found):
     return {value: place for value, place in found.items() if place is not None}
 
 
+def lawful(case):
+    """All the laws."""
+    values_and_moves(case)
+    kept(case)
+    grows(case)
+    settled(case)
+
+
 THOROUGH = {"suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=1500, **THOROUGH)
+def found(test):
+    """With what failed once."""
+    for make in FOUND:
+        test = example(case=make())(test)
+    return test
+
+
+@settings(max_examples=1000, **THOROUGH)
+@found
 @given(case=cases())
 def test_ranks_compute_what_one_does_and_move_what_is_told(case):
     values_and_moves(case)
 
 
-@pytest.mark.matrix
-@settings(max_examples=15_000, **THOROUGH)
+@settings(max_examples=500, **THOROUGH)
+@found
 @given(case=cases())
-def test_many_times_ranks_compute_what_one_does(case):
-    values_and_moves(case)
+def test_what_was_chosen_is_kept(case):
+    kept(case)
+
+
+@settings(max_examples=400, **THOROUGH)
+@found
+@given(case=cases())
+def test_an_annotation_more_undoes_nothing(case):
+    grows(case)
+
+
+@settings(max_examples=500, **THOROUGH)
+@found
+@given(case=cases())
+def test_what_is_complete_is_not_changed(case):
+    settled(case)
+
+
+@pytest.mark.matrix
+@settings(max_examples=25_000, **THOROUGH)
+@given(case=cases())
+def test_every_law_many_times(case):
+    lawful(case)

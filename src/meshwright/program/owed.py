@@ -34,10 +34,11 @@ def paid_where_made(
         outputs: output name -> the layout to deliver; those not named stay as they come.
     """
     found: dict[str, frozenset[int]] = {}
+    inputs = [op.inputs for op in program.ops]
     for axis in axes:
         early: frozenset[int] = frozenset()
         for _ in range(_ROUNDS if axis.size > 1 else 0):  # what is paid for owes nothing later
-            early = _Prices(program, completed, axis.name, early).early(outputs)
+            early = _Prices(program, completed, axis.name, early, inputs).early(outputs)
         found[axis.name] = early
     return found
 
@@ -65,9 +66,15 @@ class _Prices:
     """Prices over one axis, from the last op to the first."""
 
     def __init__(
-        self, program: Program, completed: Completed, axis: str, paid: frozenset[int]
+        self,
+        program: Program,
+        completed: Completed,
+        axis: str,
+        paid: frozenset[int],
+        inputs: Sequence[tuple[int, ...]],
     ) -> None:
         self.program = program
+        self.inputs = inputs  # of each op
         self.completed = completed
         self.axis = axis
         self.known = completed.places.get(axis, {})
@@ -95,7 +102,9 @@ class _Prices:
             if carry is not None:
                 dims = zip(op.results, rule.results, strict=True)
                 made = {value for value, d in dims if shard_of(rule, d, carry) is None}
-            elif any(found & {op.inputs[place] for place in group} for group in rule.linear):
+            elif found and any(
+                self.inputs[number][place] in found for group in rule.linear for place in group
+            ):
                 made = set(op.results)
             found |= made - paid
         return found
@@ -118,11 +127,15 @@ class _Prices:
 
     def _read(self, number: int) -> None:
         """What op `number` asks of its operands."""
-        op, rule = self.program.ops[number], self.completed.rules[number]
+        op, rule, inputs = (
+            self.program.ops[number],
+            self.completed.rules[number],
+            self.inputs[number],
+        )
         price = sum(min(self._waiting(v), self._at_once(v)) for v in op.results)
-        owing = {*op.inputs} & self.owing
-        for value in dict.fromkeys(op.inputs):
-            places = {place for place, other in enumerate(op.inputs) if other == value}
+        owing = {*inputs} & self.owing
+        for value in dict.fromkeys(inputs):
+            places = {place for place, other in enumerate(inputs) if other == value}
             asked = self._asked(number, op, rule, places)
             if asked is None:  # what comes together is paid for together, in proportion
                 owed = sum(self.program.values[v].bytes for v in owing | {value})
@@ -139,13 +152,13 @@ class _Prices:
             return said or None
         if carry is None:
             whole: set[Placement] = {None}
-            passes = any(self._passes(op, group, places) for group in rule.linear)
+            passes = any(self._passes(number, group, places) for group in rule.linear)
             return None if passes else whole
         if places <= rule.addends and all(shard_of(rule, d, carry) is None for d in rule.results):
             return set()
         return {shard_of(rule, rule.operands[place], carry) for place in places}
 
-    def _passes(self, op: Op, group: frozenset[int], places: set[int]) -> bool:
+    def _passes(self, number: int, group: frozenset[int], places: set[int]) -> bool:
         """Whether partial sums pass through a group of operands in which the op is linear."""
-        others = (op.inputs[place] for place in group - places)
+        others = (self.inputs[number][place] for place in group - places)
         return places <= group and not any(isinstance(self.known.get(v), Shard) for v in others)
