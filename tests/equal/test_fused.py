@@ -16,8 +16,8 @@ from meshwright.run.form import first_micros
 from meshwright.run.persist import restore, save_worker
 from meshwright.run.restore import open_checkpoint
 from meshwright.run.whole import gathered
-from tests.equal.fused import BATCH, FUSED, KEY, WIDTH
 from tests.equal.families import LENGTH
+from tests.equal.fused import BATCH, FUSED, KEY, WIDTH
 from tests.equal.harness import Case, assert_equal, unruled
 
 PLANS = ("tensor=2", "tensor=4", "data=2,tensor=2,microbatches=3", "zero3,data=2,tensor=2")
@@ -103,7 +103,7 @@ def reduces(name, layers):
 
 TOKENS = BATCH * LENGTH
 WIDE = {"falcon": 2, "bigcode": 2, "phi3": 2, "mamba2": 1, "uneven": 1}
-"""Products that are split in columns and contracted, in a layer: Megatron's all-reduces each way."""
+"""Products that are split in columns and contracted, in a layer: all-reduces each way."""
 
 
 def counts(name):
