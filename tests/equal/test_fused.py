@@ -8,7 +8,12 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from meshwright import Job
 from meshwright.comm.local import LocalWorld
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Shard, local_shape
@@ -16,7 +21,7 @@ from meshwright.run.form import first_micros
 from meshwright.run.persist import restore, save_worker
 from meshwright.run.restore import open_checkpoint
 from meshwright.run.whole import gathered
-from tests.equal.families import LENGTH
+from tests.equal.families import LENGTH, VOCABULARY, Tokens, adamw
 from tests.equal.fused import BATCH, FUSED, KEY, WIDTH
 from tests.equal.harness import Case, assert_equal, unruled
 
@@ -47,8 +52,6 @@ def test_unequal_parts_equal_one_device(name, plan):
 @pytest.mark.parametrize("plan", [*PLANS, *MORE])
 @pytest.mark.parametrize("name", FUSED)
 def test_every_plan_equals_one_device(name, plan):
-    if (name, plan) == ("mamba2", "context=2,tensor=2"):
-        pytest.skip("a scan in chunks has no whole sequence to split")
     equals(name, plan)
 
 
@@ -169,3 +172,37 @@ def test_equal_parts_are_laid_out_as_one_factor():
     build = case("phi3").build("tensor=2,data=2,microbatches=3")
     name = "model.layers.0.mlp.gate_up_proj.weight"
     assert build.states[name].work.on("tensor") == Shard(0, 2)
+
+
+class Parted(nn.Module):
+    """One product cut into parts; some gate others, some only their sums are used."""
+
+    def __init__(self, sizes: tuple[int, ...], summed: frozenset[int]) -> None:
+        super().__init__()
+        self.sizes, self.summed = sizes, summed
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.fused = nn.Linear(WIDTH, sum(sizes))
+        self.out = nn.ModuleList(nn.Linear(n, WIDTH, bias=False) for n in sizes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        parts = F.silu(self.fused(x)).split(self.sizes, -1)
+        for k, (part, out) in enumerate(zip(parts, self.out, strict=True)):
+            whole = part.sum(-1, keepdim=True).tanh()
+            x = x + (whole * parts[k - 1].mean() if k in self.summed else out(part))
+        return x
+
+
+@pytest.mark.matrix
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([3, 4, 16, 24, 48]), min_size=2, max_size=4),
+    summed=st.frozensets(st.integers(0, 3)),
+    plan=st.sampled_from(PLANS + MORE[:2]),
+)
+def test_any_widths_under_any_plan(sizes, summed, plan):
+    def squares(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["input_ids"]).square().mean()
+
+    job = Job(lambda: Parted(tuple(sizes), summed), squares, adamw, Tokens, batch_size=BATCH)
+    assert_equal(Case(job).verify(plan, steps=2))

@@ -20,6 +20,7 @@ from meshwright.compile.interpret import interpret
 from meshwright.compile.unit import trace_unit
 from meshwright.plan.mesh import Axis
 from meshwright.program.assemble import gather_program
+from meshwright.program.block import dims_text
 from meshwright.program.fused import by_part, fused_of, fused_work_layouts, part_layouts
 from meshwright.program.layout import Fused, Layout, Partial, Shard, counted, local_shape, pieces
 from meshwright.program.opened import opened
@@ -174,6 +175,7 @@ def test_parts_that_stay_whole_side_by_side_are_one():
     half = Shard(0)
     assert places["fused.weight"] == Fused(0, ((16, half), (16, half), (5, None)))
     assert places["conv.bias"] == Fused(0, ((16, half), (5, None)))
+    assert dims_text((37, WIDTH), layouts["fused.weight"]) == ("32/tensor+5", "8")
     assert str(layouts["conv.bias"]) == "fused(0: 0:16 sharded; 16:21 whole) over tensor"
     merged = fused_of(layouts)
     assert merged["conv.weight"] == Parts(0, (16, 5))
