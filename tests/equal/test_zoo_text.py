@@ -14,7 +14,7 @@ from itertools import product
 import pytest
 
 from meshwright.program.explain import collectives
-from meshwright.program.layout import Shard
+from meshwright.program.layout import Fused, Shard
 from meshwright.run.form import first_micros
 from tests.equal.cells import MICROBATCHES
 from tests.equal.harness import Case, assert_equal, unruled
@@ -66,7 +66,9 @@ def test_the_sample_meets_every_plan():
 def whole_matrices(build):
     """Names of parameters of two dims or more that every rank of `tensor` holds whole."""
     split = {
-        name for name, state in build.states.items() if isinstance(state.work.on("tensor"), Shard)
+        name
+        for name, state in build.states.items()
+        if isinstance(state.work.on("tensor"), Shard | Fused)
     }
     return {name for name, value in build.values().items() if len(value.shape) > 1} - split
 

@@ -100,11 +100,10 @@ class Family:
         settings: of its configuration.
         depth: the settings that say how many layers there are.
         whole: patterns of the matrices that stay whole over `tensor`, as in Megatron-LM: tables of
-            fewer rows than are looked up, the small heads of masked models; and fused weights of
-            parts of unequal sizes.
+            fewer rows than are looked up, the small heads of masked models.
         reduces: all-reduces over `tensor` per layer and micro-batch, forward and backward.
-        others: other collectives over `tensor` per layer: gathers where a fused weight is whole,
-            sums of the gradients of norms over heads, once a step.
+        others: other collectives over `tensor` per layer: sums of the gradients of norms over
+            heads, once a step.
     """
 
     kind: str
@@ -186,9 +185,7 @@ FAMILIES: dict[str, Family] = {
         "falcon",
         CAUSAL,
         _sizes(ffn_hidden_size=64, hidden_dropout=0.1, attention_dropout=0.1),
-        whole=("*query_key_value*",),  # heads of queries, one of keys, one of values
-        reduces=(1, 2),
-        others=1,
+        reduces=(1, 2),  # the gradients of the key and the value, which are whole, beside
     ),
     "falcon, grouped": Family(
         "falcon",
@@ -308,8 +305,6 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": VOCABULARY, "hidden_size": 32, "num_heads": 8, "head_dim": 8,
             "state_size": 4, "n_groups": 2, "chunk_size": 4, "use_cache": False,
         },
-        whole=("*in_proj*", "*conv1d*"),  # gate, channels, states and steps
-        reduces=(1, 0),
-        others=5,
+        reduces=(1, 1),
     ),
 }  # fmt: skip

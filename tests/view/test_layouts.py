@@ -26,6 +26,13 @@ def test_ranks_hold_all_of_it_together_and_sharded_state_once(ranks: int, zero: 
         assert abs(max(stop for _, stop in pieces) - 1) < 1e-9
 
 
+def test_parts_are_told_by_what_is_split_and_what_is_whole() -> None:
+    layout = "partial(sum) over data, fused(0: 0:32 sharded in (1, n, 16); 32:48 whole) over tensor"
+    assert layouts.placements(layout) == (("partial", "sum", "data"), ("fused", "0", "tensor"))
+    assert layouts.dims_of((48, 32), layout) == ("32/tensor+16", "32")
+    assert shards(layout, [("data", 2), ("tensor", 2)]) == 1
+
+
 def test_two_axes_multiply() -> None:
     axes = [("data", 2), ("tensor", 4)]
     assert shards("sharded(0) over tensor, sharded(1) over data", axes) == 8

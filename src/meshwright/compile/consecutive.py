@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from meshwright.program.program import Op, Program, Ref, without_dead_ops
@@ -56,9 +57,7 @@ def _sliced(program: Program, op: Op, known: Mapping[int, Tensor], made: Mapping
 
 def _run(index: Tensor, size: int) -> tuple[int, int] | None:
     """(start, stop) of consecutive indices into a dim of `size`; None if they are others."""
-    if index.dim() != 1 or not index.numel() or index.is_floating_point() or index.is_meta:
-        return None
-    if index.dtype.itemsize == 1:  # a mask
+    if index.dim() != 1 or index.dtype != torch.int64 or not index.numel():
         return None
     places = [place % size for place in index.tolist()]
     start = places[0]

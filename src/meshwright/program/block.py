@@ -16,7 +16,7 @@ from meshwright.program.assemble import Compiled
 from meshwright.program.donate import bases
 from meshwright.program.explain import Row, Sent, merged, sent
 from meshwright.program.fold import folded, pattern_of
-from meshwright.program.layout import Layout, Partial, Shard
+from meshwright.program.layout import Fused, Layout, Partial, Shard
 from meshwright.program.partition import Local
 from meshwright.program.program import Op, Program
 from meshwright.program.repeat import layer_of
@@ -240,18 +240,17 @@ def _lies(local: Local, whole: Program, value: int) -> tuple[tuple[str, ...], tu
     )
 
 
-def dims_text(shape: Sequence[int], layout: Layout) -> tuple[str, ...]:
-    """Each dim with the axes that split it: `32/data`, `128`, `512/tensor`."""
-    return tuple(
-        "/".join(
-            [
-                str(size),
-                *(
-                    axis
-                    for axis, place in layout.placements
-                    if isinstance(place, Shard) and place.dim == dim
-                ),
-            ]
-        )
-        for dim, size in enumerate(shape)
-    )
+def dims_text(shape: tuple[int, ...], layout: Layout) -> tuple[str, ...]:
+    """Each dim with the axes that split it: `32/data`, `128`, `512/tensor`, `32/tensor+16`."""
+    return tuple(_dim_text(dim, size, layout) for dim, size in enumerate(shape))
+
+
+def _dim_text(dim: int, size: int, layout: Layout) -> str:
+    axes: list[str] = []
+    for axis, place in layout.placements:
+        if isinstance(place, Fused) and place.dim == dim:
+            split = sum(part for part, shard in place.parts if shard is not None)
+            return f"{split}/{axis}" + f"+{size - split}" * (split < size)
+        if isinstance(place, Shard) and place.dim == dim:
+            axes.append(axis)
+    return "/".join([str(size), *axes])

@@ -13,7 +13,8 @@ __all__ = [
 
 KINDS = ("weights", "gradients", "optimizer")
 
-_PLACED = re.compile(r"(sharded|partial)\((\w+)(?:[^()]|\([^()]*\))*\) over (\w+)")
+_PLACED = re.compile(r"(sharded|partial|fused)\((\w+)(?:[^()]|\([^()]*\))*\) over (\w+)")
+_PART = re.compile(r"(\d+):(\d+) (whole|sharded)")
 
 
 def layout_of(parameter: Parameter, kind: str) -> str:
@@ -42,7 +43,7 @@ def shards(layout: str, axes: Sequence[Axis]) -> int:
 
 
 def placements(layout: str) -> tuple[tuple[str, str, str], ...]:
-    """(`sharded` or `partial`, the dim or the reduction, the axis) of each axis in a layout.
+    """(`sharded`, `fused` or `partial`, the dim or the reduction, the axis) of each axis.
 
     >>> placements("partial(sum) over data, sharded(0 in (3, n, 64)) over tensor")
     (('partial', 'sum', 'data'), ('sharded', '0', 'tensor'))
@@ -55,12 +56,21 @@ def dims_of(shape: Sequence[int], layout: str) -> tuple[str, ...]:
 
     >>> dims_of((512, 128), "sharded(0) over tensor, sharded(1) over data")
     ('512/tensor', '128/data')
+    >>> dims_of((48, 32), "fused(0: 0:32 sharded; 32:48 whole) over tensor")
+    ('32/tensor+16', '32')
     """
-    found = placements(layout)
-    return tuple(
-        "/".join([f"{size}", *(a for kind, d, a in found if kind == "sharded" and d == str(dim))])
-        for dim, size in enumerate(shape)
-    )
+    return tuple(_dim(dim, size, layout) for dim, size in enumerate(shape))
+
+
+def _dim(dim: int, size: int, layout: str) -> str:
+    found = [(kind, axis) for kind, d, axis in placements(layout) if d == str(dim)]
+    for kind, axis in found:
+        if kind == "fused":
+            parts = {"whole": 0, "sharded": 0}
+            for start, stop, how in _PART.findall(layout):
+                parts[how] += int(stop) - int(start)
+            return f"{parts['sharded']}/{axis}" + f"+{parts['whole']}" * bool(parts["whole"])
+    return "/".join([f"{size}", *(axis for kind, axis in found if kind == "sharded")])
 
 
 def owed(layout: str) -> tuple[str, ...]:
@@ -84,7 +94,7 @@ def _place(found: tuple[str, str] | None) -> str:
     if found is None:
         return "whole"
     kind, what = found
-    if kind == "sharded":
+    if kind != "partial":
         return f"dim {what}"
     return "partial" if what == "sum" else f"partial {what}"
 

@@ -84,9 +84,16 @@ def _state(setup: Setup) -> Table:
             key = (_short(layout), shards(layout, setup.axes))
             tensors[key] = tensors.get(key, 0) + 1
         for (layout, count), number in tensors.items():
-            share = "nothing" if not count else "all of it" if count == 1 else f"1/{count} of it"
+            share = _share(layout, count)
             table.add_row(Text(kind), Text(layout), count_text(number), share)
     return table
+
+
+def _share(layout: str, count: int) -> str:
+    """What of a tensor that is cut in `count` parts a rank keeps."""
+    if "fused" in layout:
+        return "by part" if count == 1 else f"1/{count}, by part"
+    return "nothing" if not count else "all of it" if count == 1 else f"1/{count} of it"
 
 
 def _short(layout: str) -> str:
