@@ -26,8 +26,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from meshwright.compile import decompose, strided
 from meshwright.compile.consecutive import with_slices
-from meshwright.compile.decompose import DECOMPOSITIONS
+from meshwright.errors import NotTraceable
 from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
 __all__ = [
@@ -182,7 +183,8 @@ def trace_function(
             names[:] = list(outputs)
             return [_unwrap(t) for t in outputs.values()]
 
-    graph = make_fx(flat, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*inputs.values())
+    table = {**decompose.DECOMPOSITIONS, **strided.DECOMPOSITIONS}
+    graph = make_fx(flat, decomposition_table=table, tracing_mode="fake")(*inputs.values())
     graph.graph.eliminate_dead_code()
     reader = _Reader(graph, places, make)
     program = reader.read(list(inputs), names)
@@ -223,17 +225,7 @@ def _straight(node: Node) -> bool:
     given: Any = node.args[1 + _STRIDED[str(node.target)] :]
     size, stride, offset = (*given, None)[:3]
     whole = math.prod(size) == tensor.numel() and not offset and not tensor.storage_offset()
-    return whole and _in_order(size, stride) and _in_order(tensor.shape, tensor.stride())
-
-
-def _in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements lie one after the other, whatever is said of dims of size one."""
-    expected = 1
-    for size, stride in reversed(list(zip(shape, strides, strict=True))):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return whole and strided.dense(size, stride) and strided.dense(tensor.shape, tensor.stride())
 
 
 class _Reader:
@@ -295,7 +287,8 @@ class _Reader:
             self.number[node] = self.new(made)
             outputs = (self.number[node],)
         args = tuple(self.arg(a) for a in node.args)
-        if name in _STRIDED and _straight(node):
+        if name in _STRIDED:
+            self._require_straight(node)
             source, shape = args[_STRIDED[name]], made.shape
             name, args = "aten.view.default", (source, tuple(int(size) for size in shape))
         kwargs = tuple(
@@ -314,6 +307,14 @@ class _Reader:
             self.places.source.get(node.name, ""),
         )
         self.ops.append(_canonical(op, self.values))
+
+    def _require_straight(self, node: Node) -> None:
+        if not _straight(node):
+            line = self.places.source.get(node.name) or "the model"
+            raise NotTraceable(
+                f"{line}: as_strided reads memory that is not its tensor's own, which no shard "
+                "has; index the tensor, or use unfold, or run it with --eager"
+            )
 
     def _same_form(self, node: Node) -> bool:
         """Whether copying makes nothing new: source and destination alike."""

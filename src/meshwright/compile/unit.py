@@ -29,6 +29,7 @@ from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
+from meshwright.compile.samples import sample_dims, with_draws
 from meshwright.compile.script import Recorder, Script
 from meshwright.compile.settings import default_dtype, in_dtype, straight_checkpoint, unvalidated
 from meshwright.compile.stale import not_stale
@@ -42,11 +43,8 @@ from meshwright.compile.state import (
 from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import UserCodeError
-from meshwright.plan.mesh import Axis
 from meshwright.program.experts import unsorted_experts
-from meshwright.program.layout import REPLICATED, Layout, Shard
 from meshwright.program.program import Program
-from meshwright.program.propagate import propagate
 
 __all__ = ["Loss", "Unit", "default_dtype", "straight_checkpoint", "trace_unit"]
 
@@ -133,14 +131,14 @@ def trace_unit(
     if not _runs_again(model, loss, example, how, run.script):
         _require_same(first, _trace(model, loss, example, how, 1)[0])
     run.script = Script()  # it holds the trace's tensors
-    draws = _sample_dims(first, samples, run.draws)
+    draws = sample_dims(first, samples, run.draws)
     if samples == 1 and run.draws:
         probe, _ = _trace(model, loss, example, replace(how, samples=2), 0)
-        draws = _sample_dims(probe, 2, run.draws)
+        draws = sample_dims(probe, 2, run.draws)
     trained = tuple(
         n.removeprefix("gradient/") for n, _ in first.outputs if n.startswith("gradient/")
     )
-    program = _with_draws(first, draws)
+    program = with_draws(first, draws)
     names = run.metrics, run.outputs, run.constants
     return Unit(program, samples, draws, run.unused, trained, *names)
 
@@ -368,36 +366,3 @@ def _gradients(
     require_dense(gradients)
     run.unused = tuple(name for name in named if name not in gradients)
     return {f"gradient/{name}": gradient for name, gradient in gradients.items()}
-
-
-def sample_layouts(program: Program) -> dict[int, Layout]:
-    """The annotation that dim 0 of every batch leaf counts samples; all else is whole."""
-    return {
-        value: Layout((("sample", Shard(0)),)) if name.startswith("batch/") else REPLICATED
-        for name, value in program.inputs
-    }
-
-
-def _sample_dims(program: Program, samples: int, count: int) -> tuple[SampleDim | None, ...]:
-    """Which dim of each random op counts samples, found by propagating the batch's."""
-    found: list[SampleDim | None] = [None] * count
-    if count and samples > 1:
-        done = propagate(program, (Axis("sample", samples),), sample_layouts(program))
-        for op in program.ops:
-            if op.base == "meshwright.draw":
-                place = done.places["sample"].get(op.results[0])
-                n = op.args[2]
-                if isinstance(place, Shard) and isinstance(n, int):
-                    found[n] = (place.dim, place.outer, place.unit)
-    return tuple(found)
-
-
-def _with_draws(program: Program, draws: Sequence[SampleDim | None]) -> Program:
-    """The program whose random ops know their sample dims."""
-
-    def known(op: Any) -> Any:
-        if op.base != "meshwright.draw" or draws[op.args[2]] is None:
-            return op
-        return replace(op, args=(*op.args[:3], *draws[op.args[2]], *op.args[6:]))
-
-    return replace(program, ops=tuple(known(op) for op in program.ops))
