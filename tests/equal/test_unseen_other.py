@@ -17,10 +17,8 @@ FAMILIES = {**unseen_other.UNSEEN, **unseen_more.UNSEEN}
 BATCH_NORMED = (*unseen_other.BATCH_NORMED, *unseen_more.BATCH_NORMED)
 REFUSED = {
     "detr": r"loss_for_object_detection\.py:\d+: the model takes a tensor's values",
-    "glpn": r"modeling_glpn\.py:\d+: the model makes a shape that depends on values",
     "qwen2_vl": r"vision_utils\.py:\d+: the model reads a tensor's value",
     "encodec": r"modeling_encodec\.py:\d+: the model reads a tensor's value",
-    "speecht5": r"modeling_speecht5\.py:\d+: the model uses aten\.masked_select",
 }
 """What no program of fixed shapes can express, and where it is said."""
 PLANS = ("data=2", "tensor=2", "data=2,tensor=2,microbatches=3", "zero3,data=2,tensor=2")

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright.compile.attention import Attention
 from meshwright.compile.blame import blamed
 from meshwright.compile.check import Checks
-from meshwright.compile.ctc import Ctc
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
+from meshwright.compile.picked import Picks
 from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
 from meshwright.compile.script import Recorder, Script
@@ -284,7 +284,7 @@ def _unit(
         watching(watched),
         torch.set_grad_enabled(training),
         Attention(),
-        Ctc(),
+        Picks(),
         Checks() as checks,
     ):
         with computing(how.precision):
