@@ -44,7 +44,7 @@ def rows(logits, y):
 def flat_rows(logits, y):
     counted = y != -100
     found = logits[counted].contiguous().view(-1, CLASSES).to(logits.dtype)
-    weight = torch.linspace(0.5, 1, CLASSES)
+    weight = torch.linspace(0.5, 1, CLASSES).to(logits.dtype)
     return F.cross_entropy(found, y[counted].view(-1), weight, reduction="sum") / COUNT
 
 

@@ -153,13 +153,12 @@ def _trace(
     turn: int,
 ) -> tuple[Program, _Run]:
     places, run = Places(), _Run()
-    dtype = how.dtype
-    fakes = _fakes(model, example, how.samples, dtype)
+    fakes = _fakes(model, example, how.samples, how.dtype)
 
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _unit(model, loss, example, how, inputs, places, run)
 
-    with _as_traced(dtype):
+    with _as_traced(how.dtype):
         program, run.constants = not_stale(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
@@ -265,10 +264,9 @@ def _unit(
     state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
     leaves = [inputs[f"batch/{name}"] for name, _, _ in example.leaves]
     batch = example.build(leaves, traced=True)
-    position = inputs["position"]
 
     def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
-        drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, position)
+        drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, inputs["position"])
         return drawn
 
     tagger = Tagger(places)
@@ -347,9 +345,9 @@ def _next(name: str, new: Tensor, old: Tensor) -> Tensor:
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
     """A total: a scalar of the accumulators' dtype."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(like.dtype)
-    return torch.full((), float(value), dtype=like.dtype)
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=like.dtype)
+    return value.detach().reshape(()).to(like.dtype)
 
 
 def _gradients(
