@@ -262,8 +262,7 @@ def _unit(
     buffers = {name: inputs[f"buffer/{name}"] for name in model.buffers}
     state = {f"model.{name}": t for name, t in {**parameters, **buffers}.items()}
     state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
-    leaves = [inputs[f"batch/{name}"] for name, _, _ in example.leaves]
-    batch = example.build(leaves, traced=True)
+    batch = example.build([inputs[f"batch/{name}"] for name, _, _ in example.leaves], traced=True)
 
     def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
         drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, inputs["position"])
