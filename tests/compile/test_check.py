@@ -18,9 +18,16 @@ PLAN = "data=2,tensor=2,microbatches=3"
 KINDS = (Raises, RaisesUnlessAll, RaisesIfAny, Asserts, Clamps, Asks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_condition_expects_is_traced_and_equals_eager(kind):
-    assert_equal(Case(job(model=lambda: Net(kind()))).verify(PLAN, steps=2))
+def all_of_them():
+    return nn.Sequential(*(kind() for kind in KINDS))
+
+
+def test_what_conditions_expect_is_traced_and_equals_eager():
+    made = Case(job(model=lambda: Net(all_of_them())))
+    assert_equal(made.verify(PLAN, steps=2))
+    (unit,) = {unit.program.digest: unit for unit in made.units[torch.float64].values()}.values()
+    watched = [name for name, _ in unit.program.outputs if name.startswith("total/check/")]
+    assert len(watched) == len(KINDS)
 
 
 def reads_x(model, batch):

@@ -31,6 +31,7 @@ _WORDS = {
     "aten._local_scalar_dense.default": "reads a tensor's value (.item(), bool(), float(), if)",
     "aten.nonzero.default": "makes a shape that depends on values (nonzero, boolean indexing)",
 }
+_OP_OF_ONES_OWN = "make what computes with them an op (torch.library.custom_op) with an mw.rule"
 _NO_VALUES = (".numpy() is not supported", "Cannot access data pointer", "Cannot access storage")
 """How torch says that a tensor of a trace has no values."""
 
@@ -59,16 +60,19 @@ def blamed(whose: str = "the model or loss") -> Iterator[None]:
         if is_our_file(files[-1]):
             raise  # a bug of ours, whoever called
         if any(text in str(error) for text in _NO_VALUES):
-            raise NotTraceable(_untraceable(error, "takes a tensor's values (.numpy())")) from error
+            what = "takes a tensor's values (.numpy())"
+            raise NotTraceable(_untraceable(error, what, _OP_OF_ONES_OWN)) from error
         if not any(map(is_user_file, files)):
             whose = "backward of the loss"
         raise UserCodeError(f"{whose} raised {type(error).__name__}: {error}") from error
 
 
-def _untraceable(error: BaseException, what: str) -> str:
+def _untraceable(
+    error: BaseException, what: str, remedy: str = "write it with torch.where or fixed shapes"
+) -> str:
     return (
-        f"{_line_of(error)}: the model {what}, which cannot be traced into a program; write it "
-        "with torch.where or fixed shapes, or run it with --eager"
+        f"{_line_of(error)}: the model {what}, which cannot be traced into a program; {remedy}, or "
+        "run it with --eager"
     )
 
 

@@ -31,7 +31,7 @@ _EVERY = {aten.all.default, aten._is_all_true.default}
 _SOME = {aten.any.default, aten._is_any_true.default}
 _NOT = {aten.logical_not.default, aten.bitwise_not.default}
 _READ = aten._local_scalar_dense.default
-_MOST = 1000
+_MOST = 300
 """Checks of one line; more of them is a loop that waits for a value."""
 
 

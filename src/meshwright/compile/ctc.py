@@ -8,21 +8,16 @@ front, and the backward makes the table again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-__all__ = ["Ctc"]
+__all__ = ["ctc_loss"]
 
 aten = torch.ops.aten
-_PICKS = (torch.Tensor.masked_select, torch.masked_select, torch.Tensor.__getitem__)
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -89,66 +84,31 @@ class _Loss(torch.autograd.Function):
         return made, None, None, None, None, None
 
 
-@dataclass(frozen=True, slots=True)
-class _Picked:
-    """What a mask picks of rows; `place` stands for it, and is kept since it is known by its id."""
+def ctc_loss(
+    picked: Callable[[Tensor], tuple[Tensor, Tensor] | None], *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """`ctc_loss` of torch, by the ops above; None where torch is to answer.
 
-    place: Tensor
-    rows: Tensor
-    mask: Tensor
-
-    def packed(self) -> Tensor:
-        """Each row's picked elements at its front."""
-        order = torch.sort((~self.mask).to(torch.uint8), dim=1, stable=True)[1]
-        return self.rows.gather(1, order)
-
-
-class Ctc(TorchFunctionMode):
-    """`ctc_loss` is ours under it, and so is what it alone reads: targets picked by a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.picked: dict[int, _Picked] = {}
-
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.ctc_loss and (asked := _asked(*args, **kwargs)) is not None:
-            targets, lengths = self._targets(asked["targets"], asked["target_lengths"])
-            if targets is not None:
-                return _loss({**asked, "targets": targets, "target_lengths": lengths})
-        if func in _PICKS and len(args) == 2 and not kwargs and _rows_by_mask(*args):
-            rows, mask = args
-            place = rows.reshape(-1).clone()
-            self.picked[id(place)] = _Picked(place, rows, mask)
-            return place
-        if self.picked:
-            args, kwargs = pytree.tree_map(self._real, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _real(self, given: Any) -> Any:
-        """What stands for picked elements, as those: their shape is not known, which is told."""
-        found = self.picked.get(id(given))
-        return given if found is None else found.rows.masked_select(found.mask)
-
-    def _targets(self, targets: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(rows of targets, how many of each count); None where they lie end to end."""
-        found = self.picked.get(id(targets))
-        if found is None:
-            return (targets if targets.dim() == 2 else None), lengths
-        counted = found.mask.sum(1)
-        # Else rows would not begin where torch begins them; read here, it is watched for.
-        aligned = bool((counted == lengths).all())
-        return (found.packed() if aligned else None), lengths
+    Args:
+        picked: (rows, mask) where targets are what a mask picked of rows.
+        args: of the call.
+        kwargs: of the call.
+    """
+    asked = _asked(*args, **kwargs)
+    if asked is None:
+        return None
+    found, targets = picked(asked["targets"]), asked["targets"]
+    if found is not None:
+        targets = _packed(*found, asked["target_lengths"])
+    return _loss({**asked, "targets": targets}) if targets.dim() == 2 else None
 
 
-def _rows_by_mask(rows: Any, mask: Any) -> bool:
-    if not isinstance(rows, Tensor) or not isinstance(mask, Tensor):
-        return False
-    alike = rows.dim() == 2 and rows.shape == mask.shape
-    return alike and (rows.dtype, mask.dtype) == (torch.long, torch.bool)
+def _packed(rows: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """Each row's picked elements at its front."""
+    if bool((mask.sum(1) != lengths).any()):  # else rows do not begin where torch begins them
+        raise ValueError("target_lengths is not how much the mask picks of each row")
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True)[1]
+    return rows.gather(1, order)
 
 
 def _asked(

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright.compile.attention import Attention
 from meshwright.compile.blame import blamed
 from meshwright.compile.check import Checks
-from meshwright.compile.ctc import Ctc
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
+from meshwright.compile.picked import Picks
 from meshwright.compile.precision import computing, with_shared_casts
 from meshwright.compile.random import RandomMode
 from meshwright.compile.samples import sample_dims, with_draws
@@ -151,13 +151,12 @@ def _trace(
     turn: int,
 ) -> tuple[Program, _Run]:
     places, run = Places(), _Run()
-    dtype = how.dtype
-    fakes = _fakes(model, example, how.samples, dtype)
+    fakes = _fakes(model, example, how.samples, how.dtype)
 
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _unit(model, loss, example, how, inputs, places, run)
 
-    with _as_traced(dtype):
+    with _as_traced(how.dtype):
         program, run.constants = not_stale(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
@@ -261,12 +260,10 @@ def _unit(
     buffers = {name: inputs[f"buffer/{name}"] for name in model.buffers}
     state = {f"model.{name}": t for name, t in {**parameters, **buffers}.items()}
     state |= {f"model.{other}": parameters[name] for other, name in model.tied.items()}
-    leaves = [inputs[f"batch/{name}"] for name, _, _ in example.leaves]
-    batch = example.build(leaves, traced=True)
-    position = inputs["position"]
+    batch = example.build([inputs[f"batch/{name}"] for name, _, _ in example.leaves], traced=True)
 
     def emit(kind: str, size: Sequence[int], n: int) -> Tensor:
-        drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, position)
+        drawn: Tensor = draw_op(kind, size, n, -1, 1, 1, 0, inputs["position"])
         return drawn
 
     tagger = Tagger(places)
@@ -282,7 +279,7 @@ def _unit(
         watching(watched),
         torch.set_grad_enabled(training),
         Attention(),
-        Ctc(),
+        Picks(),
         Checks() as checks,
     ):
         with computing(how.precision):
@@ -345,9 +342,9 @@ def _next(name: str, new: Tensor, old: Tensor) -> Tensor:
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
     """A total: a scalar of the accumulators' dtype."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(like.dtype)
-    return torch.full((), float(value), dtype=like.dtype)
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=like.dtype)
+    return value.detach().reshape(()).to(like.dtype)
 
 
 def _gradients(
