@@ -25,6 +25,7 @@ from meshwright.compile.check import Checks
 from meshwright.compile.ctc import Ctc
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
+from meshwright.compile.forbidden import forbidding, require_untouched
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.precision import computing, with_shared_casts
@@ -287,8 +288,9 @@ def _unit(
         Ctc(),
         Checks() as checks,
     ):
-        with computing(how.precision):
+        with forbidding(model), computing(how.precision):
             found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
+        require_untouched(parameters, wanted)
         unwritten = kept(model, inputs)
         outputs: dict[str, Tensor] = {}
         if how.predict:
