@@ -84,9 +84,7 @@ def test_writes_that_no_program_can_have_are_refused_with_their_line(train, line
                 {line}
             return self.last(h)
     """
-    said = train(extra=extra).fails(71, f"the forward {words}", "use --eager")
-    assert f"in forward {line}" in said
-    assert "job.py:" in said
+    train(extra=extra).fails(71, f"the forward {words}", "job.py:", "use --eager")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +258,9 @@ def test_factories_that_make_something_else(train, pieces, words):
 def test_more_memory_than_there_is(train):
     large = "lambda: nn.Sequential(nn.Linear(4, 10**13), nn.Linear(10**13, 1))"
     train(model=large).fails(72, "OutOfMemory: the model's state needs", "start more ranks")
+    train("--plan", "data=1", model=large).fails(
+        72, "OutOfMemory: plan data=1 needs", "TiB for weights and gradients", "split them"
+    )
     loss = "lambda m, b: m(b['x']).mean() * torch.ones(10**13).sum()"
     said = train("--plan", "data=1", loss=loss).fails(72, "can't allocate memory", "ones in the")
     assert "job.py:" in said
