@@ -110,7 +110,14 @@ def test_the_demo_plans_trains_verifies_and_reports(shell, folder):
     assert "gpt.py" in (run_dir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("words", [("plan", "--explain"), ("plan", "--json"), ("env",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--explain"),
+        pytest.param(("plan", "--json"), marks=pytest.mark.matrix),
+        pytest.param(("env",), marks=pytest.mark.matrix),
+    ],
+)
 def test_a_reader_that_has_gone_ends_a_command_quietly(folder, words):
     verb, *flags = words
     given = [verb, *(["sums.py", "--plan", "data=2"] if verb == "plan" else []), *flags]
@@ -124,6 +131,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(folder, words):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.matrix
 def test_training_goes_on_when_nobody_reads_its_log(folder):
     reader, writer = os.pipe()
     os.close(reader)
