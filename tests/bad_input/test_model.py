@@ -50,6 +50,74 @@ def test_a_model_that_leaves_torch(train):
     train("--eager", extra=extra).works("step 3/3")
 
 
+@pytest.mark.parametrize("op", ["unique(h)", "masked_select(h, h > 0)", "bincount(x[:, 0].long())"])
+def test_ops_whose_results_are_of_any_size(train, op):
+    extra = f"""
+    class Model(Model):
+        def forward(self, x):
+            h = self.first(x)
+            return self.last(h + torch.{op}.sum())
+    """
+    train(extra=extra).fails(71, "a shape that depends on values (torch.", f"torch.{op}.sum()")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("self.first.weight.mul_(0.99)", "writes to parameter first.weight"),
+        ("w.data = w.data / 2", "sets .data of a tensor of shape [8, 4]; make a new tensor"),
+        ("h.data = h.data.t().contiguous()", "sets .data of a tensor of shape [8, 8]"),
+        ("w.grad = torch.ones(8, 4)", "sets .grad of a tensor of shape [8, 4]; put it into the"),
+        ("h.mean().backward(retain_graph=True)", "runs a backward of its own; return a loss"),
+        ("self.first.weight = nn.Parameter(w * 2)", "makes parameter weight of Linear"),
+        ("self.extra = nn.Linear(8, 8)", "makes module extra of Model, with parameters"),
+    ],
+)
+def test_writes_that_no_program_can_have_are_refused_with_their_line(train, line, words):
+    """Eager code goes on with them; traced, they would be lost without a word."""
+    grad = "torch.no_grad()" if "mul_" in line else "torch.enable_grad()"
+    extra = f"""
+    class Model(Model):
+        def forward(self, x):
+            h, w = torch.relu(self.first(x)), self.first.weight
+            with {grad}:
+                {line}
+            return self.last(h)
+    """
+    train(extra=extra).fails(71, f"the forward {words}", "job.py:", "use --eager")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("torch.autograd.backward(h.mean(), retain_graph=True)", "first.weight a gradient"),
+        ("self.first.bias.requires_grad_(False)", "sets requires_grad of parameter first.bias"),
+    ],
+)
+def test_parameters_that_a_forward_leaves_changed(train, line, words):
+    extra = f"""
+    class Model(Model):
+        def forward(self, x):
+            h = torch.relu(self.first(x))
+            {line}
+            return self.last(h)
+    """
+    train(extra=extra).fails(71, words, "use --eager")
+
+
+def test_modules_that_a_forward_uses_for_itself_are_its_own_business(train):
+    extra = """
+    class Model(Model):
+        def forward(self, x):
+            self.seen = nn.Identity()
+            x = x.detach().requires_grad_()
+            h = self.first(x)
+            (gradient,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+            return self.last(nn.LayerNorm(8)(h) + gradient.square().sum())
+    """
+    train(extra=extra).works("step 3/3")
+
+
 def test_a_forward_that_counts(train):
     extra = """
     class Model(Model):
@@ -190,6 +258,9 @@ def test_factories_that_make_something_else(train, pieces, words):
 def test_more_memory_than_there_is(train):
     large = "lambda: nn.Sequential(nn.Linear(4, 10**13), nn.Linear(10**13, 1))"
     train(model=large).fails(72, "OutOfMemory: the model's state needs", "start more ranks")
+    train("--plan", "data=1", model=large).fails(
+        72, "OutOfMemory: plan data=1 needs", "TiB for weights and gradients", "split them"
+    )
     loss = "lambda m, b: m(b['x']).mean() * torch.ones(10**13).sum()"
     said = train("--plan", "data=1", loss=loss).fails(72, "can't allocate memory", "ones in the")
     assert "job.py:" in said

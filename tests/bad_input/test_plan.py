@@ -137,10 +137,64 @@ def test_an_op_without_a_rule_that_would_gather_more_than_the_plan_allows(mw, fo
     assert "max_fallback=1" in said
 
 
-def test_a_plan_that_a_rank_has_no_memory_for(mw):
-    mw("plan", "job.py", "--plan", "data=2", "--memory", "100B").fails(
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_a_plan_that_a_rank_has_no_memory_for(mw, folder, verb):
+    mw(verb, "job.py", "--plan", "data=2", "--memory", "100B").fails(
         2, "plan data=2 needs ", "but there are 100 B", "weights", "fits"
     )
+    assert not (folder / "runs").exists()
+
+
+def test_a_plan_that_a_rank_has_memory_for_is_trained(mw):
+    mw("train", "job.py", "--plan", "data=1", "--memory", "1MiB").works("step 3/3")
+    mw("train", "job.py", "--eager", "--memory", "1MiB").fails(2, "--memory", "--eager traces")
+
+
+ANNOTATED = """
+class Model(Model):
+    def forward(self, x):
+        h = mw.annotate(self.first(x), {words})
+        return self.last(h)
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "words"),
+    [
+        ("train", "None, 'tensr'", "names the mesh axis 'tensr'; did you mean 'tensor'?"),
+        ("verify", "None, 'tensor', whole='tensor'", "names the mesh axis tensor twice"),
+        ("plan", "3", "names the mesh axis 3; known: context, data"),
+        (
+            "plan",
+            "None, None, 'tensor'",
+            "names 3 dims of a tensor of shape [8, 8]; name 2 or fewer",
+        ),
+    ],
+)
+def test_an_annotation_that_cannot_be(mw, folder, verb, given, words):
+    write_job(folder / "job.py", ANNOTATED.format(words=given))
+    mw(verb, "job.py", "--plan", "tensor=1", "-n", 1).fails(2, "job.py:", f"annotate {words}")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "words"),
+    [
+        (
+            '"frist.weight" = ["tensor", "none"]',
+            "matches no parameter; did you mean 'first.weight'",
+        ),
+        ('"first.*" = ["tensr", "none"]', "tensr"),
+        (
+            '"first.weight" = ["tensor", "tensor"]',
+            "splits dims 0 and 1 over tensor; an axis splits",
+        ),
+        ('"first.weight" = ["tensor"]', "names 1 dims, but first.weight has 2: [8, 4]"),
+        ('"last.weight" = ["tensor", "none"]', "it has 1 elements; use tensor=1"),
+    ],
+)
+def test_a_layout_of_parameters_that_cannot_be(mw, folder, layouts, words):
+    (folder / "plan.toml").write_text(f"tensor = 2\n[layouts]\n{layouts}\n")
+    mw("plan", "job.py", "--plan", "plan.toml", "-n", 2).fails(2, "layout", words)
 
 
 def test_a_plan_over_its_budget(mw):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -106,3 +108,37 @@ def test_the_demo_plans_trains_verifies_and_reports(shell, folder):
     assert json.loads((run_dir / "verify.json").read_text())["passed"]
     assert (run_dir / "report.html").as_uri() in page
     assert "gpt.py" in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--explain"),
+        pytest.param(("plan", "--json"), marks=pytest.mark.matrix),
+        pytest.param(("env",), marks=pytest.mark.matrix),
+    ],
+)
+def test_a_reader_that_has_gone_ends_a_command_quietly(folder, words):
+    verb, *flags = words
+    given = [verb, *(["sums.py", "--plan", "data=2"] if verb == "plan" else []), *flags]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", *given],
+        cwd=folder, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.matrix
+def test_training_goes_on_when_nobody_reads_its_log(folder):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", "train", "sums.py", "--run-dir", "out", "-n", "2"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=writer, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0
+    assert json.loads((folder / "out" / "run.json").read_text())["status"] == "ok"

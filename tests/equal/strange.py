@@ -255,11 +255,36 @@ def strange(model: Callable[[], nn.Module], loss: Any = plain, *, sgd: bool = Fa
     return mw.Job(model=model, loss=loss, optimizer=optimizer, data=Rows, batch_size=8)
 
 
+def shared() -> mw.Job:
+    """See `Shared`."""
+    return strange(Shared, named)
+
+
+def fading() -> mw.Job:
+    """See `Fading`."""
+    return strange(Fading)
+
+
+def summed() -> mw.Job:
+    """See `Summed`."""
+    return strange(Summed)
+
+
+def ragged() -> mw.Job:
+    """See `Ragged`."""
+    return strange(Ragged, masked)
+
+
+def waves() -> mw.Job:
+    """See `Waves`."""
+    return strange(Waves)
+
+
+def complex_weights() -> mw.Job:
+    """See `ComplexWeights`."""
+    return strange(ComplexWeights, sgd=True)
+
+
 STRANGE: dict[str, Callable[[], mw.Job]] = {
-    "shared": lambda: strange(Shared, named),
-    "fading": lambda: strange(Fading),
-    "summed": lambda: strange(Summed),
-    "ragged": lambda: strange(Ragged, masked),
-    "waves": lambda: strange(Waves),
-    "complex weights": lambda: strange(ComplexWeights, sgd=True),
+    job.__name__: job for job in (shared, fading, summed, ragged, waves, complex_weights)
 }

@@ -15,9 +15,11 @@ pytestmark = [pytest.mark.mp, pytest.mark.slow, pytest.mark.timeout(240)]
 
 GPT = ("examples/gpt.py", "depth=1", "width=32", "context=16", "batch=12", "dropout=0.1")
 FAMILIES = "tests/equal/families.py"
+MIXTURES = "tests/equal/mixtures.py"
 SAMPLE = {
     "gpt zero3,data=2,microbatches=3": GPT,
     "digits zero1,data=2": ("examples/digits.py", "width=8"),
+    "mixtral expert=2": (f"{MIXTURES}:mixtral",),
 }
 MORE = {
     "gpt data=3": GPT,
@@ -28,6 +30,21 @@ MORE = {
     "llama data=2": (f"{FAMILIES}:llama",),
     "bert zero1,data=3": (f"{FAMILIES}:bert",),
     "vit zero3,data=2,microbatches=3": (f"{FAMILIES}:vit",),
+    "llama tensor=2,microbatches=3": (f"{FAMILIES}:llama",),
+    "llama context=2": (f"{FAMILIES}:llama",),
+    "llama zero3,data=4,shard=2": (f"{FAMILIES}:llama",),
+    "llama zero3,data=2,tensor=2": (f"{FAMILIES}:llama",),
+    "llama context=2,tensor=2": (f"{FAMILIES}:llama",),
+    "gpt tensor=2,data=2": GPT,
+    "mixtral zero2,data=2,expert=2": (f"{MIXTURES}:mixtral",),
+    "mixtral expert=3": (f"{MIXTURES}:mixtral",),
+    "mixtral expert=2,tensor=2": (f"{MIXTURES}:mixtral",),
+    "digits tensor=2": ("examples/digits.py", "width=8"),
+    "digits zero3,data=2,tensor=2": ("examples/digits.py", "width=8"),
+    "vit tensor=2": (f"{FAMILIES}:vit",),
+    "vit zero3,data=4,shard=2": (f"{FAMILIES}:vit",),
+    "waves zero3,data=2,tensor=2": ("tests/equal/strange.py:waves",),
+    "complex_weights zero3,data=2,tensor=2": ("tests/equal/strange.py:complex_weights",),
 }
 
 

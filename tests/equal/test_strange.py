@@ -13,7 +13,7 @@ SAMPLE = {
     "shared": "context=2",
     "fading": "data=2,tensor=2",
     "waves": "tensor=2",
-    "complex weights": "zero3,data=2,tensor=2",
+    "complex_weights": "zero3,data=2,tensor=2",
 }
 PLANS = ["tensor=2", "data=2,tensor=2,microbatches=2", "zero3,data=2,tensor=2", "context=2",
          "data=2,context=2"]  # fmt: skip

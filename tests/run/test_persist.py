@@ -111,6 +111,29 @@ def test_any_plan_reads_what_any_plan_wrote_to_the_bit(before, after, tmp_path):
     assert lr == pytest.approx(1e-2 * 0.9**2)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("tensor=2", ("zero3,data=2", "data=1")),
+        pytest.param("zero3,data=2,tensor=2", ("context=2",), marks=pytest.mark.matrix),
+        pytest.param("zero3,data=4,shard=2", ("tensor=4",), marks=pytest.mark.matrix),
+    ],
+)
+def test_weights_split_by_their_use_are_read_under_other_plans_to_the_bit(before, after, tmp_path):
+    made = tiny_gpt()
+    first = state_of(saved(made, before, tmp_path / "0", steps=1))
+    for number, plan in enumerate(after):
+
+        def copied(session, number=number):
+            assert session.resume(tmp_path / f"{number}") is not None
+            return session.save(tmp_path / f"{number + 1}")
+
+        found = state_of(on_ranks(made, plan, copied)[0])
+        assert found.keys() == first.keys()
+        for name, tensor in first.items():
+            assert torch.equal(tensor, found[name]), (plan, name)
+
+
 def test_state_that_is_no_tensor_is_kept(tmp_path):
     class Counting(torch.optim.SGD):
         """SGD that counts its steps as a Python number."""

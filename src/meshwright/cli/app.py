@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from meshwright import __version__
 from meshwright.cli import demo, env, launch, plan, report, train, verify
-from meshwright.cli.told import attempt
+from meshwright.cli.told import Task, attempt
 
 __all__ = ["app", "main"]
 
@@ -59,4 +60,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:  # what was typed is no command
         print(f"mw: {error.format_message()}", file=sys.stderr)
         return 2
-    return attempt(task) if callable(task) else int(task or 0)
+    return attempt(partial(_printed, task)) if callable(task) else int(task or 0)
+
+
+def _printed(task: Task) -> int:
+    """Do the work, and print all of what it has to say."""
+    status = task()
+    sys.stdout.flush()
+    return status

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import select
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ from rich.console import Console, RenderableType
 
 from meshwright.errors import StorageError
 
-__all__ = ["log", "print_json", "program", "show", "user_output", "write_json"]
+__all__ = ["log", "print_json", "program", "show", "silenced", "user_output", "write_json"]
 
 _WIDE = 240
 
@@ -59,8 +61,28 @@ def program() -> str:
 
 
 def log(text: str) -> None:
-    """Print a line of the log."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line of the log; a reader that has gone is no reason to end."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        silenced()
+
+
+def silenced() -> bool:
+    """Whether a reader of what this process prints has gone; what is still printed goes nowhere."""
+    gone = [number for number in (1, 2) if _unread(number)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in gone:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    return bool(gone)
+
+
+def _unread(number: int) -> bool:
+    """Whether a descriptor is a pipe (or socket) that was closed at its other end."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 @contextlib.contextmanager

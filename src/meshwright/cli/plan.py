@@ -16,6 +16,7 @@ from meshwright.cli.told import Task
 from meshwright.cli.words import (
     AsJson,
     File,
+    Memory,
     PlanText,
     Ranks,
     Seed,
@@ -69,15 +70,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Fail if a rank needs more, and say what would fit.",
-            show_default=False,
-        ),
-    ] = None,
+    memory: Memory = None,
     seed: Seed = None,
     settings: Settings = None,
     json: AsJson = False,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from meshwright.cli.output import log, silenced
 from meshwright.errors import MeshwrightError, UsageError, VerificationFailed
 
-__all__ = ["Task", "attempt"]
+__all__ = ["UNREAD", "Task", "attempt"]
+
+UNREAD = 128 + signal.SIGPIPE
+"""The status of a command whose reader has gone (`mw plan ... | head -1`), as other tools have."""
 
 Task = Callable[[], int]
 """What a verb returns once it has read its words: does the work, returns the exit status."""
@@ -27,6 +31,8 @@ def attempt(task: Task, run_dir: Path | None = None) -> int:
         return task()
     except SystemExit:
         raise
+    except BrokenPipeError as error:
+        return UNREAD if silenced() else _tell(error, run_dir)
     except BaseException as error:  # noqa: BLE001  the outermost handler: all ends are told alike
         return _tell(error, run_dir)
 
@@ -43,7 +49,7 @@ def _tell(error: BaseException, run_dir: Path | None) -> int:
     if run_dir is not None:
         with suppress(OSError):  # a full disk must not hide the error itself
             _keep(error, run_dir)
-    print(_text(error, run_dir), file=sys.stderr)
+    log(_text(error, run_dir))
     return status_of(error)
 
 

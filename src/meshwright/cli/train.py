@@ -18,6 +18,7 @@ from meshwright.cli.told import Task, attempt
 from meshwright.cli.words import (
     AsJson,
     File,
+    Memory,
     PlanText,
     Ranks,
     RunDir,
@@ -33,6 +34,7 @@ from meshwright.cli.words import (
 )
 from meshwright.errors import UsageError
 from meshwright.launch.collector import seldom
+from meshwright.plan.size import parse_bytes
 
 __all__ = ["EXAMPLE", "spelled_out", "train"]
 
@@ -70,6 +72,7 @@ class _Wanted:
     eager: bool
     compiled: bool
     trace: str | None
+    memory: str | None
     json: bool
 
     def words(self) -> list[str]:
@@ -135,6 +138,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    memory: Memory = None,
     json: AsJson = False,
 ) -> Task:
     """Train the job in FILE."""
@@ -153,6 +157,7 @@ def train(
         eager,
         compiled,
         trace,
+        memory,
         json,
     )
     return partial(_train, wanted)
@@ -175,12 +180,14 @@ def _train(wanted: _Wanted) -> int:
                 f"-n {wanted.ranks}, but {contract.engine} started {contract.world.size} ranks; "
                 "leave -n out"
             )
+        _require_memory(wanted, text, contract.world.size)
         folder = {"run_dir": wanted.run_dir, "resume": wanted.resume}
         folder |= {"fresh": wanted.fresh, "overwrite": wanted.overwrite}
         return _run(wanted, text, contract.world.size, folder)
     ranks = wanted.ranks or (1 if plan is None else plan.ranks)
     require_world(plan, ranks)
     require_room(ranks)
+    _require_memory(wanted, text, ranks)
     choice = choose(
         path.stem,
         run_dir=wanted.run_dir or contract.run_dir,
@@ -193,6 +200,26 @@ def _train(wanted: _Wanted) -> int:
         return attempt(partial(_run, wanted, text, 1, folder), choice.path)
     log(f"{wanted.which.file} on {ranks} ranks, plan {text}, run folder {choice.path}")
     return _start(wanted, text, ranks, choice.path)
+
+
+def _require_memory(wanted: _Wanted, plan: str, ranks: int) -> None:
+    """Refuse a plan that needs more than `--memory` on a rank, before any is started.
+
+    Raises:
+        PlanError: with what is needed, largest first, and what would fit.
+    """
+    from meshwright import api
+
+    if wanted.memory is None:
+        return
+    if wanted.eager:
+        raise UsageError(
+            "--memory is worked out from what was traced, and --eager traces nothing; leave one of "
+            "them out"
+        )
+    with user_output(aside=True):
+        limit = parse_bytes(wanted.memory, "--memory")
+        api.explain(wanted.which.load(), plan, ranks=ranks, memory=limit)
 
 
 def _start(wanted: _Wanted, text: str, ranks: int, run_dir: Path) -> int:

@@ -19,6 +19,7 @@ from meshwright.plan.toml import parse_plan
 __all__ = [
     "AsJson",
     "File",
+    "Memory",
     "PlanText",
     "Ranks",
     "RunDir",
@@ -88,6 +89,15 @@ Timeout = Annotated[
         metavar="SECONDS",
         help="Of every wait of the ranks on each other.",
         show_default="1800, then 300",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Fail if a rank needs more, and say what would fit.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

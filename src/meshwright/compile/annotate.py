@@ -17,17 +17,19 @@ from meshwright.plan.mesh import AXES
 __all__ = ["annotate"]
 
 
-def annotate(tensor: Tensor, *dims: str | None, whole: tuple[str, ...] = ()) -> Tensor:
+def annotate(tensor: Tensor, *dims: str | None, whole: str | tuple[str, ...] = ()) -> Tensor:
     """Say how `tensor` lies over the mesh; outside a run, or where an axis is not there, a no-op.
 
     Args:
         tensor: any value inside a model or loss.
         dims: for each dim, the mesh axis that splits it, or None; dims left out are None.
-        whole: mesh axes over which it must not be split. Axes named nowhere are left open.
+        whole: a mesh axis, or several, over which it must not be split. Axes named nowhere are
+            left open.
 
     Raises:
         PlanError: an axis that there is not, named twice, or a dim that is not there.
     """
+    whole = (whole,) if isinstance(whole, str) else tuple(whole)
     _require(tensor, dims, whole)
     if not torch.compiler.is_compiling() or not (any(dims) or whole):
         return tensor
@@ -40,7 +42,7 @@ def _require(tensor: Tensor, dims: tuple[str | None, ...], whole: tuple[str, ...
     for axis in named:
         if axis not in AXES:
             raise PlanError(
-                f"{user_line()}: annotate names the mesh axis {axis!r}; {nearest(axis, AXES)}"
+                f"{user_line()}: annotate names the mesh axis {axis!r}; {nearest(str(axis), AXES)}"
             )
         if named.count(axis) > 1:
             raise PlanError(

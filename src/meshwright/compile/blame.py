@@ -10,7 +10,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
+from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -53,7 +55,7 @@ def blamed(whose: str = "the model or loss") -> Iterator[None]:
     except MeshwrightError:
         raise
     except _UNTRACEABLE as error:
-        what = _WORDS.get(str(error.func), f"uses {error.func}")
+        what = _WORDS.get(str(error.func)) or _uses(error.func)
         raise NotTraceable(_untraceable(error, what)) from error
     except Exception as error:
         files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
@@ -65,6 +67,14 @@ def blamed(whose: str = "the model or loss") -> Iterator[None]:
         if not any(map(is_user_file, files)):
             whose = "backward of the loss"
         raise UserCodeError(f"{whose} raised {type(error).__name__}: {error}") from error
+
+
+def _uses(func: Any) -> str:
+    """What an op that cannot be traced does."""
+    name = func._schema.name.replace("aten::", "torch.")  # noqa: SLF001 - without its overload
+    if torch.Tag.dynamic_output_shape in func.tags:
+        return f"makes a shape that depends on values ({name})"
+    return f"uses {name}"
 
 
 def _untraceable(

@@ -24,6 +24,7 @@ from meshwright.compile.blame import blamed
 from meshwright.compile.check import Checks
 from meshwright.compile.draw import SampleDim, draw_op
 from meshwright.compile.example import Example
+from meshwright.compile.forbidden import forbidding, require_untouched
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.picked import Picks
@@ -282,8 +283,9 @@ def _unit(
         Picks(),
         Checks() as checks,
     ):
-        with computing(how.precision):
+        with forbidding(model), computing(how.precision):
             found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
+        require_untouched(parameters, wanted)
         unwritten = kept(model, inputs)
         outputs: dict[str, Tensor] = {}
         if how.predict:

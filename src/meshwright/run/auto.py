@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 
@@ -11,11 +12,13 @@ from meshwright.errors import OutOfMemory
 from meshwright.job import Job
 from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
+from meshwright.plan.size import bytes_text
+from meshwright.program.layout import local_shape
 from meshwright.program.program import Value
 from meshwright.program.zero import zero_layouts
-from meshwright.run.build import values_of
+from meshwright.run.build import Build, values_of
 
-__all__ = ["candidates", "choose_plan", "state_bytes"]
+__all__ = ["candidates", "choose_plan", "require_host", "state_bytes"]
 
 SHARE = 0.7
 """Of the free memory that state may take; activations take the rest."""
@@ -42,6 +45,38 @@ def state_bytes(parameters: dict[str, Value], plan: Plan) -> int:
         + 2 * held(value, split=bool(layouts[name].optimizer.placements))
         for name, value in parameters.items()
     )
+
+
+def require_host(build: Build, ranks: int) -> None:
+    """Return if a host can hold what each of its ranks must: weights, and their gradients once.
+
+    What optimizers and activations take comes on top; `mw plan --memory` counts it all.
+
+    Args:
+        build: of the job under the plan.
+        ranks: on this host.
+
+    Raises:
+        OutOfMemory: it cannot, whatever else is running.
+    """
+    place = build.axes, build.place(0).coordinates
+    needed = 0
+    for name, value in build.values().items():
+        states = build.states[name]
+        layouts = [states.weights]
+        if build.model.parameters[name].requires_grad:
+            layouts.append(states.optimizer)
+        for layout in layouts:
+            shape = local_shape(value.shape, layout, *place)
+            needed += replace(value, shape=shape).bytes
+    there = psutil.virtual_memory().total
+    if needed * ranks > there:
+        here = f"each of the {ranks} ranks" if ranks > 1 else "the one rank"
+        raise OutOfMemory(
+            f"plan {build.plan.label} needs {bytes_text(needed)} for weights and gradients on "
+            f"{here} of this host, which has {bytes_text(there)}; split them (zero3, tensor=2) "
+            "over more hosts, or use a smaller model"
+        )
 
 
 def choose_plan(job: Job, world: int) -> Plan:

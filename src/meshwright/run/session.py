@@ -21,6 +21,7 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run import persist
+from meshwright.run.auto import require_host
 from meshwright.run.build import Build
 from meshwright.run.checkpoint import open_checkpoint, resume
 from meshwright.run.data import Source, open_source
@@ -289,6 +290,7 @@ def open_session(
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
     build = prepare(job, plan, comm.world.size, dtype, data)
     build.compiled = compiled
+    require_host(build, comm.world.local_size)
     notes = [*build.model.notes, *notes_on(plan.precision)]
     source = open_source(
         job.data() if data is None else data,
