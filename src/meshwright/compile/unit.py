@@ -45,6 +45,7 @@ from meshwright.errors import UserCodeError
 from meshwright.plan.mesh import Axis
 from meshwright.program.experts import unsorted_experts
 from meshwright.program.layout import REPLICATED, Layout, Shard
+from meshwright.program.attention import Choice
 from meshwright.program.program import Program
 from meshwright.program.propagate import propagate
 
@@ -66,6 +67,7 @@ class Unit:
         metrics: names, in order.
         outputs: of a prediction, the tree that its `output/*` are leaves of.
         constants: the program's inputs that the code closes over.
+        attention: the form that each attention has taken over split sequences.
     """
 
     program: Program
@@ -76,6 +78,7 @@ class Unit:
     metrics: tuple[str, ...]
     outputs: Any = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: tuple[Choice, ...] = ()
 
 
 @dataclass(slots=True)
