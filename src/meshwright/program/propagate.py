@@ -282,7 +282,8 @@ class _Search:
     def _fits(self, number: int, carry: Carry) -> bool:
         """Whether each coordinate gets a granule, and earlier axes took another or the same one."""
         size = self.rules[number].sizes[carry.factor]
-        if self.axis.name != "context" and carry.factor in dict(self.rules[number].halos):
+        rule = self.rules[number]
+        if self.axis.name != "context" and carry.factor in {*dict(rule.halos), rule.ring}:
             return False
         granules = size // (carry.outer * carry.unit)
         for name, other in self.carried[number].items():
