@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from meshwright.errors import PlanError
 from meshwright.plan.mesh import Axis
+from meshwright.program.computed import Ends, attentions
 from meshwright.program.layout import REPLICATED, Placement, Shard
 from meshwright.program.program import Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import propagate
@@ -86,7 +87,7 @@ class _Met:
         reasons = {"all-to-all": self._no_heads(), "ring": self._no_ring(), "gather": ""}
         if asked is not None:
             if reasons[asked]:
-                raise PlanError(self._refusal(asked, reasons))
+                raise PlanError(_refusal(self.op, asked, reasons))
             return self._chosen(asked, "the plan asks for it")
         prices = {f: p for f, p in self.prices().items() if not reasons[f]}
         if not prices:
@@ -109,12 +110,7 @@ class _Met:
         return Choice(form, why, self.op.source, self.op.module)
 
     def _no_heads(self) -> str:
-        heads, ranks = self.key.shape[_HEADS], self.parts * self.tensor
-        if heads % ranks == 0:
-            return ""
-        shares = f" x tensor={self.tensor}" if self.tensor > 1 else ""
-        few = "1 head of keys does" if heads == 1 else f"{heads} heads of keys do"
-        return f"{few} not divide by context={self.parts}{shares}"
+        return _undivided(self.key.shape[_HEADS], self.parts, self.tensor)
 
     def _no_ring(self) -> str:
         rows, columns = self.query.shape[_SEQUENCE], self.key.shape[_SEQUENCE]
@@ -124,12 +120,22 @@ class _Met:
             return "the kernel draws its own dropout"
         return ""
 
-    def _refusal(self, asked: Form, reasons: Mapping[str, str]) -> str:
-        use = [f"attention={form}" for form, reason in reasons.items() if not reason]
-        return (
-            f"plan asks for attention={asked}, but {reasons[asked]} ({self.op.source}); use "
-            f"{' or '.join(use)}, or drop attention"
-        )
+
+def _undivided(heads: int, parts: int, tensor: int) -> str:
+    """Why heads cannot be shared; empty if they can."""
+    if heads % (parts * tensor) == 0:
+        return ""
+    shares = f" x tensor={tensor}" if tensor > 1 else ""
+    few = "1 head of keys does" if heads == 1 else f"{heads} heads of keys do"
+    return f"{few} not divide by context={parts}{shares}"
+
+
+def _refusal(op: Op, asked: Form, reasons: Mapping[str, str]) -> str:
+    use = [f"attention={form}" for form, reason in reasons.items() if not reason]
+    return (
+        f"{op.source}: plan asks for attention={asked}, but {reasons[asked]}; use "
+        f"{' or '.join(use)}, or drop attention"
+    )
 
 
 def _argument(op: Op, place: int, default: Any) -> Any:
@@ -156,7 +162,8 @@ def formed(
         PlanError: the form asked for cannot be.
     """
     forwards = [op for op in program.ops if op.base == FLASH]
-    if not forwards:
+    computed = attentions(program)
+    if not forwards and not computed:
         return program, ()
     places = _places(program, parts)
     chosen: dict[int, Choice] = {}
@@ -166,7 +173,45 @@ def formed(
         values = (program.values[value] for value in (q, k, v))
         met = _Met(op, *values, splits, parts, tensor)
         chosen[op.results[0]] = met.choose(asked)
-    return _Former(program, tensor, chosen).run(), tuple(chosen.values())
+    former = _Former(program, tensor, chosen)
+    found = list(chosen.values())
+    for ends in computed:
+        found.append(_choose_computed(program, ends, places, (parts, tensor), asked))
+        if found[-1].form == "all-to-all":
+            former.inside |= dict.fromkeys(ends.inside, ends)
+            former.makes |= {v: place.dim for v in ends.makes if (place := _lies(places.get(v)))}
+    return former.run(), tuple(found)
+
+
+def _choose_computed(
+    program: Program,
+    ends: Ends,
+    places: Mapping[int, Placement],
+    ranks: tuple[int, int],
+    asked: Form | None,
+) -> Choice:
+    """The form of attention that is computed op by op, where no ring can be."""
+    (parts, tensor), op = ranks, ends.softmax
+    heads = {program.values[value].shape[_HEADS] for value in (*ends.reads, *ends.makes)}
+    if not all(_lies(places.get(value)) for value in ends.reads):
+        return Choice("gather", "a part of it is whole on every rank", op.source, op.module)
+    no_heads = next((r for r in (_undivided(h, parts, tensor) for h in sorted(heads)) if r), "")
+    no_ring = "it is computed op by op, and a ring needs a kernel's log-sum-exp"
+    reasons = {"all-to-all": no_heads, "ring": no_ring, "gather": ""}
+    if asked is not None and reasons[asked]:
+        raise PlanError(_refusal(op, asked, reasons))
+    if asked is not None:
+        return Choice(asked, "the plan asks for it", op.source, op.module)
+    if no_heads:
+        return Choice("gather", f"{no_heads}; {no_ring}", op.source, op.module)
+    moved = sum(program.values[value].bytes for value in (*ends.reads, *ends.makes))
+    price = f"{moved * (parts - 1) // parts**2:,} bytes a micro-batch"
+    return Choice("all-to-all", f"{price}; no ring: {no_ring}", op.source, op.module)
+
+
+def _lies(place: Placement) -> Shard | None:
+    """How a table of heads has its sequence split."""
+    return place if isinstance(place, Shard) and place.dim > _HEADS else None
 
 
 def _split(place: Placement) -> bool:
@@ -193,6 +238,8 @@ class _Former:
     Attributes:
         heads: value -> it with its heads split.
         back: value -> it with its sequence split again, for all who read it but attention.
+        inside: ops of attention that is computed op by op and exchanges, by number.
+        makes: what comes of it -> the dim of its sequence.
     """
 
     program: Program
@@ -202,13 +249,15 @@ class _Former:
     ops: list[Op] = field(default_factory=list)
     heads: dict[int, int] = field(default_factory=dict)
     back: dict[int, int] = field(default_factory=dict)
+    inside: dict[int, Ends] = field(default_factory=dict)
+    makes: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> Program:
         """The program."""
         self.values += self.program.values
-        for op in self.program.ops:
+        for number, op in enumerate(self.program.ops):
             if op.base not in _CAUSAL:
-                self.ops.append(self._reading(op))
+                self._plain(op, self.inside.get(number))
                 continue
             output = op.results[0] if op.base == FLASH else op.inputs[4]
             form = self.chosen[output].form if output in self.chosen else "gather"
@@ -225,6 +274,22 @@ class _Former:
     def _reading(self, op: Op) -> Op:
         args, kwargs = map_refs((op.args, op.kwargs), lambda value: self.back.get(value, value))
         return replace(op, args=args, kwargs=kwargs)
+
+    def _plain(self, op: Op, ends: Ends | None) -> None:
+        """An op that is no kernel of attention; inside one, it reads heads."""
+        changes: dict[int, int] = {}
+        if ends is not None:
+            for value in ends.reads.keys() & set(op.inputs):
+                shared = self.program.values[value].shape[_HEADS]
+                changes[value] = self._with_heads(op, value, shared)
+        args, kwargs = map_refs(
+            (op.args, op.kwargs), lambda v: changes.get(v, self.back.get(v, v))
+        )
+        self.ops.append(replace(op, args=args, kwargs=kwargs))
+        for value in op.results:
+            if value in self.makes:
+                dims = "," * self.makes[value] + "context"
+                self.back[value] = self._annotated(op, value, dims)
 
     def _exchanged(self, op: Op) -> None:
         """Operands come with their heads split; results go back, but for what backward reads."""
