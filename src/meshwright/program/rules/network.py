@@ -125,7 +125,9 @@ def _ring(view: OpView) -> Rule:
     """As attention, with queries split over `context` whatever each sees, and keys beside them."""
     query = 1 if view.op.base.endswith("_backward") else 0
     rule = (_flash_backward if query else _flash)(view)
-    (rows,) = rule.operands[query][2] or (None,)
+    if not rule.operands[query][2]:
+        return rule
+    (rows,) = rule.operands[query][2]
     keys = [query + 1, query + 2]
     if query:
         keys += [len(view.operands) + sum(o is not None for o in view.op.outputs[:k]) for k in (1, 2)]
@@ -133,6 +135,7 @@ def _ring(view: OpView) -> Rule:
         rule,
         whole=rule.whole - {rows},
         beside=tuple(("context", place, 2) for place in keys),
+        plain=rule.plain | {rows},
         ring=rows,
     )
 
