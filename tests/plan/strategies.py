@@ -31,6 +31,7 @@ def plans(*, named: bool = False):
         offload=words,
         regime=words,
         codec=words,
+        attention=st.sampled_from([None, "gather", "all-to-all", "ring"]),
         redundancy=st.integers(0, 9),
         layouts=_layouts if named else st.just(()),
         cuts=st.lists(names, max_size=3, unique=True).map(tuple) if named else st.just(()),

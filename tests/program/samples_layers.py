@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import meshwright.compile.annotate
 import meshwright.compile.ctc
+import meshwright.compile.ring
 import meshwright.compile.window  # noqa: F401 - they register ops
 from meshwright.compile.draw import position_operand
+from meshwright.program.attention import FLASH, RING
 from tests.program.call import Call, f, truth, unit, whole
 
 aten = torch.ops.aten
@@ -73,6 +77,12 @@ def _gates():
         half = aten.glu.default(x, dim)
         yield Call("aten.glu.default", (x, dim), label=f"dim {dim}")
         yield Call("aten.glu_backward.default", (f(*half.shape), x, dim), label=f"dim {dim}")
+
+
+def _rings():
+    """Attention whose keys may go around; whole, it is torch's."""
+    for call in _attention():
+        yield replace(call, name=call.name.replace(FLASH, RING))
 
 
 def _attention():
@@ -197,6 +207,6 @@ def _made():
 
 
 MAKERS = (
-    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _lookups, _losses, _spoken,
+    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _rings, _lookups, _losses, _spoken,
     _made,
 )  # fmt: skip

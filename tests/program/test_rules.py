@@ -31,7 +31,7 @@ def test_every_rule_has_a_sample():
 def carries(rule):
     """Every way to carry a factor, with outer and inner splits of it."""
     for factor, size in enumerate(rule.sizes):
-        if factor in rule.whole or factor in dict(rule.halos):
+        if factor in rule.whole or factor in {*dict(rule.halos), rule.ring}:
             continue
         yield Carry(factor)
         for part in (2, 3):

@@ -128,6 +128,11 @@ def start(
     if bucket.op == "exchange":
         return _exchange(bucket, tensors, group)
     pairs = list(zip(tensors, bucket.slabs, strict=True))
+    if bucket.op == "permute":
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        sizes = [sum(math.prod(_part_shape(t.shape, cut[0], k)) for t, cut in pairs) for k in members]
+        sent = tuple((size,) for size in sizes)
+        return Start("permute", group, (flat,), shapes=sent, root=1, label=label)
     if bucket.op == "all_gather":
         shapes = tuple(_part_shape(t.shape, cut[0], k) for k in members for t, cut in pairs)
         whole = tuple([tensor.contiguous() for tensor in tensors])
@@ -169,6 +174,10 @@ def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if bucket.op == "exchange":
         count = len(bucket.slabs)
         return tuple([torch.cat(list(tensors[k::count])) for k in range(count)])
+    if bucket.op == "permute":
+        shapes: list[Any] = [cut[1] for cut in bucket.slabs]
+        parts = tensors[0].split([math.prod(shape) for shape in shapes])
+        return tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
     if bucket.op in ("all_gather", "all_to_all"):
         count = len(bucket.slabs)
         return tuple([_join(tensors[k::count], cut[0]) for k, cut in enumerate(bucket.slabs)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from meshwright.compile import experts  # noqa: F401 - registers ops
+from meshwright.compile import experts, ring  # noqa: F401 - register ops
 from meshwright.compile.collective import local_move
 from meshwright.compile.draw import draw, draw_op
 from meshwright.compile.inductor import Compiled

@@ -44,6 +44,7 @@ from meshwright.compile.state import (
 from meshwright.compile.trace import Places, Tagger, trace_function
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import UserCodeError
+from meshwright.program.attention import Choice
 from meshwright.program.experts import unsorted_experts
 from meshwright.program.program import Program
 
@@ -65,6 +66,7 @@ class Unit:
         metrics: names, in order.
         outputs: of a prediction, the tree that its `output/*` are leaves of.
         constants: the program's inputs that the code closes over.
+        attention: the form that each attention has taken over split sequences.
     """
 
     program: Program
@@ -75,6 +77,7 @@ class Unit:
     metrics: tuple[str, ...]
     outputs: Any = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: tuple[Choice, ...] = ()
 
 
 @dataclass(slots=True)

@@ -170,6 +170,19 @@ def sequences_are_split_over_something(plan: Plan, facts: Facts) -> tuple[Proble
     )
 
 
+def attention_has_a_context(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """How attention meets split sequences is said only where they are split."""
+    del facts
+    if plan.attention is None or plan.context > 1:
+        return ()
+    return (
+        Problem(
+            f"plan asks for attention={plan.attention}, but sequences are whole with context=1",
+            "use context=2 or more, or drop attention",
+        ),
+    )
+
+
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "pipeline": (1,),
@@ -231,6 +244,7 @@ CHECKS: Final[dict[str, Check]] = {
     "samples": microbatches_hold_samples,
     "shard": shards_divide_the_data_axis,
     "sequence": sequences_are_split_over_something,
+    "attention": attention_has_a_context,
     "batch norm": batch_norm_keeps_its_samples,
     "version": version_runs_it,
 }

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Final, Literal, cast
+from typing import Final, Literal, cast, get_args
 
 from meshwright.errors import PlanError, UsageError, nearest
 from meshwright.plan.named import PRESETS
 
-__all__ = ["AXES", "COUNTS", "KEYS", "Plan"]
+__all__ = ["AXES", "COUNTS", "KEYS", "Attention", "Plan"]
 
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
 COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
@@ -27,13 +27,15 @@ _WORDS: Final = (
     "offload",
     "regime",
     "codec",
+    "attention",
 )
-_OPTIONAL: Final = ("data", "shard", "schedule", "gather")  # None: left to Meshwright
+_OPTIONAL: Final = ("data", "shard", "schedule", "gather", "attention")  # None: left to Meshwright
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
 
 Gather = Literal["step", "microbatch"]
+Attention = Literal["gather", "all-to-all", "ring"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,9 @@ class Plan:
         regime: how replicas stay consistent.
         codec: gradient compression on the wire.
         redundancy: snapshots kept on peers.
+        attention: what `context` does at attention: `all-to-all` exchanges sequences for heads,
+            `ring` sends keys and values around, `gather` gathers them; None takes, for each
+            attention, the one of the first two that moves fewer bytes, where it can be.
         max_fallback: MiB that a rank may receive per step for an op that has no rule and is
             computed whole; more is refused.
         layouts: (parameter name pattern, mesh axis or None for each dim) pairs.
@@ -89,6 +94,7 @@ class Plan:
     regime: str = "bsp"
     codec: str = "none"
     redundancy: int = 0
+    attention: Attention | None = None
     max_fallback: int = 64
     layouts: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     cuts: tuple[str, ...] = ()
@@ -189,6 +195,9 @@ def _require(key: str, value: object) -> None:
             raise PlanError(f"plan key {key} takes a word, not {value!r}")
         if key == "gather" and value not in ("step", "microbatch"):
             raise PlanError(f"plan asks for gather={value}; use gather=step or gather=microbatch")
+        if key == "attention" and value not in get_args(Attention):
+            listed = " or ".join(f"attention={form}" for form in get_args(Attention))
+            raise PlanError(f"plan asks for attention={value}; use {listed}")
         return
     low, high = (1 if key in COUNTS else 0), (3 if key == "zero" else _LARGEST)
     if isinstance(value, bool) or not isinstance(value, int):

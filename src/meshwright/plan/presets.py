@@ -51,7 +51,7 @@ def megatron(
 def context(
     context: int, data: int | None = None, *, stage: int = 0, microbatches: int = 1
 ) -> Plan:
-    """Sequences split over `context`; attention gathers keys and values."""
+    """Sequences split over `context`; heads at attention, or a ring (`attention` in a plan)."""
     return Plan(data=data, context=context, zero=stage, microbatches=microbatches)
 
 

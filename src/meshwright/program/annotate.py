@@ -303,7 +303,7 @@ class _Graph:
                 continue
             shard = places[value]
             carry = carry_of(rule, dims, shard)
-            if carry is not None and carry.factor in dict(rule.halos):
+            if carry is not None and carry.factor in {*dict(rule.halos), rule.ring}:
                 return None
             if carry is None:
                 ways = _finer(rule, dims[shard.dim], shard)

@@ -1,29 +1,21 @@
 """Context parallelism as annotations: sequences split over the axis `context`.
 
-Tokens of the batch are annotated on their sequence dim; the rest follows by propagation: queries
-stay where they are, keys and values are gathered for attention. A causal flag says nothing of where
-a rank's queries begin, so it becomes the mask that it stands for.
+Tokens of the batch are annotated on their sequence dim; the rest follows by propagation, but for
+attention, where queries meet the keys of other ranks (`program.attention`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from meshwright.errors import PlanError
-from meshwright.program.program import Op, Program, Ref, Value, map_refs
-from meshwright.program.writer import Writer
+from meshwright.program.program import Op, Program, Ref, map_refs
 
-__all__ = ["split_sequences", "with_masks"]
-
-_FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
-_CAUSAL = {f"{_FLASH}": 4, f"{_FLASH}_backward": 7}
-"""Where the flag stands among the arguments."""
-
+__all__ = ["split_sequences"]
 
 def split_sequences(program: Program, parts: int) -> Program:
-    """The program with its batch's tokens annotated over `context`, and masks in place of flags.
+    """The program with its batch's tokens annotated over `context`.
 
     Tokens are the integers of the batch with a second dim, of one length; a program with
     annotations of its own over `context` is left to them.
@@ -31,7 +23,6 @@ def split_sequences(program: Program, parts: int) -> Program:
     Raises:
         PlanError: no leaf of the batch counts tokens, or there are too few.
     """
-    program = with_masks(program)
     if any("context" in str(op.args[1]).split(",") for op in program.ops if _annotates(op)):
         return program
     leaves = [
@@ -80,34 +71,3 @@ def _reading(op: Op, known: dict[int, int]) -> Op:
 
     args, kwargs = map_refs((op.args, op.kwargs), lambda value: known.get(value, value))
     return replace(op, args=args, kwargs=kwargs)
-
-
-def with_masks(program: Program) -> Program:
-    """The program whose attention takes an explicit mask where it had a causal flag."""
-    values, ops = list(program.values), []
-    for op in program.ops:
-        place = _CAUSAL.get(op.base)
-        if place is None or len(op.args) <= place or op.args[place] is not True:
-            ops.append(op)
-            continue
-        writer = Writer(values, op)
-        mask = _mask(writer, *(values[index] for index in _query_and_key(op)))
-        args = (*op.args[:place], False, *op.args[place + 1 :])
-        named = {**dict(op.kwargs), "attn_mask": mask}
-        ops += [*writer.ops, replace(op, args=args, kwargs=tuple(named.items()))]
-    return replace(program, values=tuple(values), ops=tuple(ops))
-
-
-def _query_and_key(op: Op) -> tuple[int, int]:
-    first = 1 if op.base.endswith("_backward") else 0
-    query, key = op.inputs[first], op.inputs[first + 1]
-    return query, key
-
-
-def _mask(w: Writer, query: Value, key: Value) -> Ref:
-    """(queries, keys): 0 where a query sees a key, else -inf."""
-    t, s = query.shape[2], key.shape[2]
-    rows = w.write("aten.unsqueeze.default", (w.arange(t), 1), Value("int64", (t, 1)))
-    seen = w.write("aten.ge.Tensor", (rows, w.arange(s)), Value("bool", (t, s)))
-    zero, never = w.full(0.0, query.dtype), w.full(-math.inf, query.dtype)
-    return w.write("aten.where.self", (seen, zero, never), Value(query.dtype, (t, s)))

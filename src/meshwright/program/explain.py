@@ -162,6 +162,8 @@ def moved(op: Op, program: Program, size: int) -> int:
             return 2 * (size - 1) * given // size
         case "comm.all_to_all":
             return _exchanged(op, program)
+        case "comm.permute":
+            return given
     return (size - 1) * given // size
 
 

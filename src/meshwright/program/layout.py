@@ -33,6 +33,7 @@ __all__ = [
     "Placement",
     "Shard",
     "Slab",
+    "Split",
     "chunk",
     "counted",
     "disjoint",

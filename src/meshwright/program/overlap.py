@@ -23,6 +23,9 @@ AHEAD_BYTES = 2 * BUCKET_BYTES
 _FEW, _SMALL = 16, 2**16
 """Ops that make a sum over the batch, and its bytes, up to which it goes first."""
 
+_MOVABLE = COLLECTIVES - {"comm.permute"}
+"""A ring's hops stay: early ones would hold the blocks of several ranks at once."""
+
 _Place = tuple[int, int]
 """(number of an op, -2: before it, -1: right before it, 0: itself, 1: right after it)."""
 
@@ -35,7 +38,7 @@ def overlapped(program: Program, limit: int = BUCKET_BYTES, ahead: int = AHEAD_B
         limit: bytes of a bucket.
         ahead: bytes of two successive buckets of gathers, above which the later one is not moved.
     """
-    numbers = [place for place, op in enumerate(program.ops) if op.name in COLLECTIVES]
+    numbers = [place for place, op in enumerate(program.ops) if op.name in _MOVABLE]
     made = program.producers()
     sources = {number: _sources(program, made, number) for number in numbers}
     stored = {number: found for number, found in sources.items() if found is not None}

@@ -18,6 +18,7 @@ from meshwright.program.owed import paid_where_made
 from meshwright.program.program import Arg, Op, Program, Ref, Value, map_refs
 from meshwright.program.propagate import Completed
 from meshwright.program.reshard import Step, reshard
+from meshwright.program.ring import Ring
 from meshwright.program.rules import Carry, Rule, placed, shard_of
 from meshwright.program.rules.factor import Halo
 from meshwright.program.widen import with_wide_sums
@@ -26,7 +27,7 @@ __all__ = ["COLLECTIVES", "Local", "partition"]
 
 COLLECTIVES = frozenset(
     f"comm.{name}"
-    for name in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "exchange")
+    for name in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "permute", "exchange")
 )
 """Ops of a partitioned program that need other ranks; `comm.slice` and `comm.mask` do not.
 
@@ -241,7 +242,16 @@ class _Writer:
         for axis, carry in self.completed.carried[number]:
             if carry.factor in halos:
                 return self._spreader(number, halos[carry.factor], axis).write(local)
+            if carry.factor == rule.ring:
+                return self._ring(number, axis).write(local)
         return [local]
+
+    def _ring(self, number: int, axis: str) -> Ring:
+        op, rule = self.program.ops[number], self.completed.rules[number]
+        key = next(place for name, place, _ in rule.beside if name == axis)
+        keys = self.program.values[op.inputs[key]].shape[2]
+        here, parts = self.coordinates[axis], self.sizes[axis]
+        return Ring(axis, here, parts, keys, self.values, self.scratch)
 
     def _spreader(self, number: int, halo: Halo, axis: str) -> Spreader:
         op, values = self.program.ops[number], self.program.values

@@ -12,15 +12,18 @@ them whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from meshwright.errors import PlanError
 from meshwright.plan.mesh import Axis
-from meshwright.program.layout import REPLICATED, Layout, Placement, Shard, disjoint
+from meshwright.program.layout import REPLICATED, Layout, Placement, Shard, Split, disjoint
 from meshwright.program.program import Program
 from meshwright.program.rules import Carry, Dim, Rule, carry_of, placed, rule_of, shard_of
 
 __all__ = ["Completed", "propagate"]
+
+_Split = TypeVar("_Split", Carry, Shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ def _said(
 def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
     """What the program's annotations say of `axis`, by value.
 
+    `context:2:4` splits the factor n of a dim that is (2, n, 4).
+
     Raises:
         PlanError: a dim has fewer elements than the axis has ranks.
     """
@@ -111,16 +116,17 @@ def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
         (value,), (_, dims, whole) = op.results, op.args
         assert isinstance(dims, str)
         assert isinstance(whole, str)
-        names = dims.split(",")
+        names = [name.partition(":")[0] for name in dims.split(",")]
         if axis.name in names:
             dim = names.index(axis.name)
+            inner = [int(size) for size in dims.split(",")[dim].split(":")[1:]]
             size = program.values[value].shape[dim]
             if size < axis.size:
                 raise PlanError(
                     f"{op.source}: annotate splits dim {dim} over {axis.name}={axis.size}, but it "
                     f"has {size} elements; use {axis.name}={size} or fewer, or another dim"
                 )
-            found[value] = Shard(dim)
+            found[value] = Shard(dim, *inner)
         elif axis.name in whole.split(","):
             found[value] = None
     return found
@@ -207,7 +213,7 @@ class _Search:
         votes: dict[Carry, int] = {}
         op, rule = self.program.ops[number], self.rules[number]
         for value, dims in zip(op.inputs, rule.operands, strict=True):
-            carry = self._carry(rule, dims, value)
+            carry = self._carry(number, dims, value)
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
         for carry in votes:
@@ -223,14 +229,14 @@ class _Search:
         votes: dict[Carry, int] = {}
         rule = self.rules[number]
         for value, dims in zip(self.program.ops[number].results, rule.results, strict=True):
-            carry = self._carry(rule, dims, value)
+            carry = self._carry(number, dims, value)
             if carry is not None and self._fits(number, carry):
                 votes[carry] = votes.get(carry, 0) + self.program.values[value].bytes
         return self._choose(number, votes)
 
-    def _carry(self, rule: Rule, dims: tuple[Dim, ...], value: int) -> Carry | None:
+    def _carry(self, number: int, dims: tuple[Dim, ...], value: int) -> Carry | None:
         """The factor that an operand's or result's shard falls into."""
-        shard = self.place.get(value)
+        rule, shard = self.rules[number], self.place.get(value)
         if not isinstance(shard, Shard):
             return None
         plain = {*dict(rule.halos), *rule.plain}
@@ -238,7 +244,23 @@ class _Search:
             # Rows in even blocks are rows.
             granules = shard.granules(self.program.values[value].shape[shard.dim])
             shard = Shard(shard.dim) if granules % self.axis.size == 0 else shard
-        return carry_of(rule, dims, shard)
+        carry = carry_of(rule, dims, shard)
+        if carry is None:
+            return None
+        others = [c for c in self.carried[number].values() if c.factor == carry.factor]
+        return self._beside(rule.sizes[carry.factor], carry, others)
+
+    def _beside(self, size: int, split: _Split, others: Sequence[Split]) -> _Split:
+        """A split written as blocks, where it cuts across others but its blocks do not.
+
+        One of 2 shares of 4 heads is one of 2 blocks of 2 heads, each of which may be cut again.
+        """
+        across = [o for o in others if o != split and not disjoint(size, split, o)]
+        granules, left = divmod(size // (split.outer * split.unit), self.axis.size)
+        if not across or left:
+            return split
+        blocks = replace(split, unit=split.unit * granules)
+        return blocks if all(disjoint(size, blocks, other) for other in across) else split
 
     def _choose(self, number: int, votes: Mapping[Carry, int]) -> bool:
         if not votes:
@@ -250,6 +272,9 @@ class _Search:
             shard = placed(rule, place, self.axis.name, best)
             if shard is None or value not in self.open or value in self.place:
                 continue
+            shard = self._beside(
+                self.program.values[value].shape[shard.dim], shard, self._others(value, shard)
+            )
             if self._free(value, shard):
                 self.place[value] = shard
         return True
@@ -257,7 +282,8 @@ class _Search:
     def _fits(self, number: int, carry: Carry) -> bool:
         """Whether each coordinate gets a granule, and earlier axes took another or the same one."""
         size = self.rules[number].sizes[carry.factor]
-        if self.axis.name != "context" and carry.factor in dict(self.rules[number].halos):
+        rule = self.rules[number]
+        if self.axis.name != "context" and carry.factor in {*dict(rule.halos), rule.ring}:
             return False
         granules = size // (carry.outer * carry.unit)
         for name, other in self.carried[number].items():
@@ -270,10 +296,9 @@ class _Search:
     def _free(self, value: int, shard: Shard) -> bool:
         """Whether no other axis splits the value's dim in a way that cuts across `shard`."""
         size = self.program.values[value].shape[shard.dim]
-        for found in self.taken:
-            other = found.get(value)
-            if not isinstance(other, Shard) or other.dim != shard.dim or other == shard:
-                continue
-            if not disjoint(size, shard, other):
-                return False
-        return True
+        return all(disjoint(size, shard, other) for other in self._others(value, shard))
+
+    def _others(self, value: int, shard: Shard) -> list[Shard]:
+        """How other axes split the value's dim otherwise."""
+        found = [places.get(value) for places in self.taken]
+        return [o for o in found if isinstance(o, Shard) and o.dim == shard.dim and o != shard]

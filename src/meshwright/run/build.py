@@ -25,6 +25,7 @@ from meshwright.job import Job
 from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
+from meshwright.program.attention import formed
 from meshwright.program.context import split_sequences
 from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
@@ -132,7 +133,7 @@ class Build:
         precision = self.plan.precision
         stage = self.mesh.stages[0]
         splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
-        split = *splits, stage.axis_size("context")
+        split = *splits, *self._shared_sequences()
         key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
@@ -144,19 +145,26 @@ class Build:
                 precision=precision,
                 **how,
             )
-            self.units[key] = replace(unit, program=self._split(unit.program))
+            self.units[key] = self._split(unit)
         return self.units[key]
 
-    def _split(self, program: Program) -> Program:
-        """The program with what the mesh's axes need: ops that may be split, annotations."""
+    def _shared_sequences(self) -> tuple[Hashable, ...]:
+        """What programs whose sequences are split depend on."""
         stage = self.mesh.stages[0]
-        if stage.axis_size("tensor") > 1:
+        parts = stage.axis_size("context")
+        return (parts, self.plan.attention, stage.axis_size("tensor")) if parts > 1 else (parts,)
+
+    def _split(self, unit: Unit) -> Unit:
+        """The unit with what the mesh's axes need: ops that may be split, annotations."""
+        stage, program, attention = self.mesh.stages[0], unit.program, unit.attention
+        if (tensor := stage.axis_size("tensor")) > 1:
             program = split_losses(program)
         if (parts := stage.axis_size("context")) > 1:
             program = split_sequences(program, parts)
+            program, attention = formed(program, parts, tensor, self.plan.attention)
         if stage.axis_size("expert") > 1:
             program = dispatched(program)
-        return program
+        return replace(unit, program=program, attention=attention)
 
     def lowered(
         self,

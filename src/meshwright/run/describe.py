@@ -131,11 +131,24 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         "collectives": [_near(row.as_json()) for row in rows],
         "fallbacks": [_near(found.as_json()) for found in fallbacks(compiled, axes)],
         "conflicts": [_near(found.as_json()) for found in conflicts(compiled, axes)],
+        "attention": _near(_attention(build, micros)),
         "block": _near(block(compiled, axes).as_json()),
         "memory": [
             {"rank": rank, "parts": parts} for rank, parts in enumerate(bills(build, micros))
         ],
     }
+
+
+def _attention(build: Build, micros: Sequence[Micro]) -> list[dict[str, Any]]:
+    """The form of each attention over split sequences, those of repeated layers as one."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for one in build.unit(micros[0]).attention:
+        key = (one.form, one.why, one.source, pattern_of(one.module))
+        groups.setdefault(key, []).append(one.module)
+    return [
+        {"form": form, "why": why, "source": source, "module": folded(names), "count": len(names)}
+        for (form, why, source, _), names in groups.items()
+    ]
 
 
 def _traffic(rows: Sequence[Row], messages: int) -> dict[str, int]:

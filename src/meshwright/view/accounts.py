@@ -10,8 +10,8 @@ from meshwright.program.fold import folded, pattern_of
 from meshwright.view.fields import finite, integer, mapping, mappings, text
 
 __all__ = [
-    "Block", "Collective", "Conflict", "Fallback", "Station", "alike", "parse_block",
-    "parse_collective", "parse_conflict", "parse_fallback",
+    "Attention", "Block", "Collective", "Conflict", "Fallback", "Station", "alike", "parse_attention",
+    "parse_block", "parse_collective", "parse_conflict", "parse_fallback",
 ]  # fmt: skip
 
 
@@ -67,6 +67,17 @@ class Conflict:
     loser: str
     wanted: str
     bytes: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The form that attention over split sequences takes at `count` places, and why."""
+
+    form: str
+    why: str
+    source: str
+    module: str
     count: int
 
 
@@ -136,6 +147,17 @@ def parse_conflict(entry: Mapping[str, Any]) -> Conflict:
         loser=text(entry.get("loser")),
         wanted=text(entry.get("wanted")),
         bytes=integer(entry.get("bytes")),
+        count=integer(entry.get("count"), 1),
+    )
+
+
+def parse_attention(entry: Mapping[str, Any]) -> Attention:
+    """One attention; those of repeated layers come as one."""
+    return Attention(
+        form=text(entry.get("form")),
+        why=text(entry.get("why")),
+        source=text(entry.get("source")),
+        module=text(entry.get("module")),
         count=integer(entry.get("count"), 1),
     )
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from meshwright.program.fold import folded, pattern_of
-from meshwright.view.accounts import Conflict, Fallback, alike
+from meshwright.view.accounts import Attention, Conflict, Fallback, alike
 from meshwright.view.layouts import dims_of, owed
 from meshwright.view.picture import block_text, mesh_text
 from meshwright.view.runfile import Parameter, parse_setup
@@ -29,6 +29,8 @@ def explained(run: Mapping[str, Any]) -> RenderableType:
         parts += [Text(), block_text(setup.block, setup.microbatches)]
     if setup.parameters:
         parts += [Text(), _parameters(setup.parameters)]
+    if setup.attention:
+        parts += [Text(), _attention(setup.attention)]
     parts += [Text(), _conflicts(setup.conflicts), Text(), fallback_table(setup.fallbacks)]
     return Group(*parts)
 
@@ -76,6 +78,16 @@ def _beside(shape: Sequence[int], layout: str, weights: str) -> str:
     words = [dims] if dims != weights else []
     words += [f"partial over {' and '.join(owes)}"] if owes else []
     return ", ".join(words) or "the same"
+
+
+def _attention(found: Sequence[Attention]) -> RenderableType:
+    """How attention meets sequences that are split."""
+    lines = [Text("Attention over split sequences", "bold")]
+    for one in found:
+        times = f" ×{one.count:,}" if one.count > 1 else ""
+        lines.append(Text(f"  {one.form}{times}  {_where(one.source, one.module)}"))
+        lines.append(Text(f"    {one.why}", "dim"))
+    return Group(*lines)
 
 
 def _conflicts(conflicts: Sequence[Conflict]) -> RenderableType:

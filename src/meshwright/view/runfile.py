@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshwright.view.accounts import (
+    Attention,
     Block,
     Collective,
     Conflict,
     Fallback,
+    parse_attention,
     parse_block,
     parse_collective,
     parse_conflict,
@@ -80,6 +82,7 @@ class Setup:
     messages: int
     fallbacks: tuple[Fallback, ...]
     conflicts: tuple[Conflict, ...]
+    attention: tuple[Attention, ...]
     block: Block
     memory: tuple[RankMemory, ...]
 
@@ -105,6 +108,7 @@ def parse_setup(run: Mapping[str, Any]) -> Setup:
         messages=integer(mapping(run.get("traffic")).get("messages")),
         fallbacks=tuple(map(parse_fallback, mappings(run.get("fallbacks")))),
         conflicts=tuple(map(parse_conflict, mappings(run.get("conflicts")))),
+        attention=tuple(map(parse_attention, mappings(run.get("attention")))),
         block=parse_block(run.get("block")),
         memory=tuple(_memory(entry) for entry in mappings(run.get("memory"))),
     )

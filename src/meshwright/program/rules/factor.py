@@ -94,6 +94,8 @@ class Rule:
             (operands first, then results) is split over it too, though it is another factor.
         halos: (factor, halo): dims that only the axis `context` may carry, in plain chunks; their
             sizes differ between operands and results.
+        ring: the factor that only the axis `context` may carry, whose ranks then exchange what is
+            split beside it (`program.ring`).
         known: False for the fallback of an op that has no rule.
     """
 
@@ -112,6 +114,7 @@ class Rule:
     plain: frozenset[int] = frozenset()
     beside: tuple[tuple[str, int, int], ...] = ()
     halos: tuple[tuple[int, Halo], ...] = ()
+    ring: int | None = None
     known: bool = True
 
 

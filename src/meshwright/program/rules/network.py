@@ -121,6 +121,25 @@ def _flash_backward(view: OpView) -> Rule:
     return _grouped(rule, view, 1)
 
 
+def _ring(view: OpView) -> Rule:
+    """As attention, with queries split over `context` whatever each sees, and keys beside them."""
+    query = 1 if view.op.base.endswith("_backward") else 0
+    rule = (_flash_backward if query else _flash)(view)
+    if not rule.operands[query][2]:
+        return rule
+    (rows,) = rule.operands[query][2]
+    keys = [query + 1, query + 2]
+    if query:
+        keys += [len(view.operands) + sum(o is not None for o in view.op.outputs[:k]) for k in (1, 2)]
+    return replace(
+        rule,
+        whole=rule.whole - {rows},
+        beside=tuple(("context", place, 2) for place in keys),
+        plain=rule.plain | {rows},
+        ring=rows,
+    )
+
+
 def _mask(view: OpView) -> str | None:
     """The attention mask's dims: (t s), or (b h t s) where any may be 1."""
     if not isinstance(dict(view.op.kwargs).get("attn_mask"), Ref):
@@ -339,6 +358,8 @@ RULES: dict[str, RuleMaker] = {
     "aten.glu_backward": _glu,
     "aten._scaled_dot_product_flash_attention_for_cpu": _flash,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+    "meshwright.ring_attention": _ring,
+    "meshwright.ring_attention_backward": _ring,
     "aten.embedding": _embedding,
     "aten.embedding_dense_backward": _embedding_backward,
     "aten.nll_loss_forward": _nll_forward,
