@@ -61,7 +61,17 @@ def a_halo():
     return Case(graph, (places,), axes, {x: on(context=Shard(2))})
 
 
+def known_too_late():
+    """A product chose before it was known where its larger operand lies."""
+    graph = Graph()
+    x, w, beside = graph.input(2, 4), graph.input(4, 8), graph.input(4, 8)
+    (made,) = graph.call("mm.default", Ref(x), Ref(w))
+    (total,) = graph.call("add.Tensor", Ref(w), Ref(beside))
+    said = {x: on(data=Shard(0)), beside: on(data=Shard(1))}
+    return Case(graph, (made, total), DATA, said)
+
+
 FOUND = (
     later_axis_is_said, later_axis_is_wanted, rows_of_a_joined_table, an_uneven_exchange,
-    a_halo,
+    a_halo, known_too_late,
 )  # fmt: skip

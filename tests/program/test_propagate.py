@@ -62,7 +62,8 @@ def test_nothing_more_can_be_carried(case):
         for value, dims in inside:
             shard = completed.places[axis.name].get(value)
             carry = carry_of(rule, dims, shard) if isinstance(shard, Shard) else None
-            if carry is not None:
+            windows = axis.name != "context" and carry and carry.factor in dict(rule.halos)
+            if carry is not None and not windows:
                 assert rule.sizes[carry.factor] // (carry.outer * carry.unit) < axis.size
 
 

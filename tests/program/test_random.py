@@ -158,10 +158,11 @@ def found(test):
     return test
 
 
-@settings(max_examples=1000, **THOROUGH)
+@pytest.mark.parametrize("_part", range(4))
+@settings(max_examples=250, **THOROUGH)
 @found
 @given(case=cases())
-def test_ranks_compute_what_one_does_and_move_what_is_told(case):
+def test_ranks_compute_what_one_does_and_move_what_is_told(_part, case):
     values_and_moves(case)
 
 
@@ -187,7 +188,8 @@ def test_what_is_complete_is_not_changed(case):
 
 
 @pytest.mark.matrix
-@settings(max_examples=25_000, **THOROUGH)
+@pytest.mark.parametrize("_part", range(50))
+@settings(max_examples=500, **THOROUGH)
 @given(case=cases())
-def test_every_law_many_times(case):
+def test_every_law_many_times(_part, case):
     lawful(case)
