@@ -28,6 +28,14 @@ sizes = st.integers(1, 40)
             ),
         ),
         (
+            Plan(data=2, attention="ring"),
+            Facts(2),
+            (
+                "plan asks for attention=ring, but sequences are whole with context=1; "
+                "use context=2 or more, or drop attention"
+            ),
+        ),
+        (
             Plan(data=3),
             Facts(4),
             "plan asks for data=3 = 3 ranks, but the world has 4; use data=4, or start 3 ranks",

@@ -147,3 +147,8 @@ def test_keys_are_all_fields_but_the_named_ones():
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_its_keys(name):
     assert Plan.parse(name) == Plan(**PRESETS[name])
+
+
+def test_a_form_of_attention_that_there_is_not_is_told_from_those_that_there_are():
+    with pytest.raises(PlanError, match="attention=sphere; use attention=gather or attention=all-"):
+        Plan(context=2, attention="sphere")

@@ -113,7 +113,9 @@ def test_no_rank_ever_has_all_keys(backward):
 
 def test_a_causal_future_is_not_computed():
     _, _, programs = run(both(8, 8, 4, "", True, False), 4)
-    seen = [Counter(op.args[5] for op in p.ops if op.base == "meshwright.ring_step") for p in programs]
+    seen = [
+        Counter(op.args[5] for op in p.ops if op.base == "meshwright.ring_step") for p in programs
+    ]
     assert seen == [
         {"causal": 1, "none": 3 - rank, "all": rank} if 0 < rank < 3
         else {"causal": 1, "none": 3} if rank == 0 else {"causal": 1, "all": 3}

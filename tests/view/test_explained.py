@@ -75,3 +75,13 @@ def test_a_long_name_has_a_line_of_its_own() -> None:
     lines = printed(run_record(4, 1, depth=8), 48)
     at = lines.index("blocks.*.mlp.up.weight")
     assert lines[at + 1] == "×8 768 × 192 the same 768/data × 192"
+
+
+def test_attention_says_its_form_where_and_why() -> None:
+    run = run_record(2, 0, depth=1)
+    run["attention"] = [
+        {"form": "ring", "why": "1 head", "source": "a.py:3", "module": "blocks.*", "count": 2}
+    ]
+    lines = printed(run)
+    place = lines.index("Attention over split sequences")
+    assert lines[place + 1 : place + 3] == ["ring ×2 a.py:3 blocks.*", "1 head"]

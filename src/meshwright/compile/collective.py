@@ -130,7 +130,9 @@ def start(
     pairs = list(zip(tensors, bucket.slabs, strict=True))
     if bucket.op == "permute":
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        sizes = [sum(math.prod(_part_shape(t.shape, cut[0], k)) for t, cut in pairs) for k in members]
+        sizes = [
+            sum(math.prod(_part_shape(t.shape, cut[0], k)) for t, cut in pairs) for k in members
+        ]
         sent = tuple((size,) for size in sizes)
         return Start("permute", group, (flat,), shapes=sent, root=1, label=label)
     if bucket.op == "all_gather":

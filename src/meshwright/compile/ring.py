@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["ring_attention", "ring_attention_backward", "ring_step", "ring_step_backward"]
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # noqa: SLF001
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default  # noqa: SLF001
 
 
 @torch.library.custom_op("meshwright::ring_attention", mutates_args=())
@@ -44,7 +44,7 @@ def _(query: Tensor, _key: Tensor, value: Tensor, *_: object, **__: object) -> t
 
 
 @torch.library.custom_op("meshwright::ring_attention_backward", mutates_args=())
-def ring_attention_backward(
+def ring_attention_backward(  # noqa: PLR0913 - an op takes all it reads
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -72,7 +72,7 @@ def _(
 
 
 @torch.library.custom_op("meshwright::ring_step", mutates_args=())
-def ring_step(
+def ring_step(  # noqa: PLR0913 - an op takes all it reads
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,7 +102,9 @@ def ring_step(
     """
     if sees != "none":
         mask = _columns(attn_mask, start, key)
-        made, found = _forward(query, key, value, 0.0, sees == "causal", attn_mask=mask, scale=scale)
+        made, found = _forward(
+            query, key, value, 0.0, sees == "causal", attn_mask=mask, scale=scale
+        )
         made = made.to(found.dtype)
         if mask is not None:
             found = found.masked_fill((mask == -math.inf).all(-1), -math.inf)
@@ -118,9 +120,7 @@ def ring_step(
 
 
 @ring_step.register_fake
-def _(
-    query: Tensor, _key: Tensor, value: Tensor, *rest: object
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, _key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     wide = _wide(query.dtype)
     shape = (*query.shape[:-1], value.shape[-1])
     made = query.new_empty(shape, dtype=query.dtype if rest[5] else wide)
@@ -153,7 +153,7 @@ def _merged(a: _Found, b: _Found) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("meshwright::ring_step_backward", mutates_args=())
-def ring_step_backward(
+def ring_step_backward(  # noqa: PLR0913 - an op takes all it reads
     gradient: Tensor,
     query: Tensor,
     key: Tensor,

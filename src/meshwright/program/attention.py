@@ -91,9 +91,11 @@ class _Met:
             return self._chosen(asked, "the plan asks for it")
         prices = {f: p for f, p in self.prices().items() if not reasons[f]}
         if not prices:
-            return self._chosen("gather", "; ".join(reason for reason in reasons.values() if reason))
+            return self._chosen(
+                "gather", "; ".join(reason for reason in reasons.values() if reason)
+            )
         best = min(prices, key=lambda form: prices[form])
-        other = "ring" if best == "all-to-all" else "all-to-all"
+        other: Form = "ring" if best == "all-to-all" else "all-to-all"
         beside = reasons[other] or f"{prices[other]:,} as {other}"
         return self._chosen(best, f"{prices[best]:,} bytes a micro-batch; {beside}")
 
@@ -170,8 +172,8 @@ def formed(
     for op in forwards:
         q, k, v = op.inputs[:3]
         splits = _split(places.get(q)), _split(places.get(k))
-        values = (program.values[value] for value in (q, k, v))
-        met = _Met(op, *values, splits, parts, tensor)
+        query, key, value = (program.values[number] for number in (q, k, v))
+        met = _Met(op, query, key, value, splits, parts, tensor)
         chosen[op.results[0]] = met.choose(asked)
     former = _Former(program, tensor, chosen)
     found = list(chosen.values())
@@ -282,9 +284,7 @@ class _Former:
             for value in ends.reads.keys() & set(op.inputs):
                 shared = self.program.values[value].shape[_HEADS]
                 changes[value] = self._with_heads(op, value, shared)
-        args, kwargs = map_refs(
-            (op.args, op.kwargs), lambda v: changes.get(v, self.back.get(v, v))
-        )
+        args, kwargs = map_refs((op.args, op.kwargs), lambda v: changes.get(v, self.back.get(v, v)))
         self.ops.append(replace(op, args=args, kwargs=kwargs))
         for value in op.results:
             if value in self.makes:

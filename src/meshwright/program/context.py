@@ -14,6 +14,7 @@ from meshwright.program.program import Op, Program, Ref, map_refs
 
 __all__ = ["split_sequences"]
 
+
 def split_sequences(program: Program, parts: int) -> Program:
     """The program with its batch's tokens annotated over `context`.
 

@@ -141,7 +141,9 @@ def row_factor(op: Op, rule: Rule, value: int) -> int | None:
     if not rule.known or len(first) != 1 or len(first[0]) != 1 or first[0][0] in rule.whole:
         return None
     factor = first[0][0]
-    if factor in {*dict(rule.halos), rule.ring} or (rule.window is not None and rule.window[0] == factor):
+    if factor in {*dict(rule.halos), rule.ring} or (
+        rule.window is not None and rule.window[0] == factor
+    ):
         return None  # where a row lies counts
     ahead = all(dims[0] == (factor,) for _, dims in tensors if has(dims, factor))
     kept = {has(dims, factor) for dims in rule.results}

@@ -263,7 +263,7 @@ def shard_of(rule: Rule, dims: tuple[Dim, ...], carry: Carry) -> Shard | None:
 def placed(rule: Rule, tensor: int, axis: str, carry: Carry) -> Shard | None:
     """How a tensor of the op (operands first, then results) lies over an axis that carries this."""
     for name, other, dim in rule.beside:
-        if (name, other) == (axis, tensor):
+        if (name, other) == (axis, tensor) and rule.ring in (None, carry.factor):
             return Shard(dim)
     return shard_of(rule, (*rule.operands, *rule.results)[tensor], carry)
 

@@ -130,7 +130,9 @@ def _ring(view: OpView) -> Rule:
     (rows,) = rule.operands[query][2]
     keys = [query + 1, query + 2]
     if query:
-        keys += [len(view.operands) + sum(o is not None for o in view.op.outputs[:k]) for k in (1, 2)]
+        keys += [
+            len(view.operands) + sum(o is not None for o in view.op.outputs[:k]) for k in (1, 2)
+        ]
     return replace(
         rule,
         whole=rule.whole - {rows},
