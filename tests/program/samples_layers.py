@@ -207,6 +207,6 @@ def _made():
 
 
 MAKERS = (
-    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _rings, _lookups, _losses, _spoken,
-    _made,
+    _weight_norms, _softmax, _norms, _group_norms, _gates, _attention, _rings, _lookups, _losses,
+    _spoken, _made,
 )  # fmt: skip

@@ -58,10 +58,12 @@ class _Graph:
     def ends(self, softmax: Op) -> Ends | None:
         """Those of the attention around a softmax."""
         ops = self.program.ops
-        scores, slopes = self._flow(softmax.results, self._onward), []
-        for number in sorted(scores.ops):
-            if ops[number].base == _SLOPE and softmax.results[0] in ops[number].inputs[1:]:
-                slopes.append(ops[number].inputs[0])
+        scores = self._flow(softmax.results, self._onward)
+        slopes = [
+            ops[number].inputs[0]
+            for number in sorted(scores.ops)
+            if ops[number].base == _SLOPE and softmax.results[0] in ops[number].inputs[1:]
+        ]
         before = self._flow((softmax.inputs[0], *slopes), self._back)
         products = {n for n in scores.stops | before.stops if ops[n].base in _PRODUCTS}
         found = Ends(softmax)

@@ -30,7 +30,7 @@ from meshwright.program.context import split_sequences
 from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
-from meshwright.program.program import Program, Value
+from meshwright.program.program import Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts
 from meshwright.run.executor import Place

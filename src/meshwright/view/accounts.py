@@ -10,8 +10,8 @@ from meshwright.program.fold import folded, pattern_of
 from meshwright.view.fields import finite, integer, mapping, mappings, text
 
 __all__ = [
-    "Attention", "Block", "Collective", "Conflict", "Fallback", "Station", "alike", "parse_attention",
-    "parse_block", "parse_collective", "parse_conflict", "parse_fallback",
+    "Attention", "Block", "Collective", "Conflict", "Fallback", "Station", "alike",
+    "parse_attention", "parse_block", "parse_collective", "parse_conflict", "parse_fallback",
 ]  # fmt: skip
 
 
