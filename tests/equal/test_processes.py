@@ -19,9 +19,10 @@ MIXTURES = "tests/equal/mixtures.py"
 SAMPLE = {
     "gpt zero3,data=2,microbatches=3": GPT,
     "digits zero1,data=2": ("examples/digits.py", "width=8"),
-    "mixtral expert=2": (f"{MIXTURES}:mixtral",),
+    "gpt tensor=2": GPT,
 }
 MORE = {
+    "mixtral expert=2": (f"{MIXTURES}:mixtral",),
     "gpt data=3": GPT,
     "gpt zero2,data=4": GPT,
     "digits data=4": ("examples/digits.py", "width=8"),
