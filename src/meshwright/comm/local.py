@@ -151,7 +151,7 @@ def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
         case "reduce_scatter":
             return [_reduced([_of(k, s) for s in starts], first.reduce) for k in members]
         case "all_gather":
-            return [tuple(t.clone() for s in starts for t in s.tensors) for _ in members]
+            return [_side_by_side([s.tensors for s in starts]) for _ in members]
         case "all_to_all":
             return [tuple(t.clone() for s in starts for t in _of(k, s)) for k in members]
         case "broadcast":
@@ -185,6 +185,17 @@ def _of(member: int, start: Start) -> tuple[Tensor, ...]:
     """What `start` has for a member, of a list that goes member after member."""
     k = len(start.tensors) // len(start.group.ranks)
     return start.tensors[member * k : (member + 1) * k]
+
+
+def _side_by_side(buckets: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Copies in one piece of memory, a tensor's parts end to end, as every driver answers."""
+    laid = [tuple(torch.cat([t.flatten() for t in parts]).split([t.numel() for t in parts]))
+            for parts in zip(*buckets, strict=True)]  # fmt: skip
+    return tuple(
+        laid[k][member].view(tensor.shape)
+        for member, bucket in enumerate(buckets)
+        for k, tensor in enumerate(bucket)
+    )
 
 
 def _reduced(buckets: Sequence[tuple[Tensor, ...]], how: str) -> tuple[Tensor, ...]:

@@ -37,7 +37,7 @@ def narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
 def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
     """The inverse of `narrow` over all members."""
     dim, outer, unit, _, lengths = slab
-    if dim == 0 and _end_to_end(parts):
+    if dim == 0 and outer == 1 and _end_to_end(parts):
         return _whole(parts)
     if outer == 1:
         return torch.cat(list(parts), dim)
