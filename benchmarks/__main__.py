@@ -29,7 +29,7 @@ from benchmarks.harness import peers
 from benchmarks.harness.measure import Measured, measure
 from benchmarks.harness.result import as_json
 from benchmarks.page.machine import machine
-from benchmarks.page.page import page
+from benchmarks.page.page import page, renewed
 from benchmarks.page.pictures import draw
 from benchmarks.page.tables import on_terminal
 from benchmarks.reach import GROUPS
@@ -80,12 +80,6 @@ def run(wanted: dict[str, Callable[[], Measured]]) -> dict[str, Any]:
         }
     raw["minutes"], raw["load_at_end"] = (time.monotonic() - began) / 60, os.getloadavg()[0]
     return raw
-
-
-def renewed(raw: dict[str, Any], docs: Path) -> dict[str, Any]:
-    """The page's raw numbers with those of some parts in place of what they were."""
-    kept: dict[str, Any] = json.loads((docs / "benchmarks" / "raw.json").read_text())
-    return {**kept, "groups": {**kept["groups"], **raw["groups"]}}
 
 
 def write(raw: dict[str, Any], docs: Path) -> None:

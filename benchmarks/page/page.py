@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,12 @@ def page(raw: Mapping[str, Any], pictures: Sequence[str]) -> str:
     parts += [_control(controls, notes), _everyone(raw["groups"])]
     parts.append(_how(raw))
     return "\n\n".join(parts) + "\n"
+
+
+def renewed(raw: Mapping[str, Any], docs: Path) -> dict[str, Any]:
+    """The page's raw numbers with those of some parts in place of what they were."""
+    kept: dict[str, Any] = json.loads((docs / "benchmarks" / "raw.json").read_text())
+    return {**kept, "groups": {**kept["groups"], **raw["groups"]}}
 
 
 def _head(raw: Mapping[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.__main__ import renewed
 from benchmarks.harness.lines import CONTROL
 from benchmarks.models import SHAPES
-from benchmarks.page.page import page
+from benchmarks.page.page import page, renewed
 from benchmarks.reach import COLLECTIVES, CROWDED, GROUPS, SECTIONS
 from benchmarks.special import KB, MB, collective_lines
 

@@ -120,11 +120,15 @@ def _owing(program: Program, first: Completed, found: Mapping[int, Carry]) -> di
     kept: dict[int, Carry] = {}
     for number, op in enumerate(program.ops):
         rule, carry = first.rules[number], dict(first.carried[number]).get(_AXIS)
+        together = carry is None and (_views(program, op, rule) or _adds(op, rule))
+        if together and owing.issuperset(op.inputs):
+            owing.update(op.results)
+            continue
+        if number in found or carry is not None:
+            owing.difference_update(op.inputs)  # paid for here, and once is enough
         if carry is not None:
             dims = zip(op.results, rule.results, strict=True)
             owing |= {value for value, d in dims if shard_of(rule, d, carry) is None}
-        elif owing.issuperset(op.inputs) and (_views(program, op, rule) or _adds(op, rule)):
-            owing.update(op.results)
         elif number in found:
             kept[number] = found[number]
     return kept
