@@ -33,6 +33,8 @@ __all__ = [
     "assemble",
     "complete_unit",
     "gather_program",
+    "in_one_piece",
+    "in_place",
     "move_instructions",
     "move_program",
     "unit_outputs",
@@ -205,7 +207,7 @@ def assemble(
             outputs = unit_outputs(program, axes, each, last=last)
             local = partition(program, completed, axes, coordinates, outputs)
             local = donated(routed(local, axes))
-            local = _in_one_piece(local, unit, fused, states, last=last)
+            local = in_one_piece(local, unit, fused, states, last=last)
             made[key] = replace(local, program=overlapped(local.program))
         runs[key] = runs.get(key, 0) + 1
         body += _microbatch(k, made[key].program, table, last=last)
@@ -222,7 +224,7 @@ def assemble(
         axes,
         coordinates,
     )
-    gather = _in_place(gather)
+    gather = in_place(gather)
     body += [Instruction("Finish"), Instruction("Agree", axis="world"), Instruction("Update")]
     body += move_instructions(gather.program, table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
@@ -231,7 +233,7 @@ def assemble(
     return Compiled(lists, used, (gather,), tuple(wholes[key] for key in runs))
 
 
-def _in_one_piece(
+def in_one_piece(
     local: Local,
     unit: Program,
     fused: Mapping[str, Parts],
@@ -242,17 +244,22 @@ def _in_one_piece(
     """Fused parameters come in one piece, and their gradients go so; sums stay in parts."""
     if not fused:
         return local
-    inputs = dict(unit.inputs)
+    inputs, given = dict(unit.inputs), {name for name, _ in local.program.outputs}
+    read = {name for name, _ in local.program.inputs}
     comes = {
         f"model/{name}": Joint(parts, inputs[f"model/{name}"], states[name].weights)
         for name, parts in fused.items()
-        if f"model/{name}" in inputs
+        if read.issuperset(f"model/{part}" for part in parts.names(name))
     }
-    goes = {f"gradient/{name}": Joint(parts) for name, parts in fused.items() if last}
+    goes = {
+        f"gradient/{name}": Joint(parts)
+        for name, parts in fused.items()
+        if last and given.issuperset(f"gradient/{part}" for part in parts.names(name))
+    }
     return closed(local, comes, goes)
 
 
-def _in_place(gather: Local) -> Local:
+def in_place(gather: Local) -> Local:
     """Gathers of updated weights may leave them where the old ones are."""
     program = gather.program
     names = {value: name for name, value in program.outputs}

@@ -2,7 +2,7 @@
 
 A list has a prologue, a body (one step, repeated) and a drain. Values are named: state by its
 global name (`model/...`, `gradient/...`), a micro-batch's values `k:number`. Collectives exist only
-as Start and Wait; a started one's pending result is named `~value`.
+as Start and Wait, messages as Send, Recv and Wait; a started one's pending result is `~value`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from meshwright.program.program import Op, Program
+from meshwright.program.program import Op, Program, Value
 
-__all__ = ["Instruction", "InstructionList", "Kind"]
+__all__ = ["Instruction", "InstructionList", "Kind", "Message"]
 
 Kind = Literal[
     "Load",
@@ -41,6 +41,8 @@ class Instruction:
         version: of the weights it reads (0 is the newest).
         inputs, outputs: names of values; a Free's inputs are what it frees.
         axis: of a Start or Wait.
+        peer: of a Send, Recv or the Wait for one, the rank at the other end; its segment is an
+            index into the list's `messages`.
         draws: of a Run with random ops, which of its inputs is the position, and how many random
             ops of the forward come before its own, which it counts from zero: so equal layers are
             one segment.
@@ -54,14 +56,24 @@ class Instruction:
     outputs: tuple[str, ...] = ()
     axis: str | None = None
     draws: tuple[int, int] | None = None
+    peer: int | None = None
 
     def __str__(self) -> str:
         """`Run 3 @0: a, b -> c`."""
         where = "" if self.microbatch is None else f" @{self.microbatch}"
         number = "" if self.segment is None else f" {self.segment}"
         axis = f" over {self.axis}" if self.axis else ""
+        axis += "" if self.peer is None else f" with rank {self.peer}"
         reads, makes = ", ".join(self.inputs), ", ".join(self.outputs)
         return f"{self.kind}{number}{where}{axis}: {reads} -> {makes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What goes from one rank to another: `label` says what it is, alike on both."""
+
+    label: str
+    values: tuple[Value, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +81,8 @@ class InstructionList:
     """What a rank does under a plan: the lists, the segments they run, the collectives they start.
 
     A segment is a Program without collectives, numbered from zero, so that equal ones are one; a
-    call is a bucket: ops of a partitioned program, of one kind, their operands taken out.
+    call is a bucket: ops of a partitioned program, of one kind, their operands taken out. A message
+    is what a Send or Recv carries: the names of its values and what they are.
     """
 
     prologue: tuple[Instruction, ...]
@@ -77,3 +90,4 @@ class InstructionList:
     drain: tuple[Instruction, ...]
     segments: tuple[Program, ...]
     calls: tuple[tuple[Op, ...], ...]
+    messages: tuple[Message, ...] = ()

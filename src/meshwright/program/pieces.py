@@ -12,7 +12,7 @@ from meshwright.program.partition import COLLECTIVES
 from meshwright.program.program import Op, Program, map_refs
 from meshwright.program.repeat import repeated
 
-__all__ = ["Piece", "Table", "pieces", "run_pieces", "segments_of"]
+__all__ = ["Piece", "Table", "pieces", "run_pieces", "segments_of", "with_frees"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,4 +252,30 @@ def _with_frees(
         dead = [v for v in dead if not v.startswith("~")]
         if dead:
             found.append(Instruction("Free", None, instruction.microbatch, 0, tuple(dead)))
+    return found
+
+
+def with_frees(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """A whole list in which values of micro-batches (`...k:name`) go after their last reader.
+
+    What a Send reads lives until its Wait, and what is freed already is left alone.
+    """
+    freed = {v for each in instructions if each.kind == "Free" for v in each.inputs}
+    ends: dict[str, int] = {}
+    carried: dict[str, tuple[str, ...]] = {}
+    for place, each in enumerate(instructions):
+        used = [*each.inputs, *each.outputs]
+        if each.kind == "Send":
+            carried[each.outputs[0]] = each.inputs
+        elif each.kind == "Wait" and each.inputs[0] in carried:
+            used += carried.pop(each.inputs[0])
+        ends.update((v, place) for v in used if ":" in v and v[0] != "~" and v not in freed)
+    dead: dict[int, list[str]] = {}
+    for value, place in ends.items():
+        dead.setdefault(place, []).append(value)
+    found: list[Instruction] = []
+    for place, each in enumerate(instructions):
+        found.append(each)
+        if place in dead:
+            found.append(Instruction("Free", None, each.microbatch, 0, tuple(dead[place])))
     return found

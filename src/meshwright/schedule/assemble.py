@@ -1,0 +1,356 @@
+"""Assemble: a schedule and the tasks of its micro-batches -> one rank's instruction list.
+
+body   for each action: Load, Recv what this and the next one read, Wait, the task's pieces, Stash,
+       Send what other ranks read
+       gradients of parameters that live at several stages are summed
+       Finish, Agree, Update, gather weights, Commit
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from meshwright.plan.mesh import Axis
+from meshwright.program.assemble import Compiled, in_place, move_instructions, move_program
+from meshwright.program.instruction import Instruction, InstructionList, Message
+from meshwright.program.layout import local_shape
+from meshwright.program.partition import Local
+from meshwright.program.pieces import Table, run_pieces, with_frees
+from meshwright.program.program import Op, Program, Ref, Value
+from meshwright.program.propagate import Completed
+from meshwright.program.stage import named
+from meshwright.program.zero import StateLayouts
+from meshwright.schedule.action import Action, Schedule
+from meshwright.schedule.locals import Micro
+from meshwright.schedule.messages import Sent, messages
+
+__all__ = ["Seat", "assemble_stages", "tied_axis"]
+
+_AHEAD = 1
+"""How many actions before its own a message may be received."""
+
+_EVERYWHERE = ("output/", "watch/")
+"""Outputs that every rank is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a rank sits.
+
+    Attributes:
+        pipeline: its pipeline rank.
+        peers: by pipeline rank, the rank with the same coordinates in its stage.
+        axes: of its stage.
+        coordinates: along them.
+        homes: of each parameter the pipeline ranks that hold it.
+    """
+
+    pipeline: int
+    peers: tuple[int, ...]
+    axes: Sequence[Axis]
+    coordinates: Mapping[str, int]
+    homes: Mapping[str, tuple[int, ...]]
+
+
+def tied_axis(homes: tuple[int, ...]) -> str:
+    """The name of the axis along which parameters with several homes are summed."""
+    return "pipeline " + "+".join(map(str, homes))
+
+
+def assemble_stages(
+    schedule: Schedule, micros: Sequence[Micro], states: Mapping[str, StateLayouts], seat: Seat
+) -> Compiled:
+    """The instruction list of the rank in `seat`.
+
+    Args:
+        schedule: of a step.
+        micros: the micro-batches, in order; equal ones may be one object.
+        states: layouts by parameter.
+        seat: the rank's.
+    """
+    assembler = _Assembler(schedule, micros, seat)
+    body = [*assembler.actions(), *assembler.ties(states)]
+    gather = in_place(assembler.gather(states))
+    body += [Instruction("Finish"), Instruction("Agree", axis="world"), Instruction("Update")]
+    body += move_instructions(gather.program, assembler.table, "gather", "shard/", "gathered/")
+    body.append(Instruction("Commit"))
+    table = assembler.table
+    lists = InstructionList(
+        (), tuple(with_frees(body)), (), tuple(table.segments), tuple(table.calls),
+        tuple(assembler.told),
+    )  # fmt: skip
+    used = assembler.used.values()
+    units = tuple((count, local) for count, local, _, _ in used)
+    return Compiled(lists, units, (gather,), tuple((whole, how) for _, _, whole, how in used))
+
+
+@dataclass(slots=True)
+class _Assembler:
+    schedule: Schedule
+    micros: Sequence[Micro]
+    seat: Seat
+    table: Table = field(default_factory=Table)
+    told: list[Message] = field(default_factory=list)
+    numbers: dict[Message, int] = field(default_factory=dict)
+    used: dict[int, tuple[int, Local, Program, Completed]] = field(default_factory=dict)
+    loaded: set[int] = field(default_factory=set)
+    assigned: set[str] = field(default_factory=set)
+    updated: set[str] = field(default_factory=set)
+    sending: dict[int, str] = field(default_factory=dict)  # rank -> the send to wait for
+
+    @property
+    def mine(self) -> tuple[Action, ...]:
+        """This rank's actions."""
+        return self.schedule.ranks[self.seat.pipeline]
+
+    def actions(self) -> list[Instruction]:
+        """Every action with what it needs and sends."""
+        here = self.seat.pipeline
+        everything = messages(self.schedule, [micro.tasks for micro in self.micros])
+        outgoing: dict[Action, list[Sent]] = defaultdict(list)
+        incoming: dict[int, list[Sent]] = defaultdict(list)
+        for sent in everything:
+            if sent.source == here:
+                outgoing[sent.action].append(sent)
+            if sent.target == here:
+                incoming[sent.source].append(sent)
+        last = self._last_sums()
+        body: list[Instruction] = []
+        for number, action in enumerate(self.mine):
+            soon = set(self.mine[number : number + 1 + _AHEAD])
+            body += self._received(incoming, soon)
+            body += [self._arrived(s) for s in self._needed(everything, action)]
+            body += self._task(action, last[number])
+            for sent in outgoing[action]:
+                body += self._sent(sent)
+        body += self._shared_outputs()
+        return [*body, *self._all_sent()]
+
+    def _needed(self, everything: Sequence[Sent], action: Action) -> list[Sent]:
+        """What must have come before an action."""
+        here = self.seat.pipeline
+        return [s for s in everything if s.target == here and s.needed == action]
+
+    def _last_sums(self) -> list[frozenset[str]]:
+        """Of each action, the sums that are complete with it."""
+        left: set[str] = set()
+        found = []
+        for action in reversed(self.mine):
+            task = self.micros[action.microbatch].tasks.task((action.stage, action.kind))
+            gradients = {name for name in task.sums if name.startswith("gradient/")}
+            found.append(frozenset(gradients - left))
+            left |= gradients
+        return found[::-1]
+
+    def _received(self, incoming: Mapping[int, list[Sent]], soon: set[Action]) -> list[Instruction]:
+        """Receive what these actions need, after what was sent before it."""
+        found = []
+        for waiting in incoming.values():
+            needed = [place for place, sent in enumerate(waiting) if sent.needed in soon]
+            for sent in waiting[: max(needed, default=-1) + 1]:
+                pending = (f"~{self._name(sent)}",)
+                number = self._told(sent)
+                found.append(
+                    Instruction(
+                        "Recv",
+                        number,
+                        sent.action.microbatch,
+                        0,
+                        (),
+                        pending,
+                        peer=self.seat.peers[sent.source],
+                    )  # fmt: skip
+                )
+            del waiting[: max(needed, default=-1) + 1]
+        return found
+
+    def _arrived(self, sent: Sent) -> Instruction:
+        k = sent.action.microbatch
+        names = tuple(f"{k}:{named(value)}" for value in sent.values)
+        return Instruction(
+            "Wait", self._told(sent), k, 0, (f"~{self._name(sent)}",), names,
+            peer=self.seat.peers[sent.source],
+        )  # fmt: skip
+
+    def _name(self, sent: Sent) -> str:
+        return f"{sent.action}>{sent.target}"
+
+    def _told(self, sent: Sent) -> int:
+        """The number of a message in the list's table."""
+        micro = self.micros[sent.action.microbatch]
+        values = []
+        for value in sent.values:
+            whole, layout = micro.tasks.whole.values[value], micro.landing(value)
+            shape = local_shape(whole.shape, layout, self.seat.axes, self.seat.coordinates)
+            values.append(Value(whole.dtype, shape))
+        return self._number(Message(sent.label, tuple(values)))
+
+    def _number(self, message: Message) -> int:
+        if message not in self.numbers:
+            self.numbers[message] = len(self.told)
+            self.told.append(message)
+        return self.numbers[message]
+
+    def _sent(self, sent: Sent) -> list[Instruction]:
+        """Send, once what was sent there before has been taken."""
+        k, peer = sent.action.microbatch, self.seat.peers[sent.target]
+        names = tuple(f"{k}:{named(value)}" for value in sent.values)
+        found = self._gone(peer)
+        pending = self.sending[peer] = f"~{self._name(sent)}"
+        return [*found, Instruction("Send", self._told(sent), k, 0, names, (pending,), peer=peer)]
+
+    def _gone(self, peer: int) -> list[Instruction]:
+        before = self.sending.pop(peer, None)
+        return [] if before is None else [Instruction("Wait", inputs=(before,), peer=peer)]
+
+    def _all_sent(self) -> list[Instruction]:
+        return [wait for peer in sorted(self.sending) for wait in self._gone(peer)]
+
+    def _task(self, action: Action, last: frozenset[str]) -> list[Instruction]:
+        """Load the micro-batch if it is new here, run the task's pieces, keep what outlives it."""
+        k, key = action.microbatch, (action.stage, action.kind)
+        micro = self.micros[k]
+        sums = frozenset(micro.tasks.task(key).sums)
+        local, whole, how = micro.local(key, sums - self.assigned, last)
+        self.assigned |= sums
+        count = self.used[id(local)][0] if id(local) in self.used else 0
+        self.used[id(local)] = (count + 1, local, whole, how)
+        program = local.program
+        names = {name: self._outside(name, k) for name, _ in program.inputs}
+        run = run_pieces(program, self.table, k, names, f"{action.stage}{action.kind}")
+        inputs = {value: names[name] for name, value in program.inputs}
+        own = f"{action.stage}{action.kind}{k}:"
+        kept = {
+            self._inside(name, k, last): inputs.get(v, f"{own}{v}") for name, v in program.outputs
+        }
+        found = [*self._load(k), *run]
+        if kept:
+            found.append(Instruction("Stash", None, k, 0, tuple(kept.values()), tuple(kept)))
+        done = tuple(
+            n.replace("reduced/", "gradient/", 1) for n in kept if n.startswith("reduced/")
+        )
+        if done:
+            found.append(Instruction("Free", None, k, 0, done))
+        self.updated |= {name for name in kept if name.startswith("next/")}
+        return found
+
+    def _load(self, k: int) -> list[Instruction]:
+        """Load what this rank reads of a micro-batch, once."""
+        if k in self.loaded:
+            return []
+        self.loaded.add(k)
+        read: set[str] = set()
+        for action in self.mine:
+            if action.microbatch == k:
+                program = self.micros[k].tasks.task((action.stage, action.kind)).program
+                read |= {name for name, _ in program.inputs}
+        mine = sorted(n for n in read if n.startswith("batch/") or n == "position")
+        return [Instruction("Load", None, k, 0, (), tuple(f"{k}:{name}" for name in mine))]
+
+    def _outside(self, name: str, k: int) -> str:
+        """What a task's input is called on this rank."""
+        if name.startswith(("batch/", "value/")) or name == "position":
+            return f"{k}:{name}"
+        after = name.replace("buffer/", "next/", 1)
+        return after if name.startswith("buffer/") and after in self.updated else name
+
+    def _inside(self, name: str, k: int, last: frozenset[str]) -> str:
+        """What a task's output is called on this rank."""
+        if name.startswith("value/"):
+            return f"{k}:{name}"
+        done = name in last or any(part.startswith(f"{name}[") for part in last)
+        return name.replace("gradient/", "reduced/", 1) if done else name
+
+    def _shared_outputs(self) -> list[Instruction]:
+        """Outputs that every rank is given go from the stage that makes them to the others."""
+        found: list[Instruction] = []
+        here = self.seat.pipeline
+        for stage in range(self.schedule.stages):
+            source = self.schedule.placement[stage]
+            task = self.micros[-1].tasks.task((stage, "F"))
+            made = {n: v for n, v in task.program.outputs if n.startswith(_EVERYWHERE)}
+            if not made:
+                continue
+            names = tuple(made)
+            values = [self.micros[-1].tasks.whole.values[v] for v in made.values()]
+            number = self._number(Message(f"outputs of stage {stage}", tuple(values)))
+            if source == here:
+                for target, peer in enumerate(self.seat.peers):
+                    if target != here:
+                        pending = self.sending.get(peer)
+                        found += self._gone(peer) if pending else []
+                        self.sending[peer] = f"~outputs {stage}>{target}"
+                        gone = (self.sending[peer],)
+                        found.append(Instruction("Send", number, None, 0, names, gone, peer=peer))
+            else:
+                peer, pending_ = self.seat.peers[source], (f"~outputs {stage}>{here}",)
+                found.append(Instruction("Recv", number, None, 0, (), pending_, peer=peer))
+                found.append(Instruction("Wait", number, None, 0, pending_, names, peer=peer))
+        return found
+
+    def ties(self, states: Mapping[str, StateLayouts]) -> list[Instruction]:
+        """Sum the gradients of parameters that live at several stages, once a step."""
+        here, found = self.seat.pipeline, []
+        shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, homes in sorted(self.seat.homes.items()):
+            if here in homes and len(homes) > 1 and self._trained(name):
+                shared[homes].append(name)
+        for number, (homes, names) in enumerate(sorted(shared.items())):
+            program = self._tie(names, states, tied_axis(homes))
+            given = {n: n for n, _ in program.inputs}
+            prefix = f"tie{number}"
+            found += run_pieces(program, self.table, None, given, prefix)
+            kept = {n: f"{prefix}:{v}" for n, v in program.outputs}
+            found.append(Instruction("Stash", None, None, 0, tuple(kept.values()), tuple(kept)))
+        return found
+
+    def _trained(self, name: str) -> bool:
+        return any(name in self.micros[0].tasks.gradients(s) for s in range(self.schedule.stages))
+
+    def _tie(self, names: Sequence[str], states: Mapping[str, StateLayouts], axis: str) -> Program:
+        """A program that sums gradients over `axis`; a stage that has none brings zeros."""
+        whole, values = self.micros[0].tasks.whole, list[Value]()
+        inputs: list[tuple[str, int]] = []
+        ops: list[Op] = []
+        outputs: list[tuple[str, int]] = []
+        given = {n for n in self.assigned if n.startswith("gradient/")}
+        for name in names:
+            weight = whole.values[whole.input(f"model/{name}")]
+            layout = states[name].optimizer
+            shape = local_shape(weight.shape, layout, self.seat.axes, self.seat.coordinates)
+            value = Value(weight.dtype, shape)
+            values += [value, value]
+            mine, total = len(values) - 2, len(values) - 1
+            if f"gradient/{name}" in given:
+                inputs.append((f"reduced/{name}", mine))
+            else:
+                held = states[name].weights
+                there = local_shape(weight.shape, held, self.seat.axes, self.seat.coordinates)
+                values.append(Value(weight.dtype, there))
+                inputs.append((f"model/{name}", len(values) - 1))
+                zeros = (Ref(len(values) - 1), shape)
+                ops.append(Op("aten.new_zeros.default", zeros, (), (mine,), phase="finish"))
+            notes = (("before", "partial"), ("after", "summed"), ("value", f"gradient/{name}"),
+                     ("load", value.elements))  # fmt: skip
+            args = (Ref(mine), axis, "sum")
+            ops.append(Op("comm.all_reduce", args, notes, (total,), phase="finish"))
+            outputs.append((f"reduced/{name}", total))
+        ops.sort(key=lambda op: op.name != "aten.new_zeros.default")
+        return Program(tuple(values), tuple(inputs), tuple(ops), tuple(outputs))
+
+    def gather(self, states: Mapping[str, StateLayouts]) -> Local:
+        """Updated weights to where they rest."""
+        whole = self.micros[0].tasks.whole
+        held = {n: v for n, v in whole.inputs if n.startswith("model/")}
+        fused = self.micros[0].unit
+        held |= {n: v for n, v in fused.inputs if n.startswith("model/")}
+        here = self.seat.pipeline
+        moves = {}
+        for name, homes in self.seat.homes.items():
+            state = states[name]
+            if here in homes and self._trained(name) and state.optimizer != state.weights:
+                value = fused.values[held[f"model/{name}"]]
+                moves[f"model/{name}"] = (value, state.optimizer, state.weights)
+        return move_program(moves, self.seat.axes, self.seat.coordinates)
