@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the supervisor reads World from here, and starts a second sooner without torch
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 __all__ = [
     "Comm",
@@ -35,7 +35,15 @@ __all__ = [
 ]
 
 Op = Literal[
-    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "permute", "barrier"
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "permute",
+    "barrier",
+    "send",
+    "recv",
 ]
 Reduction = Literal["sum", "max", "min"]
 
@@ -79,6 +87,11 @@ class Start:
     * `broadcast`: (tensor,) -> (the tensor of member `root`,)
     * `permute`: (tensor,) -> (the tensor of the member whose index is `root` before mine,)
     * `barrier`: () -> ()
+    * `send`: tensors of any dtypes -> (), over a group of two: from its first rank to its second
+    * `recv`: () -> the tensors of the message, whose `shapes` and `dtypes` are told
+
+    Messages of an ordered pair of ranks meet in the order in which each side starts them; a send
+    does not wait for its receiver to have come.
 
     Answers may be views of one another's memory, end to end: those of an `all_gather`, member 0's
     j-th, member 1's j-th and so on, for each j.
@@ -98,6 +111,7 @@ class Start:
     label: str = ""
     donate: bool = False
     into: tuple[Tensor, ...] = ()
+    dtypes: tuple[dtype, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,6 +40,7 @@ class LocalWorld:
         self.size = size
         self._calls: dict[_Key, _Call] = {}
         self._entered: dict[tuple[Group, int], int] = defaultdict(int)
+        self._mail: dict[tuple[Group, int], tuple[Tensor, ...]] = {}
 
     def perform(self, exchanges: Sequence[Exchange]) -> list[Any]:
         """Run all exchanges to their end and return their values, in rank order."""
@@ -94,6 +95,10 @@ class LocalWorld:
         number = self._entered[start.group, rank]
         self._entered[start.group, rank] += 1
         key = (start.group, number)
+        if start.op == "send":
+            self._mail[key] = tuple(tensor.clone() for tensor in start.tensors)
+        if start.op in ("send", "recv"):
+            return Handle(start, key)
         call = self._calls.setdefault(key, _Call())
         call.starts[rank] = start
         if len(call.starts) == len(start.group.ranks):
@@ -102,6 +107,10 @@ class LocalWorld:
         return Handle(start, key)
 
     def _ready(self, rank: int, wait: Wait) -> tuple[Tensor, ...] | None:
+        if wait.handle.request.op == "send":
+            return ()
+        if wait.handle.request.op == "recv":
+            return self._mail.pop(wait.handle.token, None)
         call = self._calls[wait.handle.token]
         if not call.results:
             return None
@@ -114,9 +123,8 @@ class LocalWorld:
         lines = ["no rank can move:"]
         for rank, wait in waiting.items():
             start = wait.handle.request
-            missing = [
-                r for r in start.group.ranks if r not in self._calls[wait.handle.token].starts
-            ]
+            call = self._calls.get(wait.handle.token, _Call())
+            missing = [r for r in start.group.ranks if r not in call.starts and r != rank]
             what = f"{start.op} over {start.group.axis} ({start.label or 'unlabelled'})"
             lines.append(f"  rank {rank} waits in {what} for ranks {missing}")
         lines += [f"  rank {rank} has ended its turn" for rank in outcome]

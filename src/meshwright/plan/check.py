@@ -185,12 +185,9 @@ def attention_has_a_context(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
-    "pipeline": (1,),
     "sequence": ("none", "tensor"),
-    "schedule": (None,),
-    "virtual": (1,),
     "gather": (None,),
-    "remat": ("none",),
+    "remat": ("none", "full"),
     "precision": ("float32", "bf16"),
     "offload": ("none",),
     "regime": ("bsp",),
@@ -214,7 +211,7 @@ REMEDIES: Final[dict[tuple[str, int | str | None], str]] = {
 def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """Every value is one that this version of Meshwright runs."""
     del facts  # it does not depend on the world
-    keyed = tuple(
+    return tuple(
         Problem(
             f"plan asks for {key}={plan.value(key)}, but {_only(key, runs)}",
             REMEDIES.get((key, plan.value(key)), f"drop {key}"),
@@ -222,12 +219,6 @@ def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
         for key, runs in RUNS.items()
         if plan.value(key) not in runs
     )
-    listed = tuple(
-        Problem(f"plan has {name}, but this version runs plans without", f"drop {name}")
-        for name, value in (("cuts", plan.cuts),)
-        if value
-    )
-    return keyed + listed
 
 
 def _only(key: str, runs: tuple[int | str | None, ...]) -> str:

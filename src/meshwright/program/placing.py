@@ -105,6 +105,7 @@ class _Placing:
         self.state = {v: n for n, v in program.inputs if n.startswith(_STATE)}
         self.homes: dict[int, set[int]] = {value: set() for value in self.state}
         self.stages: list[int | None] = []
+        self.bound = _bound(program)
 
     def run(self) -> Placement:
         """Every op, then the state that no op reads."""
@@ -144,6 +145,9 @@ class _Placing:
             for root in self.roots.get(value, ()):
                 if root in self.state and self.homes[root]:
                     allowed &= self.homes[root]
+        for value in op.results:  # a gradient is made where its parameter lives
+            homes = self.homes.get(self.bound.get(value, -1), set())
+            allowed &= homes or allowed
         if not allowed:
             raise PlanError(
                 f"the pipeline cannot be cut there: {op.source or op.module or op.name} has a "
@@ -155,6 +159,23 @@ class _Placing:
             self.made[value] = stage
             self.backward.add(value)
         return stage
+
+
+def _bound(program: Program) -> dict[int, int]:
+    """Gradient, or term of one that is a sum -> the parameter's value."""
+    inputs, makers = dict(program.inputs), program.producers()
+    found: dict[int, int] = {}
+    for name, output in program.outputs:
+        if not name.startswith("gradient/"):
+            continue
+        waiting = [output]
+        while waiting:
+            value = waiting.pop()
+            found[value] = inputs[name.replace("gradient/", "model/", 1)]
+            op = program.ops[makers[value]] if value in makers else None
+            if op is not None and op.name == "aten.add.Tensor" and op.phase == "backward":
+                waiting += op.inputs
+    return found
 
 
 def placed_like(program: Program, like: Program, chosen: Placement) -> Placement:
@@ -177,8 +198,8 @@ def placed_like(program: Program, like: Program, chosen: Placement) -> Placement
         held = chosen.homes.get(_bare(name), ())
         if held and not set(stages) <= set(held):
             raise PlanError(
-                f"{_bare(name).partition('/')[2]} is read by stages {list(stages)} here, but training "
-                f"keeps it at {list(held)}; cut the pipeline where its modules end, by cuts"
+                f"{_bare(name).partition('/')[2]} is read by stages {list(stages)} here, but "
+                f"training keeps it at {list(held)}; cut the pipeline where modules end, by cuts"
             )
     return found
 

@@ -30,11 +30,15 @@ from meshwright.program.context import split_sequences
 from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
-from meshwright.program.program import Value
+from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts
 from meshwright.run.executor import Place
 from meshwright.run.optimizer import Recipe
+from meshwright.run.staged import Staged, schedule_name
+from meshwright.schedule.assemble import Seat, assemble_stages, tied_axis
+from meshwright.schedule.locals import Micro as StageMicro
+from meshwright.schedule.locals import open_unit
 
 __all__ = ["Build", "Lowered", "Micro", "has_batch_norm", "mesh_of", "micro_ranges", "values_of"]
 
@@ -68,11 +72,16 @@ class Micro:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A rank's compiled list with its segments as callables."""
+    """A rank's compiled list with its segments as callables.
+
+    Attributes:
+        totals: the sums of a step over all ranks, of which a stage makes some.
+    """
 
     compiled: Compiled
     functions: tuple[Segment, ...]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    totals: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -83,6 +92,7 @@ class Build:
         dtype: of all floating tensors, where it is not their own (float64 to verify).
         states: layouts of every parameter's state.
         compiled: segments run compiled by inductor.
+        stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
     """
 
     job: Job
@@ -93,6 +103,7 @@ class Build:
     states: dict[str, StateLayouts]
     dtype: torch.dtype | None = None
     compiled: bool = False
+    stages: Staged | None = None
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     unhashable: dict[int, Callable[..., Any]] = field(default_factory=dict)
@@ -118,12 +129,35 @@ class Build:
 
     def place(self, rank: int) -> Place:
         """Coordinates and groups of a rank."""
-        _, coordinates = self.mesh.coordinates(rank)
+        stage, coordinates = self.mesh.coordinates(rank)
         groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
+        for homes in set(self.homes.values()) if self.stages is not None else ():
+            if len(homes) > 1 and stage in homes:
+                name = tied_axis(homes)
+                groups[name] = Group(name, tuple(self.peers(rank)[home] for home in homes))
+                coordinates[name] = homes.index(stage)
         data = groups["data"]  # where it is all there is, it is the world
         every = data if len(data.ranks) == self.mesh.size else Group.world(self.mesh.size)
         groups["world"] = every
-        return Place(coordinates, groups)
+        return Place(coordinates, groups, rank)
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        """By pipeline rank, the rank that has the same coordinates in its stage."""
+        _, coordinates = self.mesh.coordinates(rank)
+        return tuple(self.mesh.rank(stage, coordinates) for stage in range(len(self.mesh.stages)))
+
+    @property
+    def homes(self) -> Mapping[str, tuple[int, ...]]:
+        """The pipeline ranks that hold each parameter and buffer, by `model/` or `buffer/` name."""
+        return {} if self.stages is None else self.stages.homes
+
+    def holds(self, rank: int, name: str) -> bool:
+        """Whether a rank holds state: a `model/` parameter or a `buffer/`."""
+        return self.mesh.coordinates(rank)[0] in self.homes.get(name, range(len(self.mesh.stages)))
+
+    def counts(self, rank: int, name: str) -> bool:
+        """Whether a rank is of the first stage that holds state: each is counted there once."""
+        return self.mesh.coordinates(rank)[0] == self.homes.get(name, (0,))[0]
 
     def unit(
         self, micro: Micro, loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool
@@ -180,12 +214,16 @@ class Build:
             place = self.place(rank)
             units = [self.unit(m, loss, **how) for m in micros]
             programs = [unit.program for unit in units]
-            compiled = assemble(
-                programs,
-                self.axes,
-                place.coordinates,
-                self.states,
-                sequence=self.plan.sequence == "tensor",
+            compiled = (
+                assemble(
+                    programs,
+                    self.axes,
+                    place.coordinates,
+                    self.states,
+                    sequence=self.plan.sequence == "tensor",
+                )
+                if self.stages is None
+                else self._staged(rank, programs, training=how.get("training", True))
             )
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = tuple(
@@ -195,8 +233,36 @@ class Build:
                 for segment in compiled.instructions.segments
             )
             constants = {name: t for unit in units for name, t in unit.constants.items()}
-            self.lists[key] = Lowered(compiled, functions, constants)
+            found = (name for unit in units for name, _ in unit.program.outputs)
+            totals = tuple(dict.fromkeys(name for name in found if name.startswith("total/")))
+            self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
+
+    def _staged(self, rank: int, programs: Sequence[Program], *, training: bool) -> Compiled:
+        """The list of a rank of a pipeline."""
+        assert self.stages is not None
+        place = self.place(rank)
+        name = schedule_name(self.plan) if training else "fill-drain"
+        schedule = self.stages.schedule(name, len(programs))
+        micros: dict[str, StageMicro] = {}
+        for program in programs:
+            if program.digest not in micros:
+                unit = open_unit(program, self.states)
+                micros[program.digest] = StageMicro.of(
+                    program,
+                    unit,
+                    self.stages.of(unit),
+                    self.axes,
+                    place.coordinates,
+                    self.states,
+                    sequence=self.plan.sequence == "tensor",
+                    remat=self.plan.remat == "full",
+                )
+        homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
+        pipeline, _ = self.mesh.coordinates(rank)
+        seat = Seat(pipeline, self.peers(rank), self.axes, place.coordinates, homes)
+        each = [micros[program.digest] for program in programs]
+        return assemble_stages(schedule, each, self.states, seat)
 
     def _identity(self, function: Callable[..., Any]) -> Hashable:
         """What tells functions apart; it holds them, since the id of one that is gone is reused."""

@@ -18,7 +18,7 @@ from meshwright.run.build import Micro
 from meshwright.run.data import Source
 from meshwright.run.eager import EagerWorker, Result
 from meshwright.run.executor import Committed
-from meshwright.run.step import require_checks
+from meshwright.run.step import require_checks, summed
 from meshwright.run.worker import Worker, same_everywhere
 
 __all__ = ["evaluate", "predict"]
@@ -34,6 +34,7 @@ class _Forward:
         self.operands = {**leaves, "position": place}
         self.names: tuple[str, ...] = ()
         self.vector = torch.zeros(0)
+        self.expected: tuple[str, ...] = ()
 
     def load(self, microbatch: int) -> Mapping[str, Tensor]:
         """The one micro-batch."""
@@ -42,7 +43,7 @@ class _Forward:
 
     def finish(self, values: dict[str, Tensor]) -> None:
         """Take the sums together."""
-        found = {n.removeprefix("total/"): v for n, v in values.items() if n.startswith("total/")}
+        found = summed(values, self.expected)
         self.names = tuple(found)
         self.vector = torch.stack([v.to(torch.float64) for v in found.values()])
 
@@ -139,6 +140,8 @@ def _traced(
     how = {"training": False, "predict": predict}
     lowered = worker.build.lowered(worker.rank, [micro], forward, **how)
     place = position_operand(worker.build.job.seed, step * worker.build.job.batch_size, step, 0)
-    committed: Committed = yield from worker.run(lowered, _Forward(worker, leaves, place))
+    work = _Forward(worker, leaves, place)
+    work.expected = lowered.totals
+    committed: Committed = yield from worker.run(lowered, work)
     sums, outputs = committed.result
     return sums, outputs, worker.build.unit(micro, forward, **how).outputs

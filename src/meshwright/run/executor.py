@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from meshwright.comm.base import Group, Handle, Wait
+from meshwright.comm.base import Group, Handle, Start, Wait
 from meshwright.compile.collective import Wire, start, unpack, wire
 from meshwright.compile.draw import later
-from meshwright.program.instruction import Instruction, InstructionList, Kind
+from meshwright.compile.settings import in_dtype
+from meshwright.program.instruction import Instruction, InstructionList, Kind, Message
+from meshwright.run.shard import dtype_of
 
 __all__ = ["Committed", "Place", "Step", "Timing", "execute"]
 
@@ -27,10 +30,11 @@ Environment = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank is: its coordinates, and its groups along the axes."""
+    """Where a rank is: its coordinates, its groups along the axes, and its number."""
 
     coordinates: Mapping[str, int]
     groups: Mapping[str, Group]
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -52,7 +56,7 @@ class Timing:
                     timing.data += ended - began
                 case "Run":
                     timing.compute += ended - began
-                case "Start" | "Wait" | "Agree":
+                case "Start" | "Wait" | "Agree" | "Send" | "Recv":
                     timing.communication += ended - began
                 case _:
                     timing.update += ended - began
@@ -97,6 +101,7 @@ def execute(
     functions: Sequence[Callable[..., Sequence[Tensor]]],
     values: Environment,
     place: Place,
+    dtype: torch.dtype | None = None,
 ) -> Generator[Any, Any, None]:
     """Interpret `program`: one step per `Step` sent in, until None is sent.
 
@@ -105,8 +110,10 @@ def execute(
         functions: its segments, lowered.
         values: the rank's state by name; steps read and change it.
         place: the rank's.
+        dtype: of all floating tensors, where it is not the program's.
     """
-    machine = _Machine(functions, values, place, tuple(map(wire, program.calls)))
+    parcels = tuple(_Parcel.of(message, dtype) for message in program.messages)
+    machine = _Machine(functions, values, place, tuple(map(wire, program.calls)), parcels)
     step: Step | None = yield Committed()
     while step is not None:
         result = None
@@ -123,6 +130,21 @@ def execute(
 
 
 @dataclass(frozen=True, slots=True)
+class _Parcel:
+    """A message, ready to be received."""
+
+    label: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, message: Message, dtype: torch.dtype | None) -> _Parcel:
+        """A message with its floating tensors in `dtype`."""
+        kinds = (in_dtype(dtype_of(value.dtype), dtype) for value in message.values)
+        return cls(message.label, tuple(value.shape for value in message.values), tuple(kinds))
+
+
+@dataclass(frozen=True, slots=True)
 class _Machine:
     """What instructions act on."""
 
@@ -130,6 +152,7 @@ class _Machine:
     values: Environment
     place: Place
     buckets: tuple[Wire, ...]
+    parcels: tuple[_Parcel, ...]
     pending: dict[str, Handle] = field(default_factory=dict)
 
     def bucket(self, instruction: Instruction) -> Wire:
@@ -183,8 +206,29 @@ def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[An
     machine.pending[instruction.outputs[0]] = yield request
 
 
+def _send(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+    assert instruction.segment is not None
+    assert instruction.peer is not None
+    tensors = tuple(machine.values[name].contiguous() for name in instruction.inputs)
+    group = Group("pipeline", (machine.place.rank, instruction.peer))
+    request = Start("send", group, tensors, label=machine.parcels[instruction.segment].label)
+    machine.pending[instruction.outputs[0]] = yield request
+
+
+def _recv(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+    assert instruction.segment is not None
+    assert instruction.peer is not None
+    parcel = machine.parcels[instruction.segment]
+    group = Group("pipeline", (instruction.peer, machine.place.rank))
+    request = Start("recv", group, shapes=parcel.shapes, dtypes=parcel.dtypes, label=parcel.label)
+    machine.pending[instruction.outputs[0]] = yield request
+
+
 def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
+    if instruction.peer is not None:
+        machine.values.update(zip(instruction.outputs, tensors, strict=True))
+        return
     results = unpack(machine.bucket(instruction), tensors)
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
@@ -204,5 +248,7 @@ _ACTING: Mapping[Kind, Callable[[_Machine, Instruction, Step], None]] = {
 _ASKING: Mapping[Kind, Callable[[_Machine, Instruction, Step], Generator[Any, Any, None]]] = {
     "Start": _start,
     "Wait": _wait,
+    "Send": _send,
+    "Recv": _recv,
     "Agree": _agree,
 }

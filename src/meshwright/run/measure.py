@@ -114,14 +114,16 @@ def compare(
     part_of: Callable[[str, Tensor], Tensor],
     kind_of: Callable[[str], str],
     floor: float = FLOOR,
+    held: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, float]:
     """Error of each of a rank's parts against what `part_of` takes of the whole tensors.
 
-    A name that only one side has is an infinite error.
+    A name that only one side has is an infinite error, unless the rank's stage does not hold it.
     """
     scale = scales(whole, kind_of)
-    found = dict.fromkeys(set(parts) ^ set(whole), math.inf)
-    for name in set(parts) & set(whole):
+    mine = {name for name in whole if held(name)}
+    found = dict.fromkeys(set(parts) ^ mine, math.inf)
+    for name in set(parts) & mine:
         reference = wide(whole[name])
         part = part_of(name, reference)
         if part.shape != parts[name].shape:

@@ -8,7 +8,7 @@ is not elementwise (found by a probe, not a list) cannot be stepped on shards.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +47,12 @@ class Recipe:
     def names(self) -> tuple[str, ...]:
         """The parameters it updates."""
         return tuple(name for names, _ in self.groups for name in names)
+
+    def of(self, names: Iterable[str]) -> Recipe:
+        """The same for these parameters only: of a stage."""
+        mine = frozenset(names)
+        groups = ((tuple(n for n in found if n in mine), how) for found, how in self.groups)
+        return Recipe(self.kind, self.defaults, tuple(groups))
 
     def slots(self) -> int:
         """State tensors per parameter, of the parameter's shape, after a step."""

@@ -20,6 +20,7 @@ from meshwright.program.zero import zero_layouts
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe, is_elementwise, recipe
+from meshwright.run.staged import staged
 
 __all__ = ["prepare"]
 
@@ -59,6 +60,8 @@ def prepare(
     build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
     build.units = {} if units is None else units
     work = _work_layouts(build, data)
+    if plan.pipeline > 1 or plan.remat != "none":
+        build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
     if any(build.states[name].optimizer.placements for name in moved):
         _require_elementwise(plan, made)

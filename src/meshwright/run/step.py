@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from meshwright.errors import UserCodeError
 from meshwright.program.layout import Bounds
 from meshwright.run.part import box
 
-__all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks"]
+__all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks", "summed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,7 @@ class StepWork:
         self.skipped = False
         self.norm: float | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
+        self.expected: tuple[str, ...] = ()  # totals of the step, of which this rank makes some
 
     def load(self, microbatch: int) -> Mapping[str, Tensor]:
         """The operands of a micro-batch."""
@@ -129,13 +130,13 @@ class StepWork:
 
     def finish(self, values: dict[str, Tensor]) -> None:
         """Take the sums together, in float64: totals, squared gradient norm, shape digests."""
-        found = {n.removeprefix("total/"): v for n, v in values.items() if n.startswith("total/")}
+        found = summed(values, self.expected)
         if self.policy.clip_norm is not None:
             found["norm2"] = self._squares(values)
         digest = float(self.next_digest)
         known = {"digest": digest, "digest2": digest * digest}
         known |= {f"flag/{name}": float(raised) for name, raised in self.flags.items()}
-        sums = torch.stack(list(found.values())).to(torch.float64)
+        sums = torch.stack([total.to(torch.float64) for total in found.values()])
         vector = torch.cat([sums, sums.new_tensor(list(known.values()))])
         self.totals = Totals(vector, (*found, *known))
 
@@ -230,6 +231,14 @@ class StepWork:
         loss = totals["loss"] / totals["weight"]
         flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
         return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched, flags)
+
+
+def summed(values: Mapping[str, Tensor], expected: Sequence[str]) -> dict[str, Tensor]:
+    """This rank's totals by bare name: all that are expected, in their order, then the others."""
+    found = {n: v for n, v in values.items() if n.startswith("total/")}
+    nothing = torch.zeros((), dtype=torch.float64)
+    names = (*expected, *(name for name in found if name not in expected))
+    return {name.removeprefix("total/"): found.get(name, nothing) for name in names}
 
 
 def require_checks(numbers: Mapping[str, float], when: str) -> None:

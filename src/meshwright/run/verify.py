@@ -108,6 +108,7 @@ def compare_step(
         lambda name, t: part(name, t, optimizer=True),
         lambda _: "gradients",
         report.floor,
+        lambda name: build.holds(worker.rank, f"model/{name}"),
     )
     for name, error in found.items() if step == 0 or not report.first_only else ():
         report.add("gradients", error, name, step)
@@ -119,6 +120,7 @@ def compare_step(
             name.partition("/")[2] if name.startswith("model/") else "", t, optimizer=False
         ),
         lambda name: name.partition("/")[0],
+        held=lambda name: build.holds(worker.rank, name),
     )
     for name, error in found.items():
         report.add("weights", error, name.partition("/")[2], step)
@@ -128,6 +130,7 @@ def compare_step(
         snapshot.optimizer,
         lambda name, t: part(name.split("/", 2)[2], t, optimizer=True),
         _slot_of,
+        held=lambda name: build.holds(worker.rank, f"model/{name.split('/', 2)[2]}"),
     )
     for name, error in found.items():
         report.add("optimizer", error, name.removeprefix("optimizer/"), step)

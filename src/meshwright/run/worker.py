@@ -75,10 +75,12 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
 
     values: dict[str, Tensor] = {}
     for name, fake in model.parameters.items():
-        values[f"model/{name}"] = part(f"model/{name}", fake, build.states[name].weights)
+        if build.holds(rank, f"model/{name}"):
+            values[f"model/{name}"] = part(f"model/{name}", fake, build.states[name].weights)
     for kind, tensors in (("buffer", model.buffers), ("constant", model.constants)):
         for name, fake in tensors.items():
-            values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake)
+            if build.holds(rank, f"{kind}/{name}"):
+                values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake)
     values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
     return _with_optimizer(build, rank, values)
 
@@ -87,7 +89,8 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
     axes, coordinates = build.axes, build.place(rank).coordinates
     shards: dict[str, nn.Parameter] = {}
     counts: dict[str, tuple[Bounds, ...]] = {}
-    for name in build.recipe.names:
+    recipe = build.recipe.of(name for name in build.recipe.names if f"model/{name}" in values)
+    for name in recipe.names:
         fake, states = build.model.parameters[name], build.states[name]
         part = values[f"model/{name}"]
         if states.optimizer != states.weights:
@@ -95,15 +98,17 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
             part = finer(part, shape, states.weights, states.optimizer, axes, coordinates)
         shards[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
     for name, fake in build.model.parameters.items():
-        if fake.requires_grad:
+        if fake.requires_grad and f"model/{name}" in values:
             layout = build.states[name].optimizer
-            counts[name] = counted(tuple(fake.shape), layout, axes, coordinates)
+            mine = build.counts(rank, f"model/{name}")
+            boxes = counted(tuple(fake.shape), layout, axes, coordinates) if mine else ()
+            counts[name] = boxes
     trained = tuple(counts)
-    optimizer = build_optimizer(build.recipe, shards)
+    optimizer = build_optimizer(recipe, shards)
     scheduler = None if build.job.schedule is None else scheduled(optimizer, build.job.schedule)
-    mine = frozenset(name for name, boxes in counts.items() if boxes)
+    seen = frozenset(name for name, boxes in counts.items() if boxes)
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
-    return RankState(values, shards, optimizer, mine, trained, scheduler, partly)
+    return RankState(values, shards, optimizer, seen, trained, scheduler, partly)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,7 @@ class Worker:
         yield from self.same_program(fetched)
         lowered = self.lowered(fetched)
         work = self.work(fetched, upcoming)
+        work.expected = lowered.totals
         committed: Committed = yield from self.run(lowered, work)
         if self.observer is not None:
             self.observer(fetched.step, lowered, committed)
@@ -254,7 +260,11 @@ class Worker:
         if key not in self.running:
             self.state.values.update(lowered.constants)
             started = execute(
-                lowered.compiled.instructions, lowered.functions, self.state.values, self.place
+                lowered.compiled.instructions,
+                lowered.functions,
+                self.state.values,
+                self.place,
+                self.build.dtype,
             )
             next(started)
             self.running[key] = started

@@ -161,7 +161,7 @@ class _Assembler:
                         (),
                         pending,
                         peer=self.seat.peers[sent.source],
-                    )  # fmt: skip
+                    )
                 )
             del waiting[: max(needed, default=-1) + 1]
         return found
@@ -218,14 +218,18 @@ class _Assembler:
         count = self.used[id(local)][0] if id(local) in self.used else 0
         self.used[id(local)] = (count + 1, local, whole, how)
         program = local.program
-        names = {name: self._outside(name, k) for name, _ in program.inputs}
+        held = self._held_buffers(action) if action.kind == "F" else {}
+        names = {name: self._outside(name, k, action) for name, _ in program.inputs}
         run = run_pieces(program, self.table, k, names, f"{action.stage}{action.kind}")
         inputs = {value: names[name] for name, value in program.inputs}
         own = f"{action.stage}{action.kind}{k}:"
         kept = {
             self._inside(name, k, last): inputs.get(v, f"{own}{v}") for name, v in program.outputs
         }
-        found = [*self._load(k), *run]
+        found = [*self._load(k)]
+        if held:
+            found.append(Instruction("Stash", None, k, 0, tuple(held.values()), tuple(held)))
+        found += run
         if kept:
             found.append(Instruction("Stash", None, k, 0, tuple(kept.values()), tuple(kept)))
         done = tuple(
@@ -249,12 +253,31 @@ class _Assembler:
         mine = sorted(n for n in read if n.startswith("batch/") or n == "position")
         return [Instruction("Load", None, k, 0, (), tuple(f"{k}:{name}" for name in mine))]
 
-    def _outside(self, name: str, k: int) -> str:
+    def _held_buffers(self, action: Action) -> dict[str, str]:
+        """Updated buffers as a backward will read them: as they are before its forward."""
+        k, tasks = action.microbatch, self.micros[action.microbatch].tasks
+        mine = (a for a in self.mine if (a.stage, a.microbatch) == (action.stage, k))
+        programs = [tasks.task((a.stage, a.kind)).program for a in mine]
+        updated = {n.replace("next/", "buffer/", 1) for p in programs for n, _ in p.outputs}
+        read = {name for program in programs[1:] for name, _ in program.inputs}
+        return {
+            f"{k}:{action.stage}:{name}": self._outside(name, k, action)
+            for name in sorted(read & updated)
+            if name.startswith("buffer/")
+        }
+
+    def _outside(self, name: str, k: int, action: Action) -> str:
         """What a task's input is called on this rank."""
         if name.startswith(("batch/", "value/")) or name == "position":
             return f"{k}:{name}"
+        if not name.startswith("buffer/"):
+            return name
         after = name.replace("buffer/", "next/", 1)
-        return after if name.startswith("buffer/") and after in self.updated else name
+        tasks = self.micros[k].tasks
+        forward = tasks.task((action.stage, "F")).program
+        if action.kind != "F" and after in dict(forward.outputs):
+            return f"{k}:{action.stage}:{name}"
+        return after if after in self.updated else name
 
     def _inside(self, name: str, k: int, last: frozenset[str]) -> str:
         """What a task's output is called on this rank."""
@@ -292,7 +315,8 @@ class _Assembler:
 
     def ties(self, states: Mapping[str, StateLayouts]) -> list[Instruction]:
         """Sum the gradients of parameters that live at several stages, once a step."""
-        here, found = self.seat.pipeline, []
+        here = self.seat.pipeline
+        found: list[Instruction] = []
         shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for name, homes in sorted(self.seat.homes.items()):
             if here in homes and len(homes) > 1 and self._trained(name):
@@ -342,15 +366,13 @@ class _Assembler:
 
     def gather(self, states: Mapping[str, StateLayouts]) -> Local:
         """Updated weights to where they rest."""
-        whole = self.micros[0].tasks.whole
-        held = {n: v for n, v in whole.inputs if n.startswith("model/")}
-        fused = self.micros[0].unit
-        held |= {n: v for n, v in fused.inputs if n.startswith("model/")}
+        program = self.micros[0].program
+        held = dict(program.inputs)
         here = self.seat.pipeline
         moves = {}
         for name, homes in self.seat.homes.items():
             state = states[name]
             if here in homes and self._trained(name) and state.optimizer != state.weights:
-                value = fused.values[held[f"model/{name}"]]
+                value = program.values[held[f"model/{name}"]]
                 moves[f"model/{name}"] = (value, state.optimizer, state.weights)
         return move_program(moves, self.seat.axes, self.seat.coordinates)

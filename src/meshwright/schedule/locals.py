@@ -30,7 +30,7 @@ __all__ = ["Micro"]
 class Micro:
     """A form of micro-batch over the axes of a stage: its tasks, and what they are on one rank."""
 
-    unit: Program
+    program: Program
     axes: Sequence[Axis]
     coordinates: Mapping[str, int]
     states: Mapping[str, StateLayouts]
@@ -45,6 +45,7 @@ class Micro:
     @classmethod
     def of(
         cls,
+        program: Program,
         unit: Program,
         stages: Stages,
         axes: Sequence[Axis],
@@ -57,7 +58,8 @@ class Micro:
         """Cut and complete a traced micro-batch.
 
         Args:
-            unit: as it was placed: fused parameters opened.
+            program: the traced one.
+            unit: the same as it is placed: fused parameters in parts.
             stages: of its ops.
             axes: of the rank's stage.
             coordinates: the rank's, in its stage.
@@ -70,7 +72,7 @@ class Micro:
         completed = complete_unit(whole, axes, each, sequence=sequence)
         fused = fused_of({name: state.work for name, state in states.items()})
         tasks = Tasks(whole, stages, remat=remat)
-        return cls(unit, axes, coordinates, states, tasks, completed, fused)
+        return cls(program, axes, coordinates, states, tasks, completed, fused)
 
     def local(
         self, key: Key, assigned: frozenset[str], last: frozenset[str]
@@ -98,7 +100,7 @@ class Micro:
             if name.startswith("value/"):
                 self.lies[key, int(name.removeprefix("value/"))] = local.origin[value][1]
         local = donated(routed(local, self.axes))
-        local = in_one_piece(local, self.unit, self.fused, self.states, last=bool(last))
+        local = in_one_piece(local, self.program, self.fused, self.states, last=bool(last))
         local = replace(local, program=overlapped(local.program))
         return local, task.program, completed
 

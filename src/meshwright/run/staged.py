@@ -1,0 +1,106 @@
+"""Staged: a job's traced micro-batch cut into the stages of a plan, and where its state lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from meshwright.errors import PlanError
+from meshwright.plan.plan import Plan
+from meshwright.program.cost import op_costs
+from meshwright.program.cut import at_modules, cheapest
+from meshwright.program.placing import Placement, placed_by, placed_like
+from meshwright.program.program import Program
+from meshwright.schedule.action import Schedule
+from meshwright.schedule.named import schedule_of
+
+__all__ = ["Staged", "schedule_name", "staged"]
+
+_SECONDS_PER_BYTE = 1e-9
+"""Of what crosses a cut: memory's order of magnitude, enough to prefer a narrow cut."""
+
+_PAIRED = ("zb-v", "dualpipe-v")
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """How a traced micro-batch is cut.
+
+    Attributes:
+        plan: that asks for it.
+        program: the micro-batch of the first step.
+        placement: of its ops.
+        homes: of each `model/` parameter and `buffer/`, the pipeline ranks that hold it.
+    """
+
+    plan: Plan
+    program: Program
+    placement: Placement
+    homes: Mapping[str, tuple[int, ...]]
+
+    def of(self, program: Program) -> Placement:
+        """The stages of another micro-batch: of another size, or of an evaluation."""
+        if program is self.program:
+            return self.placement
+        return placed_like(program, self.program, self.placement)
+
+    def schedule(self, name: str, microbatches: int) -> Schedule:
+        """The order of a step with so many micro-batches."""
+        return _schedule(self.plan, name, microbatches)
+
+
+def schedule_name(plan: Plan) -> str:
+    """The schedule that a plan asks for."""
+    return plan.schedule or ("interleaved" if plan.virtual > 1 else "1f1b")
+
+
+def staged(program: Program, plan: Plan) -> Staged:
+    """Cut a traced micro-batch as a plan says: where its modules begin, or by cost.
+
+    Raises:
+        PlanError: it cannot be cut so.
+    """
+    schedule = _schedule(plan, schedule_name(plan), plan.microbatches)
+    stages = schedule.stages
+    if plan.cuts and len(plan.cuts) != stages - 1:
+        raise PlanError(
+            f"plan has {len(plan.cuts)} cuts, which make {len(plan.cuts) + 1} stages, but "
+            f"pipeline={plan.pipeline} with schedule={schedule.name} has {stages}; name the first "
+            f"module of every stage but the first: {stages - 1} of them"
+        )
+    if plan.cuts:
+        positions = at_modules(program, plan.cuts)
+    elif stages == 1:
+        positions = ()
+    else:
+        positions = cheapest(program, stages, op_costs(program), _SECONDS_PER_BYTE)
+    placement = placed_by(program, positions)
+    homes = {
+        name: tuple(sorted({schedule.placement[stage] for stage in stages_})) or (0,)
+        for name, stages_ in placement.homes.items()
+        if not name.startswith("constant/")
+    }
+    return Staged(plan, program, placement, homes)
+
+
+def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
+    """The schedule; an evaluation's has the stages of the training's where those are."""
+    made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)
+    if name != "fill-drain":
+        return made
+    training = schedule_of(schedule_name(plan), plan.pipeline, 1, plan.virtual)
+    return _forward_only(training, microbatches)
+
+
+def _forward_only(training: Schedule, microbatches: int) -> Schedule:
+    """Forwards of a training's stages, one micro-batch after the other through all of a rank's."""
+    ranks = tuple(
+        tuple(
+            type(actions[0])(stage, "F", k)
+            for k in range(microbatches)
+            for stage, rank in enumerate(training.placement)
+            if rank == here
+        )
+        for here, actions in enumerate(training.ranks)
+    )
+    return Schedule("fill-drain", training.placement, microbatches, ranks)
