@@ -43,7 +43,8 @@ class Placement:
 
     Attributes:
         stages: of each op its stage; None where it is repeated wherever it is read.
-        homes: of each input that is state, the stages that read it, in order.
+        homes: of each input that is state, the stages that read it, in order; of what none reads,
+            that of its module.
         count: how many stages there are.
     """
 
@@ -121,7 +122,17 @@ class _Placing:
             else:
                 self.stages.append(self._forward(number, op, end))
         homes = {name: tuple(sorted(self.homes[value])) for value, name in self.state.items()}
+        near = self._by_module()
+        homes |= {n: (near.get(_module(n), 0),) for n, stages in homes.items() if not stages}
         return Placement(tuple(self.stages), homes, self.last + 1)
+
+    def _by_module(self) -> dict[str, int]:
+        """The first stage that computes in each module."""
+        found: dict[str, int] = {}
+        for op, stage in zip(self.program.ops, self.stages, strict=True):
+            if stage is not None and op.phase == "forward":
+                found.setdefault(op.module, stage)
+        return found
 
     def _forward(self, number: int, op: Op, end: int) -> int:
         made = [self.made[value] for value in op.inputs if value in self.made]
@@ -221,6 +232,11 @@ def _by_state(program: Program, chosen: Placement) -> list[int]:
         for later in range(stage):
             begins[later] = min(begins[later], number)
     return begins
+
+
+def _module(name: str) -> str:
+    """The module that a parameter or buffer belongs to."""
+    return name.partition("/")[2].rpartition(".")[0]
 
 
 def _bare(name: str) -> str:

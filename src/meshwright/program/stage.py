@@ -157,7 +157,7 @@ class Tasks:
                 if self.inputs[bare] != name.replace("next/", "buffer/", 1):
                     self.outputs[last].append((name, bare))  # not a buffer that stays as it is
             elif self.stage[producer] is None:
-                self.outputs[self._home(name, producer, last)].append((name, bare))
+                self.outputs[self._home(name, last)].append((name, bare))
             elif name.startswith("gradient/"):
                 for stage, part in self._terms(bare).items():
                     self.outputs[stage].append((name, part))
@@ -169,16 +169,11 @@ class Tasks:
         number = self.sums.get(name)
         return value if number is None else self.whole.ops[number].inputs[-1]
 
-    def _home(self, name: str, producer: int, last: int) -> int:
+    def _home(self, name: str, last: int) -> int:
         """Where an output is given that any stage could make: once, where its state lives."""
         kind, _, bare = name.partition("/")
         state = {"next": "buffer", "gradient": "model"}.get(kind, "")
-        held = self.placement.homes.get(f"{state}/{bare}", ())
-        if held:
-            return held[0]
-        module = self.whole.ops[producer].module
-        near = (self.stage[n] for n, op in self.ops.items() if op.module == module)
-        return next((s for s in near if s is not None), last) if state else last
+        return self.placement.homes[f"{state}/{bare}"][0] if state else last
 
     def _terms(self, value: int) -> dict[int, int]:
         """A gradient by stages: a sum over uses at several stages is taken apart.
@@ -210,11 +205,17 @@ class Tasks:
             by_stage[stage].append(part)
         for number in ways:
             del self.ops[number]
+        for parts in by_stage.values():
+            parts.sort(key=self.made.__getitem__)
+        # Each sum within a stage takes the place of one of those, after both that it adds.
+        added = {part for parts in by_stage.values() for part in parts[1:]}
+        latest = sorted(added, key=self.made.__getitem__, reverse=True)
+        place = dict(zip(latest, sorted(ways, reverse=True), strict=False))
         total: dict[int, int] = {}
         for stage, parts in by_stage.items():
             current = parts[0]
             for part in parts[1:]:
-                number = ways.pop()
+                number = place[part]
                 op = self.whole.ops[number]
                 self.ops[number] = replace(op, args=(Ref(current), Ref(part)))
                 self.stage[number] = stage
