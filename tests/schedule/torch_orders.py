@@ -58,3 +58,34 @@ def _flat(actions):
         for part in action.sub_actions or (action,):
             if part.is_compute_op:
                 yield Action(part.stage_index, part.computation_type.value, part.microbatch_index)
+
+
+def fused_bubble(ranks, microbatches, times):
+    """DualPipe-V's idle time in a step if an overlapped pair gives out nothing until both end."""
+    forward, inputs, weights = times
+    cost = {"F": forward, "B": inputs + weights, "I": inputs, "W": weights}
+    orders = _MAKERS["dualpipe-v"](ranks, microbatches, 2)
+    free, at, ends = [0.0] * ranks, [0] * ranks, {}
+    while any(at[rank] < len(orders[rank]) for rank in range(ranks)):
+        for rank, order in enumerate(orders):
+            while at[rank] < len(order):
+                parts = tuple(_flat([order[at[rank]]]))
+                reads = [read for part in parts for read in _reads(part, 2 * ranks)]
+                if not all(read in ends for read in reads):
+                    break
+                begin = max([free[rank], *(ends[read] for read in reads)])
+                free[rank] = begin + sum(cost[part.kind] for part in parts)
+                at[rank] += 1
+                for part in parts:
+                    ends[part.stage, part.kind in "BI", part.microbatch] = free[rank]
+    return max(free) - 2 * microbatches * sum(times)
+
+
+def _reads(action, stages):
+    stage, microbatch = action.stage, action.microbatch
+    if action.kind == "W":
+        return []
+    if action.kind == "F":
+        return [(stage - 1, False, microbatch)] if stage else []
+    later = [(stage + 1, True, microbatch)] if stage + 1 < stages else []
+    return [(stage, False, microbatch), *later]
