@@ -1,6 +1,13 @@
 """DualPipe-V: forwards of one chunk and backwards of the other in pairs, folded like a V.
 
-TABLE
+Two ranks, four micro-batches, a backward drawn as long as a forward:
+
+    rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1 3F2 0B0 3B2 3F3 0B1 3B3 0I2 0W2 0I3 0W3
+    rank 1    . 1F0 2F0 1F1 2F1 1F2 2B0 2F2 1B0 1F3 2B1 2F3 1B1 2B2 1B2 2I3 1I3 2W3 1W3
+
+In the middle each rank takes a forward and a whole backward at a time, of different chunks, so that
+the transfers of one hide behind the computing of the other (DeepSeek-V3, 2024; the folded form of
+sail-sg). Backwards are split only where the pipe fills and drains. Peak 2P + 1 half-sized stages.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Three ranks, four micro-batches:
 
-    rank 0   0F0 0F1 0F2 0F3
-    rank 1       1F0 1F1 1F2 1F3
-    rank 2           2F0 2F1 2F2 2F3
+    rank 0  0F0 0F1 0F2 0F3
+    rank 1    . 1F0 1F1 1F2 1F3
+    rank 2    .   . 2F0 2F1 2F2 2F3
 
 Nothing is kept for a backward, so nothing stays alive but what is on its way.
 """

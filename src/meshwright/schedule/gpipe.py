@@ -2,9 +2,9 @@
 
 Three ranks, four micro-batches, a backward drawn as long as a forward:
 
-    rank 0   0F0 0F1 0F2 0F3                 0B0 0B1 0B2 0B3
-    rank 1       1F0 1F1 1F2 1F3         1B0 1B1 1B2 1B3
-    rank 2           2F0 2F1 2F2 2F3 2B0 2B1 2B2 2B3
+    rank 0  0F0 0F1 0F2 0F3   .   .   .   . 0B0 0B1 0B2 0B3
+    rank 1    . 1F0 1F1 1F2 1F3   .   . 1B0 1B1 1B2 1B3
+    rank 2    .   . 2F0 2F1 2F2 2F3 2B0 2B1 2B2 2B3
 
 With several chunks on a rank (`virtual`), each chunk takes all its micro-batches before the next
 one begins: breadth first (Lamy-Poirier 2022). Bubble (P - 1)(F + B), as 1F1B; divided by `virtual`

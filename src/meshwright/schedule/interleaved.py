@@ -2,7 +2,8 @@
 
 Two ranks, two chunks on each, four micro-batches, a backward drawn as long as a forward:
 
-    rank 0   TABLE
+    rank 0  0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1   . 2B2   . 2B3 0B2 0B3
+    rank 1    . 1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
 
 Micro-batches go in groups of P: a group passes chunk after chunk, depth first (Megatron-LM,
 Narayanan et al. 2021). When m does not divide by P, groups are made larger, as even as can be, and

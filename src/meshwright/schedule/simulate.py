@@ -1,8 +1,9 @@
 """When each action of a schedule begins and ends, given how long everything takes.
 
-    F = I = W = 1, ZB-H1 on two ranks          0    1    2    3    4    5    6
-                                      rank 0   0F0  0F1  .    0I0  0W0  0I1  0W1
-                                      rank 1   .    1F0  1I0  1F1  1I1  1W0  1W1
+    F = I = W = 1, ZB-H1:
+
+    rank 0  0F0 0F1   . 0I0 0W0 0I1 0W1
+    rank 1    . 1F0 1I0 1F1 1I1 1W0 1W1
 
 An action begins when its rank is free and what it reads has come. A transfer takes its time beside
 the computing, and transfers do not slow each other down.

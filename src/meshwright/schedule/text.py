@@ -16,7 +16,7 @@ from meshwright.schedule.action import Action, Kind, Schedule
 
 __all__ = ["from_text", "to_text"]
 
-_ACTION = re.compile(r"([0-9]+)([FBIW])([0-9]+)", re.ASCII)
+_ACTION = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 _PAIR = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
 
 

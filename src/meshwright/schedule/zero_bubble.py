@@ -1,7 +1,28 @@
 """Zero bubble: the backward is split, and the weights' part fills what were bubbles (Qi 2023).
 
 `I` finds the gradient of a stage's inputs, which the stage before waits for; `W` that of its
-weights, which nobody waits for.
+weights, which nobody waits for. Three ranks, four and six micro-batches, all parts equally long:
+
+ZB-H1: the memory of 1F1B, bubble (P - 1)(F + I - W)
+
+    rank 0  0F0 0F1 0F2   .   . 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
+    rank 1    . 1F0 1F1   . 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
+    rank 2    .   . 2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
+
+ZB-H2: up to 2P - 1 micro-batches alive, bubble (P - 1)(F + I - 2W)
+
+    rank 0  0F0 0F1 0F2 0F3 0F4 0I0 0W0 0F5 0I1 0W1 0I2 0W2 0I3 0W3 0I4 0W4 0I5 0W5
+    rank 1    . 1F0 1F1 1F2 1I0 1F3 1I1 1F4 1I2 1W0 1F5 1I3 1W1 1I4 1W2 1I5 1W3 1W4 1W5
+    rank 2    .   . 2F0 2I0 2F1 2I1 2F2 2I2 2F3 2I3 2F4 2I4 2W0 2F5 2I5 2W1 2W2 2W3 2W4 2W5
+
+ZB-V: two stages on each of two ranks, folded; 2P half-sized stages alive, which is 1F1B's memory,
+and no bubble when F = I = W
+
+    rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2
+    rank 1    . 1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
+
+A bubble is what a rank waits between its first action and its last: with these, ranks end a step as
+staggered as they began it, so the next one can follow without a gap.
 """
 
 from __future__ import annotations
