@@ -186,7 +186,6 @@ def attention_has_a_context(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
-    "gather": (None,),
     "remat": ("none", "full"),
     "precision": ("float32", "bf16"),
     "offload": ("none",),

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Fused, Layout, Partial, Shard
 from meshwright.program.program import Value
 
-__all__ = ["WHOLE_BELOW", "StateLayouts", "shard_dim", "zero_layouts"]
+__all__ = ["WHOLE_BELOW", "StateLayouts", "once_a_step", "shard_dim", "zero_layouts"]
 
 _SUMMED = (*SAMPLE_AXES, "context")
 """Axes that split samples or their tokens, so that every gradient is a sum over them."""
@@ -101,6 +101,18 @@ def zero_layouts(
             work=base,
         )
     return found
+
+
+def once_a_step(state: StateLayouts, axes: Sequence[Axis]) -> StateLayouts:
+    """The layouts in a step whose weights are gathered once, and whose gradients reduced once.
+
+    Fused weights stay as they rest.
+    """
+    if any(isinstance(place, Fused) for _, place in state.weights.placements):
+        return state
+    owed = {a.name: Partial() for a in axes if a.name in _SUMMED and a.size > 1}
+    partial = Layout.of(axes, {**owed, **dict(state.work.placements)})
+    return replace(state, weights=state.work, gradients=partial)
 
 
 def _shards(value: Value, axes: Sequence[Axis], work: Layout) -> dict[str, Shard]:

@@ -32,7 +32,7 @@ from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
 from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
-from meshwright.program.zero import StateLayouts
+from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
 from meshwright.run.optimizer import Recipe
 from meshwright.run.staged import Staged, schedule_name
@@ -245,6 +245,9 @@ class Build:
         name = schedule_name(self.plan) if training else "fill-drain"
         schedule = self.stages.schedule(name, len(programs))
         micros: dict[str, StageMicro] = {}
+        states: Mapping[str, StateLayouts] = self.states
+        if self.plan.gather == "step":
+            states = {name: once_a_step(state, self.axes) for name, state in states.items()}
         for program in programs:
             if program.digest not in micros:
                 unit = open_unit(program, self.states)
@@ -254,7 +257,7 @@ class Build:
                     self.stages.of(unit),
                     self.axes,
                     place.coordinates,
-                    self.states,
+                    states,
                     sequence=self.plan.sequence == "tensor",
                     remat=self.plan.remat == "full",
                 )

@@ -71,7 +71,9 @@ def assemble_stages(
         seat: the rank's.
     """
     assembler = _Assembler(schedule, micros, seat)
-    body = [*assembler.actions(), *assembler.ties(states)]
+    body = assembler.whole_weights(states)
+    body += assembler.actions()
+    body += [*assembler.unneeded(), *assembler.ties(states)]
     gather = in_place(assembler.gather(states))
     body += [Instruction("Finish"), Instruction("Agree", axis="world"), Instruction("Update")]
     body += move_instructions(gather.program, assembler.table, "gather", "shard/", "gathered/")
@@ -99,6 +101,7 @@ class _Assembler:
     assigned: set[str] = field(default_factory=set)
     updated: set[str] = field(default_factory=set)
     sending: dict[int, str] = field(default_factory=dict)  # rank -> the send to wait for
+    gathered: set[str] = field(default_factory=set)  # parameters that are whole for the step
 
     @property
     def mine(self) -> tuple[Action, ...]:
@@ -127,6 +130,25 @@ class _Assembler:
                 body += self._sent(sent)
         body += self._shared_outputs()
         return [*body, *self._all_sent()]
+
+    def whole_weights(self, states: Mapping[str, StateLayouts]) -> list[Instruction]:
+        """Gather the weights that micro-batches take as they are at work, once for the step."""
+        program, here = self.micros[0].program, self.seat.pipeline
+        held = dict(program.inputs)
+        moves = {}
+        for name, homes in self.seat.homes.items():
+            taken = self.micros[0].states[name].weights
+            if here in homes and f"model/{name}" in held and taken != states[name].weights:
+                value = program.values[held[f"model/{name}"]]
+                moves[f"model/{name}"] = (value, states[name].weights, taken)
+                self.gathered.add(name)
+        local = move_program(moves, self.seat.axes, self.seat.coordinates)
+        return move_instructions(local.program, self.table, "whole", "model/", "whole/")
+
+    def unneeded(self) -> list[Instruction]:
+        """What was gathered for the step goes."""
+        names = tuple(f"whole/{name}" for name in sorted(self.gathered))
+        return [Instruction("Free", None, None, 0, names)] if names else []
 
     def _needed(self, everything: Sequence[Sent], action: Action) -> list[Sent]:
         """What must have come before an action."""
@@ -270,6 +292,8 @@ class _Assembler:
         """What a task's input is called on this rank."""
         if name.startswith(("batch/", "value/")) or name == "position":
             return f"{k}:{name}"
+        if name.removeprefix("model/") in self.gathered:
+            return name.replace("model/", "whole/", 1)
         if not name.startswith("buffer/"):
             return name
         after = name.replace("buffer/", "next/", 1)
