@@ -507,7 +507,7 @@ def verify(
     if contract.world.size == 1:
         found = plan if isinstance(plan, Plan) else parse_plan(plan, lambda p: Path(p).read_text())
         asked = found if isinstance(found, Plan) else Plan()
-        size = ranks or (asked.ranks if asked.data is not None else 2 * asked.ranks)
+        size = ranks or (2 * asked.ranks if asked.fills else asked.ranks)
         return verify_local(job, asked.filled(size), size, steps, dtype)
     comm = connect(contract)
     with contextlib.closing(comm), ending(contract, comm):

@@ -6,10 +6,14 @@ from hypothesis import strategies as st
 
 from meshwright.plan.plan import AXES, Plan
 
-counts = st.integers(1, 1_000_000)
+counts = st.integers(1, 999_999)
 words = st.from_regex(r"[a-z0-9_][a-z0-9_.:()+-]{0,8}", fullmatch=True)
 names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 dims = st.lists(st.sampled_from((*AXES, None)), max_size=3).map(tuple)
+
+
+def _dashed(widths):
+    return "-".join(map(str, widths))
 
 
 def plans(*, named: bool = False):
@@ -22,6 +26,7 @@ def plans(*, named: bool = False):
         context=counts,
         expert=counts,
         zero=st.integers(0, 3),
+        replicas=st.none() | st.lists(counts, min_size=1, max_size=4).map(_dashed),
         schedule=st.none() | words,
         virtual=counts,
         microbatches=counts,

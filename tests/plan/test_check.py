@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from meshwright.errors import PlanError
 from meshwright.plan.check import CHECKS, RUNS, Facts, check, require
+from meshwright.plan.named import ASYNCHRONOUS, SCHEDULES
 from meshwright.plan.plan import KEYS, Plan
 
 sizes = st.integers(1, 40)
@@ -122,12 +123,170 @@ sizes = st.integers(1, 40)
         (
             Plan(data=1, gather="step"),
             Facts(1),
-            "plan asks for gather=step, but this version runs its default only; drop gather",
+            (
+                "plan asks for gather=step without ZeRO, but no weights are gathered then; "
+                "use zero3, zero2 or zero1, or drop gather"
+            ),
         ),
         (
-            Plan(data=1, cuts=("a",)),
+            Plan(data=2, zero=2, gather="microbatch"),
+            Facts(2),
+            (
+                "plan asks for gather=microbatch with zero=2, but its weights lie whole on every "
+                "rank between steps; use zero3, or drop gather"
+            ),
+        ),
+        (
+            Plan(data=1, cuts=("a", "b")),
             Facts(1),
-            "plan has cuts, but this version runs plans without; drop cuts",
+            (
+                "plan asks for cuts ['a', 'b'], but pipeline=1 is one stage, with nothing to cut "
+                "or order; use pipeline=3, or drop cuts"
+            ),
+        ),
+        (
+            Plan(data=1, schedule="1f1b"),
+            Facts(1),
+            (
+                "plan asks for schedule=1f1b, but pipeline=1 is one stage, with nothing to cut or "
+                "order; use pipeline=2, or drop schedule"
+            ),
+        ),
+        (
+            Plan(data=1, virtual=2),
+            Facts(1),
+            (
+                "plan asks for virtual=2, but pipeline=1 is one stage, with nothing to cut or "
+                "order; use pipeline=2, or drop virtual"
+            ),
+        ),
+        (
+            Plan(replicas="2-1-1"),
+            Facts(4),
+            (
+                "plan asks for replicas=2-1-1, but pipeline=1 is one stage, with nothing to cut "
+                "or order; use pipeline=3, or drop replicas"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="1f1p"),
+            Facts(2),
+            "plan asks for schedule=1f1p; did you mean '1f1b'?",
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="1f1b", virtual=2),
+            Facts(2),
+            (
+                "plan asks for schedule=1f1b with virtual=2, but it holds one stage on each rank; "
+                "drop virtual, or use schedule=interleaved"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="interleaved"),
+            Facts(2),
+            (
+                "plan asks for schedule=interleaved with virtual=1, but it is about several "
+                "stages on each rank; use virtual=2 or more, or schedule=1f1b"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="zb-v", virtual=3),
+            Facts(2),
+            (
+                "plan asks for schedule=zb-v with virtual=3, but it holds exactly two stages on "
+                "each rank; drop virtual, or use schedule=interleaved"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=3, cuts=("a",)),
+            Facts(3),
+            (
+                "plan has 1 cut, which makes 2 stages, but pipeline=3 has 3; name the first "
+                "module of every stage but the first, 2 in all, or drop cuts to have them chosen"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="dualpipe-v", cuts=("a", "b")),
+            Facts(2),
+            (
+                "plan has 2 cuts, which make 3 stages, but pipeline=2 with 2 stages a rank has 4; "
+                "name the first module of every stage but the first, 3 in all, or drop cuts to "
+                "have them chosen"
+            ),
+        ),
+        (
+            Plan(data=3, pipeline=2, replicas="2-1", schedule="pipedream"),
+            Facts(3),
+            (
+                "plan asks for replicas=2-1 and data=3, but both say how many data ranks a stage "
+                "has; drop data"
+            ),
+        ),
+        (
+            Plan(pipeline=3, replicas="2-1", schedule="pipedream"),
+            Facts(3),
+            (
+                "plan asks for replicas=2-1, which is 2 stages, but pipeline=3; use pipeline=2, or "
+                "give 3 numbers"
+            ),
+        ),
+        (
+            Plan(pipeline=2, replicas="2-1", tensor=2, schedule="pipedream"),
+            Facts(4),
+            ("plan asks for replicas=2-1 x tensor=2 = 6 ranks, but the world has 4; start 6 ranks"),
+        ),
+        (
+            Plan(pipeline=2, replicas="2-1"),
+            Facts(3),
+            (
+                "plan asks for replicas=2-1, but under schedule=1f1b all stages share every "
+                "micro-batch; use data, which is the same for all stages, or schedule=pipedream, "
+                "whose replicas take turns"
+            ),
+        ),
+        (
+            Plan(pipeline=2, replicas="2-2", schedule="gpipe"),
+            Facts(4),
+            (
+                "plan asks for replicas=2-2, but under schedule=gpipe all stages share every "
+                "micro-batch; use data=2 in place of replicas"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream"),
+            Facts(2, clip_norm=1.0),
+            (
+                "schedule=pipedream has no moment at which all stages' gradients of a minibatch "
+                "are there, which clip_norm=1.0 takes the norm of; leave clip_norm out of the "
+                "job, or use a schedule that flushes, such as 1f1b"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream-vertical", zero=1),
+            Facts(2),
+            (
+                "schedule=pipedream-vertical computes with several versions of the weights at "
+                "once, but zero=1 keeps shards of one; drop zero, or use a schedule that flushes, "
+                "such as 1f1b"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream", microbatches=4),
+            Facts(2),
+            (
+                "schedule=pipedream updates the weights after every minibatch of batch_size "
+                "samples and does not divide it, but microbatches=4; drop microbatches, or use "
+                "schedule=pipedream-2bw, which adds their gradients up"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=3, schedule="pipedream-2bw", microbatches=2),
+            Facts(3),
+            (
+                "schedule=pipedream-2bw keeps two versions of the weights, which suffice only if "
+                "a minibatch has a micro-batch for each stage, but microbatches=2 and pipeline=3; "
+                "use microbatches=3 or more, or schedule=pipedream"
+            ),
         ),
     ],
 )
@@ -144,9 +303,26 @@ def test_every_zero_level_runs_at_any_data_size(zero):
     assert check(Plan(data=4, zero=zero, microbatches=2), Facts(4, batch_size=8)) == ()
 
 
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_every_schedule_runs_at_any_number_of_ranks(schedule, pipeline):
+    virtual = 2 if schedule == "interleaved" else 1
+    parts = 1 if schedule in ("pipedream", "pipedream-vertical") else 4
+    plan = Plan(data=1, pipeline=pipeline, schedule=schedule, virtual=virtual, microbatches=parts)
+    assert check(plan, Facts(pipeline, batch_size=8)) == ()
+    assert plan.asynchronous == (schedule in ASYNCHRONOUS)
+
+
+def test_cuts_and_replicas_that_fit():
+    assert check(Plan(data=1, pipeline=3, cuts=("a", "b")), Facts(3)) == ()
+    assert check(Plan(data=1, pipeline=2, virtual=2, cuts=("a", "b", "c")), Facts(2)) == ()
+    turns = Plan(pipeline=2, replicas="15-1", schedule="pipedream")
+    assert check(turns, Facts(16, batch_size=1)) == ()
+
+
 def test_all_problems_are_named_at_once():
     with pytest.raises(PlanError) as caught:
-        require(Plan(data=3, offload="cpu", remat="full", microbatches=9), Facts(4, batch_size=8))
+        require(Plan(data=3, offload="cpu", remat="half", microbatches=9), Facts(4, batch_size=8))
     lines = str(caught.value).splitlines()
     assert lines[0] == "plan has 4 problems:"
     assert len(lines) == 5
@@ -161,7 +337,7 @@ def test_every_key_that_is_not_run_yet_is_a_key():
 
 @pytest.mark.parametrize("key", sorted(RUNS))
 def test_other_values_of_a_key_that_is_not_run_yet_are_refused(key):
-    other = {"gather": "step"}.get(key, 2 if isinstance(RUNS[key][0], int) else "other")
+    other = 2 if isinstance(RUNS[key][0], int) else "other"
     plan = dataclasses.replace(Plan(data=1), **{key: other})
     (problem,) = CHECKS["version"](plan, Facts(1))
     assert f"{key}={other}" in problem.message

@@ -76,6 +76,14 @@ def test_of_orders_axes_and_repeats_stages():
     assert mesh.group(9, "context") == (9,)
 
 
+def test_replicas_make_unequal_stages():
+    mesh = Mesh.of(replicas=(2, 1), tensor=2, data=1)
+    assert mesh.size == 6
+    assert [stage.axis_size("data") for stage in mesh.stages] == [2, 1]
+    assert mesh.coordinates(5) == (1, {"data": 0, "tensor": 1})
+    assert mesh.group(3, "data") == (1, 3)
+
+
 def test_a_mesh_of_nothing_is_one_rank():
     mesh = Mesh.of()
     assert mesh.size == 1

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 
 from meshwright.errors import PlanError, UsageError
+from meshwright.plan import presets
 from meshwright.plan.named import PRESETS
 from meshwright.plan.plan import KEYS, Plan
 from tests.plan.strategies import plans
@@ -80,6 +81,8 @@ def test_plans_with_names_say_that_toml_writes_them(plan):
         ("data=1000001", "data=1000001; use a number from 1 to 1000000"),
         ("zero=4", "zero=4; use a number from 0 to 3"),
         ("gather=never", "use gather=step or gather=microbatch"),
+        ("replicas=2-", "replicas=2-; write the data ranks of each pipeline rank"),
+        ("replicas=0-1", "replicas=0-1; write"),
         ("remat=", "remat takes a word, not ''"),
         ("remat=a=b", "remat takes a word, not 'a=b'"),
     ],
@@ -119,6 +122,60 @@ def test_sizes_and_ranks():
     assert plan.sizes == {"data": 2, "pipeline": 3, "tensor": 4, "context": 1, "expert": 1}
     assert plan.ranks == 24
     assert Plan(tensor=4).ranks == 4
+
+
+def test_replicas_add_up_to_the_ranks():
+    plan = Plan(pipeline=3, replicas="4-2-1", tensor=2)
+    assert plan.widths == (4, 2, 1)
+    assert plan.ranks == 14
+    assert plan.filled(99) == plan
+    assert Plan(data=2, pipeline=3).widths == (2, 2, 2)
+    assert Plan(pipeline=2).widths == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "stages"),
+    [
+        ("pipeline=3", "1f1b", 3),
+        ("pipeline=3,virtual=2", "interleaved", 6),
+        ("pipeline=3,schedule=gpipe,virtual=2", "gpipe", 6),
+        ("pipeline=3,schedule=zb-v", "zb-v", 6),
+        ("pipeline=3,schedule=dualpipe-v,virtual=2", "dualpipe-v", 6),
+        ("pipeline=3,schedule=zb-h1", "zb-h1", 3),
+    ],
+)
+def test_the_schedule_of_a_pipeline_and_its_stages(text, order, stages):
+    plan = Plan.parse(text)
+    assert (plan.order, plan.stages, plan.asynchronous) == (order, stages, False)
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (presets.gpipe(2, 8), "pipeline=2,schedule=gpipe,microbatches=8,remat=full"),
+        (presets.gpipe(2, 8, 3, remat=False), "data=3,pipeline=2,schedule=gpipe,microbatches=8"),
+        (presets.interleaved(2, 8), "pipeline=2,schedule=interleaved,virtual=2,microbatches=8"),
+        (presets.zero_bubble(2, 8), "pipeline=2,schedule=zb-h1,microbatches=8"),
+        (presets.zero_bubble(2, 8, memory="2x"), "pipeline=2,schedule=zb-h2,microbatches=8"),
+        (presets.zero_bubble(2, 8, memory="v"), "pipeline=2,schedule=zb-v,microbatches=8"),
+        (presets.pipedream(3), "pipeline=3,schedule=pipedream"),
+        (presets.pipedream("15-1"), "pipeline=2,replicas=15-1,schedule=pipedream"),
+        (presets.pipedream(2, vertical=True), "pipeline=2,schedule=pipedream-vertical"),
+        (presets.pipedream_2bw(3), "pipeline=3,schedule=pipedream-2bw,microbatches=3"),
+        (
+            presets.pipedream_2bw("2-1", 8),
+            "pipeline=2,replicas=2-1,schedule=pipedream-2bw,microbatches=8",
+        ),
+    ],
+)
+def test_pipelines_by_the_names_of_their_papers(plan, text):
+    assert plan == Plan.parse(text)
+    assert plan.asynchronous == ("pipedream" in text)
+
+
+def test_a_memory_that_no_zero_bubble_schedule_has():
+    with pytest.raises(UsageError, match="memory='3x'; use '1x', '2x' or 'v'"):
+        presets.zero_bubble(2, 8, memory="3x")
 
 
 def test_data_fills_the_world():

@@ -314,6 +314,24 @@ def test_nonfinite_is_one_of_three():
         alone(MEAN, nonfinite="stop")
 
 
+def test_asynchronous_pipelines_cannot_skip_a_step():
+    words = "nonfinite='skip' leaves a whole step out, but schedule=pipedream"
+    with pytest.raises(UsageError, match=words):
+        alone(MEAN, "pipeline=2,schedule=pipedream", nonfinite="skip")
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("pipeline=2", "which pipeline=2 would have to split; use data parallelism alone"),
+        ("remat=full", "remat=full computes parts of it again; leave one of them out"),
+    ],
+)
+def test_untraced_code_is_neither_cut_nor_repeated(plan, words):
+    with pytest.raises(UsageError, match=words):
+        alone(MEAN, plan, eager=True)
+
+
 def test_the_last_step_looks_at_no_further_batch():
     class Exact:
         """Three batches, and no more."""

@@ -129,7 +129,7 @@ def _verify(wanted: _Wanted) -> int:
     if here().world.size > 1:
         return _run(wanted, text, None)
     asked = 1 if plan is None else plan.ranks
-    ranks = wanted.ranks or (2 * asked if plan is None or plan.data is None else asked)
+    ranks = wanted.ranks or (2 * asked if plan is None or plan.fills else asked)
     require_world(plan, ranks)
     Path(wanted.which.path)  # raises before any rank is started
     if wanted.where is Where.processes and ranks > 1:

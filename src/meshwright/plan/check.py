@@ -5,45 +5,20 @@ Every check is a pure function of the plan and the facts; `require` raises all t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from meshwright.errors import PlanError
+from meshwright.plan.facts import Check, Facts, Problem
+from meshwright.plan.piped import (
+    cuts_make_the_stages,
+    old_gradients_are_used_as_they_come,
+    pipeline_has_stages,
+    replicas_are_of_stages,
+    schedule_holds_the_stages,
+)
 from meshwright.plan.plan import Plan
 
 __all__ = ["CHECKS", "Facts", "Problem", "check", "require"]
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a plan is laid over.
-
-    Attributes:
-        world: ranks there are.
-        batch_size: samples per step over all ranks; None while it is not known.
-        normalize_over: samples whose statistics a batch norm shares; None where the job leaves it.
-        normalizes: the model has batch norm.
-    """
-
-    world: int
-    batch_size: int | None = None
-    normalize_over: int | None = None
-    normalizes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One reason why a plan does not fit, and what to do."""
-
-    message: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.message}; {self.remedy}"
-
-
-Check = Callable[[Plan, Facts], tuple[Problem, ...]]
 
 
 def check(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
@@ -69,6 +44,8 @@ def world_is_filled(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """The product of the mesh axes is the number of ranks there are."""
     if plan.ranks == facts.world:
         return ()
+    if plan.replicas is not None:
+        return (_replicated_world(plan, facts.world),)
     sizes = {axis: size for axis, size in plan.sizes.items() if size > 1 or axis == "data"}
     asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     others = plan.ranks // plan.sizes["data"]
@@ -82,13 +59,28 @@ def world_is_filled(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     )
 
 
+def _replicated_world(plan: Plan, world: int) -> Problem:
+    """The stages' data ranks, times what each is split over, are not what there is."""
+    within = {axis: size for axis, size in plan.sizes.items() if size > 1 and axis != "pipeline"}
+    asked = "".join(f" x {axis}={size}" for axis, size in within.items() if axis != "data")
+    return Problem(
+        f"plan asks for replicas={plan.replicas}{asked} = {_ranks(plan.ranks)}, but the world has "
+        f"{world}",
+        f"start {_ranks(plan.ranks)}",
+    )
+
+
 def microbatches_hold_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
-    """Every rank of the data axis, and of expert, gets a sample or more of every micro-batch."""
+    """Every rank of the data axis, and of expert, gets a sample or more of every micro-batch.
+
+    Replicas of an asynchronous pipeline's stage take whole micro-batches in turn.
+    """
     batch, parts, expert = facts.batch_size, plan.microbatches, plan.sizes["expert"]
-    ranks = plan.sizes["data"] * expert
+    data = 1 if plan.asynchronous else plan.sizes["data"]
+    ranks = data * expert
     if batch is None or batch // parts >= ranks:
         return ()
-    asked = f"data={plan.sizes['data']}" + (f" x expert={expert}" if expert > 1 else "")
+    asked = f"data={data}" + (f" x expert={expert}" if expert > 1 else "")
     if batch < ranks:
         whole = " and microbatches=1" if parts > 1 else ""
         fits = f"data={batch // expert}" if batch >= expert else f"data=1,expert={batch}"
@@ -183,6 +175,37 @@ def attention_has_a_context(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     )
 
 
+def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """When weights are gathered is said only where they are sharded, and may be so."""
+    del facts
+    if plan.gather is None:
+        return ()
+    asked = f"plan asks for gather={plan.gather}"
+    if not plan.zero:
+        return (
+            Problem(
+                f"{asked} without ZeRO, but no weights are gathered then",
+                "use zero3, zero2 or zero1, or drop gather",
+            ),
+        )
+    if plan.zero < 3 and plan.gather == "microbatch":
+        return (
+            Problem(
+                f"{asked} with zero={plan.zero}, but its weights lie whole on every rank between "
+                "steps",
+                "use zero3, or drop gather",
+            ),
+        )
+    if plan.zero == 3 and plan.gather == "step":
+        return (
+            Problem(
+                f"{asked} with zero=3, but this version gathers its weights for each micro-batch",
+                "drop gather, or use zero2, whose weights are gathered once a step and kept",
+            ),
+        )
+    return ()
+
+
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
@@ -232,6 +255,12 @@ def _ranks(count: int) -> str:
 CHECKS: Final[dict[str, Check]] = {
     "world": world_is_filled,
     "samples": microbatches_hold_samples,
+    "pipeline": pipeline_has_stages,
+    "schedule": schedule_holds_the_stages,
+    "cuts": cuts_make_the_stages,
+    "replicas": replicas_are_of_stages,
+    "asynchronous": old_gradients_are_used_as_they_come,
+    "gather": gathers_are_there,
     "shard": shards_divide_the_data_axis,
     "sequence": sequences_are_split_over_something,
     "attention": attention_has_a_context,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshwright.errors import PlanError
@@ -91,12 +91,17 @@ class Mesh:
     stages: tuple[StageMesh, ...]
 
     @classmethod
-    def of(cls, pipeline: int = 1, **sizes: int) -> Mesh:
-        """The rectangular mesh: equal stages with the named axis sizes, e.g. `Mesh.of(data=2)`."""
-        order = {name: place for place, name in enumerate(AXES)}
-        names = sorted(sizes, key=lambda name: order.get(name, len(order)))
-        stage = StageMesh(tuple(Axis(name, sizes[name]) for name in names))
-        return cls((stage,) * pipeline)
+    def of(cls, pipeline: int = 1, replicas: Sequence[int] = (), **sizes: int) -> Mesh:
+        """Stages with the named axis sizes, e.g. `Mesh.of(data=2)`.
+
+        Args:
+            pipeline: stages, all alike.
+            replicas: in their place, the size of `data` in each of them.
+            **sizes: of the axes.
+        """
+        if replicas:
+            return cls(tuple(_stage(**{**sizes, "data": size}) for size in replicas))
+        return cls((_stage(**sizes),) * pipeline)
 
     @property
     def size(self) -> int:
@@ -135,3 +140,10 @@ class Mesh:
             if any(a.name == axis for a in mesh.axes):
                 here[axis] = 0
             yield self.group(self.rank(stage, here), axis)
+
+
+def _stage(**sizes: int) -> StageMesh:
+    """A stage of these axes, in their order."""
+    order = {name: place for place, name in enumerate(AXES)}
+    names = sorted(sizes, key=lambda name: order.get(name, len(order)))
+    return StageMesh(tuple(Axis(name, sizes[name]) for name in names))

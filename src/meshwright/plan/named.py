@@ -1,10 +1,10 @@
-"""Names for common plans; each stands for a few keys."""
+"""Names that a plan may use: of common plans, each a few keys, and of pipeline schedules."""
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["PRESETS"]
+__all__ = ["ASYNCHRONOUS", "CHUNKED", "PAIRED", "PRESETS", "SCHEDULES"]
 
 # ZeRO stages (Rajbhandari et al. 2020, section 5): 1 shards the optimizer state over the data axis,
 # 2 the gradients too, 3 the weights too.
@@ -14,3 +14,17 @@ PRESETS: Final[dict[str, dict[str, int | str]]] = {
     "zero2": {"zero": 2},
     "zero3": {"zero": 3},
 }
+
+ASYNCHRONOUS: Final = ("pipedream", "pipedream-vertical", "pipedream-2bw")
+"""Schedules that never flush: gradients are of weights some updates old."""
+
+CHUNKED: Final = ("gpipe", "interleaved", "search")
+"""Schedules that may hold several stages on each rank (`virtual`)."""
+
+PAIRED: Final = ("zb-v", "dualpipe-v")
+"""Schedules that always hold two stages on each rank, folded like a V."""
+
+SCHEDULES: Final = (
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v", *ASYNCHRONOUS, "search",
+)  # fmt: skip
+"""What a plan's `schedule` may say."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Final, Literal, cast, get_args
 
 from meshwright.errors import PlanError, UsageError, nearest
-from meshwright.plan.named import PRESETS
+from meshwright.plan.named import ASYNCHRONOUS, PAIRED, PRESETS
 
 __all__ = ["AXES", "COUNTS", "KEYS", "Attention", "Plan"]
 
@@ -20,6 +20,7 @@ COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 
 _WHOLE: Final = ("zero", "redundancy", "max_fallback")  # whole numbers, 0 or more
 _WORDS: Final = (
     "sequence",
+    "replicas",
     "schedule",
     "gather",
     "remat",
@@ -29,9 +30,12 @@ _WORDS: Final = (
     "codec",
     "attention",
 )
-_OPTIONAL: Final = ("data", "shard", "schedule", "gather", "attention")  # None: left to Meshwright
+_OPTIONAL: Final = (  # None: left to Meshwright
+    "data", "shard", "replicas", "schedule", "gather", "attention",
+)  # fmt: skip
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
+_REPLICAS: Final = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})*")
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
 
 Gather = Literal["step", "microbatch"]
@@ -53,7 +57,10 @@ class Plan:
         zero: 0 to 3, what the data axis shards: 1 optimizer state, 2 gradients too, 3 weights too.
         shard: ranks, next to each other on the data axis, that ZeRO shards state over; groups of
             them are replicas (hybrid sharding). None: the whole axis.
-        schedule: the pipeline's order of work; None takes the default.
+        replicas: data ranks of each pipeline rank, in place of `data`: `15-1` is a first stage on
+            15 ranks, which take micro-batches in turn, and a second on one (PipeDream's notation).
+        schedule: the pipeline's order of work; None takes 1f1b, or interleaved where `virtual` is
+            more than 1.
         virtual: stages per pipeline rank.
         microbatches: parts a global batch is split into, run one after another.
         gather: when sharded weights are gathered; None takes the default for `zero`.
@@ -84,6 +91,7 @@ class Plan:
     sequence: str = "none"
     zero: int = 0
     shard: int | None = None
+    replicas: str | None = None
     schedule: str | None = None
     virtual: int = 1
     microbatches: int = 1
@@ -117,15 +125,47 @@ class Plan:
     @property
     def ranks(self) -> int:
         """How many ranks the plan asks for; an unfilled `data` counts as 1."""
-        return math.prod(self.sizes.values())
+        if self.replicas is None:
+            return math.prod(self.sizes.values())
+        within = ("tensor", "context", "expert")
+        return sum(self.widths) * math.prod(self.sizes[axis] for axis in within)
+
+    @property
+    def fills(self) -> bool:
+        """Whether `data` is still to be filled with the ranks there are."""
+        return self.data is None and self.replicas is None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Data ranks of each pipeline rank; an unfilled `data` counts as 1."""
+        if self.replicas is None:
+            return (self.sizes["data"],) * self.pipeline
+        return tuple(int(width) for width in self.replicas.split("-"))
+
+    @property
+    def order(self) -> str:
+        """The name of the schedule, its default filled in; of a plan with a pipeline."""
+        return self.schedule or ("interleaved" if self.virtual > 1 else "1f1b")
+
+    @property
+    def stages(self) -> int:
+        """How many stages the model is cut into, over all pipeline ranks."""
+        return self.pipeline * (2 if self.schedule in PAIRED else self.virtual)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the pipeline never flushes, so that gradients are of weights some updates old."""
+        return self.schedule in ASYNCHRONOUS
 
     def filled(self, world: int) -> Plan:
         """This plan with `data` set, where it was absent, to as many ranks as `world` leaves it.
 
+        A plan that says `replicas` is left as it is.
+
         Raises:
             PlanError: the other axes do not divide the world.
         """
-        if self.data is not None:
+        if not self.fills:
             return self
         if world % self.ranks:
             axes = {axis: size for axis, size in self.sizes.items() if size > 1}
@@ -195,6 +235,11 @@ def _require(key: str, value: object) -> None:
             raise PlanError(f"plan key {key} takes a word, not {value!r}")
         if key == "gather" and value not in ("step", "microbatch"):
             raise PlanError(f"plan asks for gather={value}; use gather=step or gather=microbatch")
+        if key == "replicas" and not _REPLICAS.fullmatch(value):
+            raise PlanError(
+                f"plan asks for replicas={value}; write the data ranks of each pipeline rank, "
+                "from the first, with dashes between them, as in replicas=2-1"
+            )
         if key == "attention" and value not in get_args(Attention):
             listed = " or ".join(f"attention={form}" for form in get_args(Attention))
             raise PlanError(f"plan asks for attention={value}; use {listed}")

@@ -48,7 +48,8 @@ def mesh_of(plan: Plan) -> Mesh:
     sizes = {name: size for name, size in plan.sizes.items() if name != "pipeline"}
     if plan.shard is not None:
         sizes |= {"data": sizes["data"] // plan.shard, "shard": plan.shard}
-    return Mesh.of(pipeline=plan.pipeline, **sizes)
+    replicas = plan.widths if plan.replicas is not None else ()
+    return Mesh.of(plan.pipeline, replicas, **sizes)
 
 
 def micro_ranges(samples: int, microbatches: int) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ def prepare(
         UserCodeError: a factory raised or made what it must not.
     """
     plan = plan.filled(world)
-    require(plan, Facts(world, job.batch_size, job.normalize_over))
+    known = Facts(world, job.batch_size, job.normalize_over, clip_norm=job.clip_norm)
+    require(plan, known)
     model = blueprint(job.model, job.seed)
     norms = has_batch_norm(model.module)
-    require(plan, Facts(world, job.batch_size, job.normalize_over if norms else None, norms))
+    over = job.normalize_over if norms else None
+    require(plan, replace(known, normalize_over=over, normalizes=norms))
     made = recipe(model, job.optimizer)
     values = values_of(model.parameters, dtype)
     moved = {n for n in made.names if model.parameters[n].requires_grad}

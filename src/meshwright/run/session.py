@@ -34,6 +34,7 @@ from meshwright.run.together import together
 from meshwright.run.weights import export
 from meshwright.run.whole import exported, gathered, held
 from meshwright.run.worker import Fetched, Worker
+from meshwright.schedule.bubble import bubble_notes
 
 __all__ = ["Record", "Session", "open_session", "steps_to_run"]
 
@@ -286,12 +287,23 @@ def open_session(
             f"--eager runs the user's code as it is, which {split[0]}={plan.sizes[split[0]]} would "
             "have to split; use data parallelism alone, or leave --eager out"
         )
+    if eager and plan.remat != "none":
+        raise UsageError(
+            f"--eager runs the user's code as it is, but remat={plan.remat} computes parts of it "
+            "again; leave one of them out"
+        )
     if nonfinite not in ("raise", "skip", "ignore"):
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
+    if nonfinite == "skip" and plan.asynchronous:
+        raise UsageError(
+            f"nonfinite='skip' leaves a whole step out, but schedule={plan.schedule} has begun the "
+            "next ones by then; use nonfinite='raise', or a schedule that flushes, such as 1f1b"
+        )
     build = prepare(job, plan, comm.world.size, dtype, data)
     build.compiled = compiled
     require_host(build, comm.world.local_size)
-    notes = [*build.model.notes, *notes_on(plan.precision)]
+    told = bubble_notes(build.plan, job.batch_size)
+    notes = [*build.model.notes, *notes_on(plan.precision), *told]
     source = open_source(
         job.data() if data is None else data,
         batch_size=job.batch_size,
@@ -304,8 +316,8 @@ def open_session(
             raise StorageError(
                 f"weights {job.weights} are not there; give a safetensors file or folder"
             )
-        make, told = persist.given_weights(build, Path(job.weights))
-        notes += told
+        make, missing = persist.given_weights(build, Path(job.weights))
+        notes += missing
     kind = EagerWorker if eager else Worker
     worker = kind(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
     return Session(build, worker, comm, notes=notes)
