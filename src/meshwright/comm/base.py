@@ -6,6 +6,15 @@ in; an error is thrown in at the yield.
 
     handle = yield Start("all_reduce", group, (tensor,))     # the driver answers a Handle
     (total,) = yield Wait(handle)                            # the driver answers tensors
+
+A message goes along an ordered pair of ranks, of which each side starts its own half:
+
+    pair = Group("pipeline", (0, 1))                                           # from 0 to 1
+    sent = yield Start("send", pair, (x,), label="activations 3")              # on rank 0
+    come = yield Start("recv", pair, shapes=((2, 8),), dtypes=(x.dtype,), label="activations 3")
+
+Messages of a pair match in the order of their starts on each side; those of (1, 0), and collectives
+over the same ranks, go their own way.
 """
 
 from __future__ import annotations
@@ -16,13 +25,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the supervisor reads World from here, and starts a second sooner without torch
-    from torch import Tensor, dtype
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Comm",
     "Exchange",
     "Group",
     "Handle",
+    "MESSAGES",
     "Op",
     "Reduction",
     "Start",
@@ -32,19 +43,15 @@ __all__ = [
     "all_reduce",
     "barrier",
     "gather_json",
+    "recv",
+    "send",
 ]
 
 Op = Literal[
-    "all_reduce",
-    "reduce_scatter",
-    "all_gather",
-    "all_to_all",
-    "broadcast",
-    "permute",
-    "barrier",
-    "send",
-    "recv",
-]
+    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "permute", "barrier",
+    "send", "recv",
+]  # fmt: skip
+MESSAGES: frozenset[Op] = frozenset({"send", "recv"})
 Reduction = Literal["sum", "max", "min"]
 
 
@@ -87,11 +94,12 @@ class Start:
     * `broadcast`: (tensor,) -> (the tensor of member `root`,)
     * `permute`: (tensor,) -> (the tensor of the member whose index is `root` before mine,)
     * `barrier`: () -> ()
-    * `send`: tensors of any dtypes -> (), over a group of two: from its first rank to its second
-    * `recv`: () -> the tensors of the message, whose `shapes` and `dtypes` are told
+    * `send`: k tensors of any dtypes -> (), when they may be written again. It is started without
+      the receiver; `Wait` may have to stay until it takes what is more than a driver keeps
+    * `recv`: () -> k tensors of `shapes` and `dtypes`, in memory of its own
 
-    Messages of an ordered pair of ranks meet in the order in which each side starts them; a send
-    does not wait for its receiver to have come.
+    The group of a message is (source, destination), and both say the same `label`, shapes and
+    dtypes.
 
     Answers may be views of one another's memory, end to end: those of an `all_gather`, member 0's
     j-th, member 1's j-th and so on, for each j.
@@ -111,7 +119,12 @@ class Start:
     label: str = ""
     donate: bool = False
     into: tuple[Tensor, ...] = ()
-    dtypes: tuple[dtype, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    @property
+    def peer(self) -> int:
+        """The rank at the other end of a message."""
+        return self.group.ranks[self.op == "send"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,6 +193,27 @@ def barrier(group: Group, label: str = "") -> Generator[Any, Any, None]:
     if len(group.ranks) > 1:
         handle = yield Start("barrier", group, label=label)
         yield Wait(handle)
+
+
+def send(
+    tensors: tuple[Tensor, ...], source: int, to: int, label: str = "", axis: str = "pipeline"
+) -> Generator[Any, Any, None]:
+    """Send `tensors` and return once they may be written again."""
+    yield Wait((yield Start("send", Group(axis, (source, to)), tensors, label=label)))
+
+
+def recv(
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+    source: int,
+    to: int,
+    label: str = "",
+    axis: str = "pipeline",
+) -> Generator[Any, Any, tuple[Tensor, ...]]:
+    """What `source` sends next to `to`, which is this rank."""
+    pair = Group(axis, (source, to))
+    answer = yield Wait((yield Start("recv", pair, shapes=shapes, dtypes=dtypes, label=label)))
+    return tuple(answer)
 
 
 def gather_json(value: Any, group: Group, label: str = "") -> Generator[Any, Any, list[Any]]:

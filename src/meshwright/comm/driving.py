@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from meshwright.comm.base import Exchange, Handle, Start, Wait
+from meshwright.comm.base import MESSAGES, Exchange, Handle, Start, Wait
 from meshwright.comm.ledger import describe
 from meshwright.errors import InternalError
 
@@ -72,6 +72,8 @@ def require_mine(request: Start, rank: int) -> None:
             of several dtypes, or one is not of the shape that `request.shapes` gives it.
     """
     ranks = request.group.ranks
+    if request.op in MESSAGES:
+        _require_end(request, rank)
     if rank not in ranks:
         raise InternalError(
             f"rank {rank} starts {describe(request)}, whose members are ranks {list(ranks)}"
@@ -79,9 +81,34 @@ def require_mine(request: Start, rank: int) -> None:
     for tensor in request.tensors:
         if tensor.device.type != "cpu":
             raise InternalError(f"{describe(request)} is on {tensor.device}, and must be on CPU")
-    problem = _misfit(request, ranks.index(rank))
+    problem = None if request.op in MESSAGES else _misfit(request, ranks.index(rank))
     if problem:
         raise InternalError(f"{describe(request)}: rank {rank} brings {problem}")
+
+
+def _require_end(request: Start, rank: int) -> None:
+    """See that this rank is at the right end of a message, which has something to carry."""
+    source, *others = request.group.ranks
+    if len(others) != 1 or source == others[0]:
+        raise InternalError(
+            f"{request.op} over {request.group.axis}: a message goes from one rank to another, "
+            f"and its ranks are {list(request.group.ranks)}"
+        )
+    sends = request.op == "send"
+    if rank != (source if sends else others[0]):
+        raise InternalError(
+            f"rank {rank} starts {describe(request)}, which is for "
+            f"rank {source if sends else others[0]} to start"
+        )
+    if sends and not request.tensors:
+        raise InternalError(f"{describe(request)} carries no tensor, and needs at least one")
+    if not sends and (request.tensors or not request.shapes):
+        raise InternalError(f"{describe(request)} takes shapes, at least one, and no tensors")
+    if not sends and len(request.shapes) != len(request.dtypes):
+        raise InternalError(
+            f"{describe(request)} has {len(request.shapes)} shapes and {len(request.dtypes)} "
+            "dtypes; give a dtype for each shape"
+        )
 
 
 def _misfit(request: Start, index: int) -> str | None:

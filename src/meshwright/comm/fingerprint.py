@@ -13,11 +13,11 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from meshwright.comm.base import Start
+from meshwright.comm.base import MESSAGES, Start
 from meshwright.comm.roll import named
 from meshwright.errors import UserCodeError
 
-__all__ = ["BYTES", "decode", "encode", "require_same", "text"]
+__all__ = ["BYTES", "decode", "differing", "encode", "require_same", "text"]
 
 BYTES = 256
 _UNEVEN = frozenset({"all_gather", "all_to_all", "permute"})
@@ -25,6 +25,9 @@ _UNEVEN = frozenset({"all_gather", "all_to_all", "permute"})
 
 def text(request: Start) -> str:
     """What all members must have in common, as in `all_reduce sum float32[3, 5] (loss)`."""
+    label = f" ({request.label})" if request.label else ""
+    if request.op in MESSAGES:
+        return _cut("message " + " ".join(_carried(request)), label)
     parts: list[str] = [request.op]
     if request.op in {"all_reduce", "reduce_scatter"}:
         parts.append(request.reduce)
@@ -39,8 +42,18 @@ def text(request: Start) -> str:
     if request.op == "all_gather":
         shapes = request.shapes or [tensor.shape for tensor in request.tensors]
         parts += [str(list(shape)) for shape in shapes]
-    label = f" ({request.label})" if request.label else ""
     return _cut(" ".join(parts), label)
+
+
+def _carried(request: Start) -> list[str]:
+    """What goes with a message, alike on both sides."""
+    if request.op == "send":
+        return [_kind(tensor.dtype, tensor.shape) for tensor in request.tensors]
+    return [_kind(d, shape) for d, shape in zip(request.dtypes, request.shapes, strict=True)]
+
+
+def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{dtype}".removeprefix("torch.") + str(list(shape))
 
 
 def _cut(what: str, label: str) -> str:
@@ -68,6 +81,15 @@ def encode(words: str) -> Tensor:
 def decode(data: Tensor) -> str:
     """The words that `encode` was given."""
     return bytes(data.numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
+
+
+def differing(pair: Sequence[int], sent: str, wanted: str) -> str:
+    """What to say when the sides of an ordered pair mean different messages."""
+    return (
+        f"ranks {pair[0]} and {pair[1]} disagree about the next message from rank {pair[0]} to "
+        f"rank {pair[1]}: it sends {sent}; the other expects {wanted}. Both must run the same plan "
+        "on the same model: look for an `if` on the rank, on data or on time in the model"
+    )
 
 
 def require_same(words: Sequence[str], ranks: Sequence[int], axis: str) -> None:

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from meshwright.comm.base import Start
+from meshwright.comm.base import MESSAGES, Start
 
 __all__ = ["Entry", "Ledger", "describe"]
 
+_PAIR = 2
+
 
 class Entry(NamedTuple):  # made at every collective, at a fifth of a frozen dataclass's cost
-    """One collective: its number on this rank (from 1), what it was, how many bytes it brought."""
+    """One collective or message: its number on this rank (from 1), what it was, bytes it brought.
+
+    A message's bytes are its sender's; who receives brings none.
+    """
 
     number: int
     op: str
@@ -29,7 +34,7 @@ class Entry(NamedTuple):  # made at every collective, at a fifth of a frozen dat
 
     def text(self) -> str:
         """As in `#12 all_reduce over data (blocks.3.attn)`."""
-        return f"#{self.number} {phrase(self.op, self.axis, self.label)}"
+        return f"#{self.number} {phrase(self.op, self.axis, self.label, self.ranks)}"
 
 
 @final
@@ -80,10 +85,13 @@ class Ledger:
 
 
 def describe(request: Start) -> str:
-    """As in `all_reduce over data (blocks.3.attn)`: for error messages."""
-    return phrase(request.op, request.group.axis, request.label)
+    """As in `all_reduce over data (blocks.3.attn)` or `send of x 3 to rank 1`: for errors."""
+    return phrase(request.op, request.group.axis, request.label, request.group.ranks)
 
 
-def phrase(op: str, axis: str, label: str) -> str:
-    """The words for a collective; an empty label is left out."""
+def phrase(op: str, axis: str, label: str, ranks: tuple[int, ...]) -> str:
+    """The words for a collective or a message; an empty label is left out."""
+    if op in MESSAGES and len(ranks) == _PAIR:
+        what = f" of {label}" if label else ""
+        return f"{op}{what} " + (f"to rank {ranks[1]}" if op == "send" else f"from rank {ranks[0]}")
     return f"{op} over {axis}" + (f" ({label})" if label else "")

@@ -3,6 +3,8 @@
 Deterministic and without locks. A collective is performed when its last member starts it; a rank
 that waits for one that is not complete yields its turn. When nobody can move, that is the deadlock
 report. This is how tests run eight ranks, and how `verify` runs by default.
+
+A send is buffered, unless the world is told that sends wait for their recv (`comm/posted.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from meshwright.comm.base import Exchange, Group, Handle, Start, Wait
+from meshwright.comm.base import MESSAGES, Exchange, Group, Handle, Start, Wait
+from meshwright.comm.driving import require_mine
+from meshwright.comm.ledger import describe
+from meshwright.comm.posted import Place, Posted, Sends
 from meshwright.errors import InternalError, Stalled
 
 __all__ = ["LocalWorld", "collective", "run_local"]
@@ -35,12 +40,12 @@ class _Call:
 class LocalWorld:
     """Drives one generator per rank; lives as long as its generators do."""
 
-    def __init__(self, size: int) -> None:
-        """A world of `size` ranks."""
+    def __init__(self, size: int, sends: Sends = "buffered") -> None:
+        """A world of `size` ranks; `sends` says when a send is done."""
         self.size = size
+        self._posted = Posted(sends)
         self._calls: dict[_Key, _Call] = {}
         self._entered: dict[tuple[Group, int], int] = defaultdict(int)
-        self._mail: dict[tuple[Group, int], tuple[Tensor, ...]] = {}
 
     def perform(self, exchanges: Sequence[Exchange]) -> list[Any]:
         """Run all exchanges to their end and return their values, in rank order."""
@@ -54,7 +59,7 @@ class LocalWorld:
         self, exchanges: Sequence[Exchange], answers: Sequence[Any], *, to_return: bool
     ) -> list[Any]:
         outcome: dict[int, Any] = {}
-        waiting: dict[int, Wait] = {}
+        waiting: dict[int, Wait | Handle] = {}  # a Handle is of a start that may not go on
         answer = dict(enumerate(answers))
         while len(outcome) < len(exchanges):
             moved = False
@@ -69,7 +74,7 @@ class LocalWorld:
                     answer[rank] = ready
                 moved = True
                 ended, value = self._turn(rank, exchange, answer.pop(rank, None))
-                if isinstance(value, Wait) and not ended:
+                if isinstance(value, Wait | Handle) and not ended:
                     waiting[rank] = value
                 elif ended or not to_return:
                     outcome[rank] = value
@@ -84,21 +89,23 @@ class LocalWorld:
         try:
             request = exchange.send(answer)
             while isinstance(request, Start):
-                request = exchange.send(self._enter(rank, request))
+                handle = self._enter(rank, request)
+                if request.op in MESSAGES and not self._posted.begun(request, handle.token):
+                    return False, handle
+                request = exchange.send(handle)
         except StopIteration as end:
             return True, end.value
         return False, request
 
     def _enter(self, rank: int, start: Start) -> Handle:
+        if start.op in MESSAGES:
+            require_mine(start, rank)
+            return Handle(start, self._posted.enter(start))
         if rank not in start.group.ranks:
             raise InternalError(f"rank {rank} starts {start.op} on {start.group}, not a member")
         number = self._entered[start.group, rank]
         self._entered[start.group, rank] += 1
         key = (start.group, number)
-        if start.op == "send":
-            self._mail[key] = tuple(tensor.clone() for tensor in start.tensors)
-        if start.op in ("send", "recv"):
-            return Handle(start, key)
         call = self._calls.setdefault(key, _Call())
         call.starts[rank] = start
         if len(call.starts) == len(start.group.ranks):
@@ -106,11 +113,11 @@ class LocalWorld:
             call.results = dict(zip(start.group.ranks, collective(ordered), strict=True))
         return Handle(start, key)
 
-    def _ready(self, rank: int, wait: Wait) -> tuple[Tensor, ...] | None:
-        if wait.handle.request.op == "send":
-            return ()
-        if wait.handle.request.op == "recv":
-            return self._mail.pop(wait.handle.token, None)
+    def _ready(self, rank: int, wait: Wait | Handle) -> tuple[Tensor, ...] | Handle | None:
+        if isinstance(wait, Handle):
+            return wait if self._posted.begun(wait.request, wait.token) else None
+        if isinstance(wait.handle.token, Place):
+            return self._posted.ready(wait.handle.request, wait.handle.token)
         call = self._calls[wait.handle.token]
         if not call.results:
             return None
@@ -119,24 +126,31 @@ class LocalWorld:
             del self._calls[wait.handle.token]
         return result
 
-    def _deadlock(self, waiting: dict[int, Wait], outcome: dict[int, Any]) -> str:
+    def _deadlock(self, waiting: dict[int, Wait | Handle], outcome: dict[int, Any]) -> str:
         lines = ["no rank can move:"]
         for rank, wait in waiting.items():
-            start = wait.handle.request
-            call = self._calls.get(wait.handle.token, _Call())
-            missing = [r for r in start.group.ranks if r not in call.starts and r != rank]
-            what = f"{start.op} over {start.group.axis} ({start.label or 'unlabelled'})"
-            lines.append(f"  rank {rank} waits in {what} for ranks {missing}")
+            handle = wait if isinstance(wait, Handle) else wait.handle
+            lines.append(f"  rank {rank} waits in {self._awaited(handle)}")
         lines += [f"  rank {rank} has ended its turn" for rank in outcome]
         return "\n".join(lines)
 
+    def _awaited(self, handle: Handle) -> str:
+        """What a rank waits in, and what for."""
+        start = handle.request
+        if isinstance(handle.token, Place):
+            other = "recv" if start.op == "send" else "send"
+            return f"{describe(start)} for its {other}, number {handle.token.number} that way"
+        missing = [r for r in start.group.ranks if r not in self._calls[handle.token].starts]
+        what = f"{start.op} over {start.group.axis} ({start.label or 'unlabelled'})"
+        return f"{what} for ranks {missing}"
 
-def run_local(exchanges: Sequence[Exchange]) -> list[Any]:
+
+def run_local(exchanges: Sequence[Exchange], sends: Sends = "buffered") -> list[Any]:
     """Run one exchange per rank to its end, in one thread; their values in rank order."""
-    return LocalWorld(len(exchanges)).perform(exchanges)
+    return LocalWorld(len(exchanges), sends).perform(exchanges)
 
 
-def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
+def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:  # noqa: C901  a case each
     """What each member's `Wait` answers, given every member's `Start`, in group order.
 
     Reductions run in group order, so results do not depend on who came first.
@@ -166,6 +180,8 @@ def collective(starts: Sequence[Start]) -> list[tuple[Tensor, ...]]:
             return [(starts[first.root].tensors[0].clone(),) for _ in members]
         case "permute":
             return [(starts[(k - first.root) % len(starts)].tensors[0].clone(),) for k in members]
+        case "send" | "recv":
+            raise InternalError(f"{describe(first)} is a message, and no collective")
 
 
 def _compare_shapes(starts: Sequence[Start]) -> None:
