@@ -8,7 +8,7 @@ body   for each action: Load, Recv what this and the next one read, Wait, the ta
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +28,9 @@ from meshwright.schedule.messages import Sent, messages
 
 __all__ = ["Seat", "assemble_stages", "tied_axis"]
 
-_AHEAD = 1
-"""How many actions before its own a message may be received."""
+_AHEAD = 2
+"""Messages of each sender that are received ahead of need: as many as any schedule takes whose
+sends have no buffer (`check.least_ahead`)."""
 
 _EVERYWHERE = ("output/", "watch/")
 """Outputs that every rank is given."""
@@ -101,6 +102,8 @@ class _Assembler:
     assigned: set[str] = field(default_factory=set)
     updated: set[str] = field(default_factory=set)
     sending: dict[int, str] = field(default_factory=dict)  # rank -> the send to wait for
+    posted: Counter[int] = field(default_factory=Counter)  # by rank, how many are received from it
+    read: Counter[int] = field(default_factory=Counter)  # and how many of them are needed by now
     gathered: set[str] = field(default_factory=set)  # parameters that are whole for the step
 
     @property
@@ -110,21 +113,20 @@ class _Assembler:
 
     def actions(self) -> list[Instruction]:
         """Every action with what it needs and sends."""
-        here = self.seat.pipeline
-        everything = messages(self.schedule, [micro.tasks for micro in self.micros])
         outgoing: dict[Action, list[Sent]] = defaultdict(list)
         incoming: dict[int, list[Sent]] = defaultdict(list)
-        for sent in everything:
-            if sent.source == here:
+        needed: dict[Action, list[tuple[int, Sent]]] = defaultdict(list)
+        for sent in messages(self.schedule, [micro.tasks for micro in self.micros]):
+            if sent.source == self.seat.pipeline:
                 outgoing[sent.action].append(sent)
-            if sent.target == here:
+            if sent.target == self.seat.pipeline:
+                needed[sent.needed].append((len(incoming[sent.source]), sent))
                 incoming[sent.source].append(sent)
         last = self._last_sums()
         body: list[Instruction] = []
         for number, action in enumerate(self.mine):
-            soon = set(self.mine[number : number + 1 + _AHEAD])
-            body += self._received(incoming, soon)
-            body += [self._arrived(s) for s in self._needed(everything, action)]
+            body += self._received(incoming, needed[action])
+            body += [self._arrived(sent) for _, sent in needed[action]]
             body += self._task(action, last[number])
             for sent in outgoing[action]:
                 body += self._sent(sent)
@@ -150,11 +152,6 @@ class _Assembler:
         names = tuple(f"whole/{name}" for name in sorted(self.gathered))
         return [Instruction("Free", None, None, 0, names)] if names else []
 
-    def _needed(self, everything: Sequence[Sent], action: Action) -> list[Sent]:
-        """What must have come before an action."""
-        here = self.seat.pipeline
-        return [s for s in everything if s.target == here and s.needed == action]
-
     def _last_sums(self) -> list[frozenset[str]]:
         """Of each action, the sums that are complete with it."""
         left: set[str] = set()
@@ -166,26 +163,20 @@ class _Assembler:
             left |= gradients
         return found[::-1]
 
-    def _received(self, incoming: Mapping[int, list[Sent]], soon: set[Action]) -> list[Instruction]:
-        """Receive what these actions need, after what was sent before it."""
+    def _received(
+        self, incoming: Mapping[int, list[Sent]], needed: Sequence[tuple[int, Sent]]
+    ) -> list[Instruction]:
+        """Receive what an action needs, what was sent before that, and some more."""
+        for place, sent in needed:
+            self.read[sent.source] = max(self.read[sent.source], place + 1)
         found = []
-        for waiting in incoming.values():
-            needed = [place for place, sent in enumerate(waiting) if sent.needed in soon]
-            for sent in waiting[: max(needed, default=-1) + 1]:
-                pending = (f"~{self._name(sent)}",)
-                number = self._told(sent)
-                found.append(
-                    Instruction(
-                        "Recv",
-                        number,
-                        sent.action.microbatch,
-                        0,
-                        (),
-                        pending,
-                        peer=self.seat.peers[sent.source],
-                    )
-                )
-            del waiting[: max(needed, default=-1) + 1]
+        for source, waiting in incoming.items():
+            until = max(self.posted[source], self.read[source] + _AHEAD)
+            for sent in waiting[self.posted[source] : until]:
+                pending, peer = (f"~{self._name(sent)}",), self.seat.peers[source]
+                number, k = self._told(sent), sent.action.microbatch
+                found.append(Instruction("Recv", number, k, 0, (), pending, peer=peer))
+            self.posted[source] = until
         return found
 
     def _arrived(self, sent: Sent) -> Instruction:
