@@ -245,14 +245,14 @@ class Build:
         place = self.place(rank)
         name = schedule_name(self.plan) if training else "fill-drain"
         schedule = self.stages.schedule(name, len(programs))
-        micros: dict[str, StageMicro] = {}
+        micros: dict[int, StageMicro] = {}
         states: Mapping[str, StateLayouts] = self.states
         if self.plan.gather == "step":
             states = {name: once_a_step(state, self.axes) for name, state in states.items()}
         for program in programs:
-            if program.digest not in micros:
+            if id(program) not in micros:
                 unit = open_unit(program, self.states)
-                micros[program.digest] = StageMicro.of(
+                micros[id(program)] = StageMicro.of(
                     program,
                     unit,
                     self.stages.of(unit),
@@ -265,7 +265,7 @@ class Build:
         homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
         pipeline, _ = self.mesh.coordinates(rank)
         seat = Seat(pipeline, self.peers(rank), self.axes, place.coordinates, homes)
-        each = [micros[program.digest] for program in programs]
+        each = [micros[id(program)] for program in programs]
         return assemble_stages(schedule, each, self.states, seat)
 
     def _identity(self, function: Callable[..., Any]) -> Hashable:

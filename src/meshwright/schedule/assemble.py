@@ -116,7 +116,8 @@ class _Assembler:
         outgoing: dict[Action, list[Sent]] = defaultdict(list)
         incoming: dict[int, list[Sent]] = defaultdict(list)
         needed: dict[Action, list[tuple[int, Sent]]] = defaultdict(list)
-        for sent in messages(self.schedule, [micro.tasks for micro in self.micros]):
+        tasks = [micro.tasks for micro in self.micros]
+        for sent in messages(self.schedule, tasks, self.seat.pipeline):
             if sent.source == self.seat.pipeline:
                 outgoing[sent.action].append(sent)
             if sent.target == self.seat.pipeline:

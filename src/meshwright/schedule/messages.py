@@ -32,28 +32,41 @@ class Sent:
         return f"{self.action.stage}{self.action.kind} for {self.needed.stage}{self.needed.kind}"
 
 
-def messages(schedule: Schedule, tasks: Sequence[Tasks]) -> tuple[Sent, ...]:
+def messages(
+    schedule: Schedule, tasks: Sequence[Tasks], here: int | None = None
+) -> tuple[Sent, ...]:
     """Everything that is sent in a step, by sender in the order of its sends.
 
     Args:
         schedule: of the step.
         tasks: of each micro-batch.
+        here: a pipeline rank, where only what it sends and receives is asked for.
     """
-    known: dict[tuple[int, frozenset[Key]], Mapping[Key, dict[int, set[Key]]]] = {}
-    keys = _keys(schedule)
+    known: dict[tuple[int, frozenset[Key]], Mapping[Key, list[_Parcel]]] = {}
+    keys = {k: frozenset(found) for k, found in _keys(schedule).items()}
     place = {action: number for actions in schedule.ranks for number, action in enumerate(actions)}
     found: list[Sent] = []
     for source, actions in enumerate(schedule.ranks):
         for action in actions:
             k = action.microbatch
-            mine = frozenset(keys[k])
-            if (id(tasks[k]), mine) not in known:
-                known[id(tasks[k]), mine] = _taken(tasks[k], mine)
-            given = known[id(tasks[k]), mine][action.stage, action.kind]
-            for target in range(len(schedule.ranks)):
-                if target != source:
-                    found += _sent(schedule, action, (source, target), given, place)
+            form = id(tasks[k]), keys[k]
+            if form not in known:
+                known[form] = _parcels(schedule, tasks[k], keys[k])
+            for parcel in known[form].get((action.stage, action.kind), ()):
+                if here is None or here in (source, parcel.target):
+                    readers = (Action(stage, kind, k) for stage, kind in parcel.readers)
+                    first = min(readers, key=place.__getitem__)
+                    found.append(Sent(action, source, parcel.target, parcel.values, first))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """What a task sends to a pipeline rank, and the tasks that read it there."""
+
+    target: int
+    values: tuple[int, ...]
+    readers: frozenset[Key]
 
 
 def _keys(schedule: Schedule) -> dict[int, set[Key]]:
@@ -65,37 +78,17 @@ def _keys(schedule: Schedule) -> dict[int, set[Key]]:
     return found
 
 
-def _taken(tasks: Tasks, keys: frozenset[Key]) -> dict[Key, dict[int, set[Key]]]:
-    """By task and value that it gives, the tasks that take it."""
-    found: dict[Key, dict[int, set[Key]]] = {key: {} for key in keys}
+def _parcels(schedule: Schedule, tasks: Tasks, keys: frozenset[Key]) -> dict[Key, list[_Parcel]]:
+    """By task what it sends, of a micro-batch with these tasks."""
+    taken: dict[tuple[Key, int], dict[int, set[Key]]] = {}
     for reader in keys:
+        target = schedule.placement[reader[0]]
         for value in tasks.task(reader).reads:
             (maker,) = (key for key in tasks.makers(value, reader) if key in keys)
-            found[maker].setdefault(value, set()).add(reader)
+            if schedule.placement[maker[0]] != target:
+                taken.setdefault((maker, target), {}).setdefault(value, set()).add(reader)
+    found: dict[Key, list[_Parcel]] = {}
+    for (maker, target), values in sorted(taken.items()):
+        readers = frozenset[Key]().union(*values.values())
+        found.setdefault(maker, []).append(_Parcel(target, tuple(sorted(values)), readers))
     return found
-
-
-def _sent(
-    schedule: Schedule,
-    action: Action,
-    way: tuple[int, int],
-    given: Mapping[int, set[Key]],
-    place: Mapping[Action, int],
-) -> list[Sent]:
-    """The message of an action to a rank, if it sends it any."""
-    source, target = way
-    readers: set[Action] = set()
-    values = []
-    for value, keys in given.items():
-        there = {
-            Action(stage, kind, action.microbatch)
-            for stage, kind in keys
-            if schedule.placement[stage] == target
-        }
-        if there:
-            values.append(value)
-            readers |= there
-    if not values:
-        return []
-    first = min(readers, key=place.__getitem__)
-    return [Sent(action, source, target, tuple(sorted(values)), first)]
