@@ -24,6 +24,7 @@ from meshwright.comm.store import Rendezvous
 from meshwright.errors import MeshwrightError
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
+from tests.comm import mailing
 from tests.comm.conftest import free_port
 from tests.comm.traffic import BUCKETED, bucket, many_buckets, same, starts
 
@@ -241,7 +242,7 @@ BODIES = {
         leaves_early,
         warm,
     )
-}
+} | mailing.BODIES
 
 
 def _serve(pipe) -> None:

@@ -31,6 +31,7 @@ _WORD = 8
 _TEXT = 256  # bytes, in a slot's header
 _WORDS = _LINE // _WORD
 _VIEWS = 4096
+_NEWS, _CARD = 1016, 192
 _CORES = 256  # bits in the second half of a bell's line; more cores share bits
 # The processor fetches lines in pairs, so what two processes write lies two lines apart.
 _MEMBER = 4 * _WORDS
@@ -41,7 +42,10 @@ Need = tuple[Sequence[int], int]
 
 @final
 class Bells:
-    """The segment of a world: the word that each rank sleeps on, and the news of who is lost."""
+    """The segment of a world: the word that each rank sleeps on, and what ranks leave for others.
+
+    That is the news of who is lost, and for each ordered pair the card of its first lane.
+    """
 
     def __init__(self, segment: Segment, rank: int, size: int) -> None:
         """A segment of `Bells.bytes(size)` bytes, as rank `rank` uses it."""
@@ -49,11 +53,12 @@ class Bells:
         self._words = memoryview(segment.memory)[HEADER:].cast("I")
         self._address = segment.data.data_ptr() + HEADER
         self._news = HEADER + size * _LINE
+        self._cards, self._size = self._news + _WORD + _NEWS, size
 
     @staticmethod
     def bytes(size: int) -> int:
         """Bytes for a world of `size` ranks."""
-        return HEADER + size * _LINE + _WORD + 1024
+        return HEADER + size * _LINE + _WORD + _NEWS + size * size * _CARD
 
     def declare(self, cores: Collection[int]) -> None:
         """Say on which cores this rank may run."""
@@ -96,7 +101,7 @@ class Bells:
         """Leave word why the world cannot go on, for those who lose the store as well."""
         memory, start = self.segment.memory, self._news
         if not memory[start]:
-            text = reason.encode(errors="replace")[:1000]
+            text = reason.encode(errors="replace")[:_NEWS]
             memory[start + _WORD : start + _WORD + len(text)] = text
             memory[start] = 1
             futex.fence()
@@ -106,7 +111,34 @@ class Bells:
         memory, start = self.segment.memory, self._news
         if not memory[start]:
             return None
-        return memory[start + _WORD :].rstrip(b"\0").decode(errors="ignore")
+        start += _WORD
+        return memory[start : start + _NEWS].rstrip(b"\0").decode(errors="ignore")
+
+    def leave(self) -> None:
+        """Say that this rank will receive no more."""
+        self._words[self._rank * 16 + 1] = 1
+
+    def left(self, rank: int) -> bool:
+        """Whether a rank will receive no more."""
+        return bool(self._words[rank * 16 + 1])
+
+    def leave_card(self, to: int, card: str) -> None:
+        """Leave the card of the lane from this rank, for rank `to` to find; once."""
+        data, start = card.encode(), self._card(self._rank, to)
+        assert len(data) < _CARD
+        self.segment.memory[start + 1 : start + 1 + len(data)] = data
+        self.segment.memory[start] = 1  # last, and so seen last
+        futex.fence()
+
+    def card(self, source: int) -> str | None:
+        """The card of the lane from rank `source` to this one, once it is there."""
+        memory, start = self.segment.memory, self._card(source, self._rank)
+        if not memory[start]:
+            return None
+        return memory[start + 1 : start + _CARD].rstrip(b"\0").decode()
+
+    def _card(self, source: int, to: int) -> int:
+        return self._cards + (source * self._size + to) * _CARD
 
 
 @dataclass(frozen=True, slots=True)

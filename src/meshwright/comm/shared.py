@@ -17,10 +17,11 @@ from typing import Any, final
 from torch import Tensor
 
 from meshwright.comm import driving, fingerprint
-from meshwright.comm.base import Exchange, Handle, Start, Wait, World
+from meshwright.comm.base import MESSAGES, Exchange, Handle, Start, Wait, World
 from meshwright.comm.channel import Channel, Meaning, Need
 from meshwright.comm.ledger import Entry, Ledger, describe
 from meshwright.comm.local import collective
+from meshwright.comm.mail import Mail
 from meshwright.comm.meeting import Meeting
 from meshwright.comm.pool import Pool
 from meshwright.comm.pump import Call, Steps
@@ -52,9 +53,12 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Recipe:
-    """What is the same whenever tensors of the same shapes come to the same place."""
+    """What is the same whenever tensors of the same shapes come to the same place.
 
-    group: _Group
+    Messages have no group.
+    """
+
+    group: _Group | None
     meaning: Meaning
     place: _Place
     bytes: int
@@ -62,7 +66,7 @@ class _Recipe:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A started collective: `steps` until it is done, and its answer then."""
+    """A started collective or half of a message: `steps` until it is done, and its answer then."""
 
     request: Start
     entry: Entry
@@ -75,7 +79,8 @@ class _Running:
 
     def name(self) -> str:
         """Alike on all members, by its number in the group."""
-        return f"{describe(self.request)}, call {self.number}"
+        kind = "message" if self.request.op in MESSAGES else "call"
+        return f"{describe(self.request)}, {kind} {self.number}"
 
 
 @final
@@ -90,6 +95,7 @@ class Shared:
         self._recipes: dict[Hashable, _Recipe] = {}
         self._running: list[_Running] = []
         self._pool = Pool()
+        self._mail = Mail(ground.bells, ground.peers, self._pool)
         # Where ranks outnumber cores, whoever spins keeps another from doing its work.
         size = self._world.size
         self._spin = _SPIN if ground.bells.cores(size) >= size else 0.0
@@ -130,6 +136,7 @@ class Shared:
     def close(self) -> None:
         """Leave the world, once; rank 0, who keeps the store, waits a little for the others."""
         if self._ground is not None:
+            self._mail.close()
             self._ground.meeting.leave()
             self._ground.close()
             for group in self._groups.values():
@@ -154,11 +161,9 @@ class Shared:
             (answer,) = collective([request])
             return Handle(request, _Running(request, self.ledger.enter(request), answer=answer))
         tensors = tuple([_dense(tensor) for tensor in request.tensors])
-        group, entry = recipe.group, self.ledger.enter(request, recipe.bytes)
-        group.calls += 1
-        fresh = not recipe.place.seen
-        steps = begin(Call(group.channel, request, tensors, recipe.meaning, self._pool, fresh))
-        running = _Running(request, entry, recipe, group.calls, steps)
+        entry = self.ledger.enter(request, recipe.bytes)
+        number, steps = self._begin(request, tensors, recipe)
+        running = _Running(request, entry, recipe, number, steps)
         self._running.append(running)
         self._go_on()
         return Handle(request, running)
@@ -175,16 +180,35 @@ class Shared:
         self.ledger.leave(running.entry)
         return running.answer
 
-    def _recipe(self, request: Start) -> _Recipe | None:
-        """Look at a request whose like has not come before; None for a group of one."""
-        ranks = request.group.ranks
-        driving.require_mine(request, self._world.rank)
-        if len(ranks) == 1:
+    def _begin(
+        self, request: Start, tensors: tuple[Tensor, ...], recipe: _Recipe
+    ) -> tuple[int, Steps]:
+        """Its number in its group, or on its way, and its steps."""
+        group = recipe.group
+        if group is None:
+            return self._mail.begin(request, tensors, recipe.meaning)
+        group.calls += 1
+        fresh = not recipe.place.seen
+        call = Call(group.channel, request, tensors, recipe.meaning, self._pool, fresh)
+        return group.calls, begin(call)
+
+    def _group(self, request: Start) -> _Group | None:
+        """Whose channel it goes through; None for a message."""
+        ground, ranks = self._alive(), request.group.ranks
+        if request.op in MESSAGES:
             return None
         group = self._groups.get(ranks)
         if group is None:
-            channel = self._alive().channel(ranks, describe(request), self._go_on)
+            channel = ground.channel(ranks, describe(request), self._go_on)
             group = self._groups[ranks] = _Group(channel)
+        return group
+
+    def _recipe(self, request: Start) -> _Recipe | None:
+        """Look at a request whose like has not come before; None for a group of one."""
+        driving.require_mine(request, self._world.rank)
+        if len(request.group.ranks) == 1:
+            return None
+        group = self._group(request)
         words = fingerprint.text(request).encode(errors="replace")
         words = words[: fingerprint.BYTES].ljust(fingerprint.BYTES, b"\0")
         digest = int.from_bytes(blake2b(words, digest_size=8).digest(), "little")
@@ -275,6 +299,7 @@ class Shared:
         what, news = describe(running.request), ground.bells.news()
         if news is not None:
             raise PeerLost(f"{what} cannot finish: {news}")
+        self._mail.check()
         if not ground.peers.ended(running.request.group.ranks):
             return
         self._go_on()  # what they published before they ended counts
@@ -292,16 +317,16 @@ class Shared:
         if running.steps is None:
             return set()
         assert running.recipe is not None
+        group = running.recipe.group
+        if group is None:
+            return {running.request.peer}
         ahead = self._running[: self._running.index(running) + 1]
-        channel = running.recipe.group.channel
         needs = [
             other.need
             for other in ahead
-            if other.need is not None
-            and other.recipe is not None
-            and other.recipe.group.channel is channel
+            if other.need is not None and other.recipe is not None and other.recipe.group is group
         ]
-        return {rank for need in needs for rank in channel.owing(need)}
+        return {rank for need in needs for rank in group.channel.owing(need)}
 
     def _in_time(self, running: _Running, waited: float) -> None:
         """Raise Stalled past the deadline."""
@@ -326,7 +351,10 @@ def _key(request: Start) -> Hashable:
     """What tells recipes apart."""
     tensors, group = request.tensors, request.group
     shapes = tuple([tensor.shape for tensor in tensors])
-    dtype = tensors[0].dtype if tensors else None
+    # A message's may differ.
+    dtype = tuple([tensor.dtype for tensor in tensors]) if request.op == "send" else (
+        tensors[0].dtype if tensors else request.dtypes
+    )  # fmt: skip
     return (
         request.op, group.ranks, group.axis, request.label, request.reduce, request.root,
         request.shapes, shapes, dtype,
