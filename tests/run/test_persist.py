@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def tiny_gpt() -> Job:
         schedule=lambda o: lr_scheduler.CosineAnnealingLR(o, 40),
         clip_norm=1.0,
     )
+
+
+def tied_gpt() -> Job:
+    """The same without dropout; the head's weight is the embedding's."""
+    return replace(tiny_gpt(), model=lambda: gpt.GPT(1, 32, 16, tied=True))
 
 
 def tiny_digits() -> Job:
@@ -134,7 +140,47 @@ def test_weights_split_by_their_use_are_read_under_other_plans_to_the_bit(before
             assert torch.equal(tensor, found[name]), (plan, name)
 
 
-def test_state_that_is_no_tensor_is_kept(tmp_path):
+def test_stages_write_what_they_hold_and_read_it_under_any_other_plan(tmp_path):
+    """Tied weights live at both ends of the pipeline, and are written once."""
+    made = tied_gpt()
+    plans = ["pipeline=2", "data=2", "zero3,data=2,pipeline=2,microbatches=2", "data=1"]
+    first = state_of(saved(made, plans[0], tmp_path / "0", steps=1))
+    whole = alone(made)
+    losses(whole, 1)
+    assert first.keys() == state_of(whole.save(tmp_path / "whole")).keys()
+    want = losses(whole, 2)
+    for number, plan in enumerate(plans[1:]):
+
+        def copied(session, number=number):
+            assert session.resume(tmp_path / f"{number}") is not None
+            return session.save(tmp_path / f"{number + 1}"), losses(session, 2)
+
+        (path, seen), *others = on_ranks(made, plan, copied)
+        found = state_of(path)
+        assert found.keys() == first.keys()
+        for name, tensor in first.items():
+            assert torch.equal(tensor, found[name]), (plan, name)
+        assert seen == pytest.approx(want, rel=1e-4)
+        assert all(other == (path, seen) for other in others)
+
+
+@pytest.mark.parametrize("plan", ["pipeline=2", "pipeline=2,schedule=zb-v,microbatches=1"])
+def test_batch_norms_statistics_are_kept_by_the_stage_that_has_them(plan, tmp_path):
+    first = state_of(saved(SMALL, plan, tmp_path / "a", steps=2))
+
+    def copied(session):
+        session.resume(tmp_path / "a")
+        return session.save(tmp_path / "b")
+
+    second = state_of(on_ranks(SMALL, "data=2", copied)[0])
+    assert first.keys() == second.keys()
+    assert "buffer/middle.running_mean" in first
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("plan", ["zero3,data=2", "pipeline=2"])
+def test_state_that_is_no_tensor_is_kept(plan, tmp_path):
     class Counting(torch.optim.SGD):
         """SGD that counts its steps as a Python number."""
 
@@ -146,11 +192,12 @@ def test_state_that_is_no_tensor_is_kept(tmp_path):
                     self.state[p]["note"] = None
 
     made = job(optimizer=lambda m: Counting(m.parameters(), lr=0.1, momentum=0.9))
-    saved(made, "zero3,data=2", tmp_path, steps=3)
+    saved(made, plan, tmp_path, steps=3)
     session = alone(made)
     session.resume(tmp_path)
     losses(session, 1)
     held = session.worker.state.optimizer.state
+    assert len(held) == 4
     assert {(slots["count"], slots["note"]) for slots in held.values()} == {(4, None)}
 
 

@@ -196,13 +196,6 @@ def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
                 "use zero3, or drop gather",
             ),
         )
-    if plan.zero == 3 and plan.gather == "step":
-        return (
-            Problem(
-                f"{asked} with zero=3, but this version gathers its weights for each micro-batch",
-                "drop gather, or use zero2, whose weights are gathered once a step and kept",
-            ),
-        )
     return ()
 
 

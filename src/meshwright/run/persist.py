@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.comm.base import Group
+from meshwright.comm.base import Group, gather_json
+from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.program.layout import (
     REPLICATED,
@@ -36,11 +37,14 @@ __all__ = ["given_weights", "pieces_of", "restore", "save_worker"]
 def _pieces(
     worker: Worker, name: str, shape: tuple[int, ...], layout: Layout, part: Tensor
 ) -> Iterator[Piece]:
-    """The boxes of this rank's part; of replicas one is written."""
-    where = worker.build.axes, worker.place.coordinates
+    """The boxes of this rank's part; of replicas, and of stages that hold it, one is written."""
+    build, where = worker.build, (worker.build.axes, worker.place.coordinates)
+    kind, _, rest = name.partition("/")
+    state = f"model/{rest.partition('/')[2]}" if kind == "optimizer" else name
+    first = build.counts(worker.rank, state)
     for there, here in pieces(shape, layout, *where):
         start = tuple(start for start, _ in there)
-        yield Piece(name, shape, start, box(part, here), primary(layout, *where, there))
+        yield Piece(name, shape, start, box(part, here), first and primary(layout, *where, there))
 
 
 def pieces_of(worker: Worker) -> list[Piece]:
@@ -67,8 +71,16 @@ def pieces_of(worker: Worker) -> list[Piece]:
     return found
 
 
-def meta_of(worker: Worker, step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def meta_of(
+    worker: Worker, step: int, extra: Mapping[str, Any], plain: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a checkpoint says beside tensors.
+
+    Args:
+        worker: of a rank.
+        step: how many are done.
+        extra: the user's own values.
+        plain: what of the optimizer's state is no tensor, of all stages' parameters.
 
     Raises:
         UserCodeError: `extra`, the schedule or the data's state hold what JSON cannot.
@@ -82,7 +94,7 @@ def meta_of(worker: Worker, step: int, extra: Mapping[str, Any]) -> dict[str, An
         "plan": worker.build.plan.label,
         "batch_size": job.batch_size,
         "seed": job.seed,
-        "optimizer": _optimizer_meta(worker),
+        "optimizer": {**_optimizer_meta(worker), "state": dict(plain)},
         "scheduler": scheduler,
         "data": _data_state(worker, step),
         "extra": dict(extra),
@@ -118,9 +130,8 @@ def _require_json(extra: Mapping[str, Any]) -> None:
 
 
 def _optimizer_meta(worker: Worker) -> dict[str, Any]:
-    """Its class, its groups' parameters and settings, and what of its state is no tensor."""
-    state = worker.state
-    names, optimizer = worker.build.recipe.groups, state.optimizer
+    """Its class, and its groups' parameters and settings."""
+    names, optimizer = worker.build.recipe.groups, worker.state.optimizer
     groups = [
         {
             "parameters": list(members),
@@ -132,16 +143,21 @@ def _optimizer_meta(worker: Worker) -> dict[str, Any]:
         }
         for (members, _), group in zip(names, optimizer.param_groups, strict=True)
     ]
+    return {"class": type(optimizer).__name__, "groups": groups}
+
+
+def _plain_state(worker: Worker) -> dict[str, Any]:
+    """What of the optimizer's state of this rank's parameters is no tensor."""
+    state = worker.state
     plain = {
         bare: {
             slot: to_plain(value, f"optimizer state {slot} of {bare}")
-            for slot, value in optimizer.state.get(shard, {}).items()
+            for slot, value in state.optimizer.state.get(shard, {}).items()
             if not isinstance(value, Tensor)
         }
         for bare, shard in state.shards.items()
     }
-    held = {bare: slots for bare, slots in plain.items() if slots}
-    return {"class": type(optimizer).__name__, "groups": groups, "state": held}
+    return {bare: slots for bare, slots in plain.items() if slots}
 
 
 def _kept(key: str, value: Any) -> bool:
@@ -154,8 +170,12 @@ def save_worker(
     worker: Worker, root: Path, step: int, extra: Mapping[str, Any], keep: int
 ) -> Generator[Any, Any, Path]:
     """Save this rank's part of the checkpoint after `step` steps; an exchange."""
-    group = Group.world(worker.build.mesh.size)
-    meta = meta_of(worker, step, extra)
+    mesh = worker.build.mesh
+    group, plain = Group.world(mesh.size), _plain_state(worker)
+    if len(mesh.stages) > 1:  # the first rank, whose account is kept, knows of its stage only
+        stages = yield from gather_json(plain, group, "the optimizer's state")
+        plain = {name: slots for stage in stages for name, slots in stage.items()}
+    meta = meta_of(worker, step, extra, plain)
     path = yield from save(root, step, pieces_of(worker), meta, group, worker.rank, keep)
     return path
 
@@ -190,11 +210,7 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     job = worker.build.job
-    wanted = {
-        name: Wanted(dtype_name(t.dtype), _whole_shape(worker, name, t))
-        for name, t in worker.state.values.items()
-        if name.startswith(("model/", "buffer/"))
-    }
+    wanted = _wanted(worker)
     entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
     problems = compare(entries, wanted)
     if problems:
@@ -236,9 +252,15 @@ def _counted(groups: int) -> str:
     return "1 optimizer group" if groups == 1 else f"{groups} optimizer groups"
 
 
-def _whole_shape(worker: Worker, name: str, tensor: Tensor) -> tuple[int, ...]:
-    kind, _, bare = name.partition("/")
-    return tuple(worker.build.model.parameters[bare].shape if kind == "model" else tensor.shape)
+def _wanted(worker: Worker) -> dict[str, Wanted]:
+    """Every parameter and buffer of the model, whichever rank holds it."""
+    model, dtype = worker.build.model, worker.build.dtype
+    named = [(f"model/{name}", fake) for name, fake in model.parameters.items()]
+    named += [(f"buffer/{name}", fake) for name, fake in model.buffers.items()]
+    return {
+        name: Wanted(dtype_name(in_dtype(fake.dtype, dtype)), tuple(fake.shape))
+        for name, fake in named
+    }
 
 
 def _restore_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:

@@ -192,7 +192,7 @@ class StepWork:
             # The loss may not reach a parameter; eager leaves its gradient None too.
             if (gradient := values.pop(f"reduced/{name}", None)) is not None:
                 gradients[name] = gradient.to(values[f"model/{name}"].dtype)
-        if factor != 1.0:
+        if factor != 1.0 and gradients:  # a stage of a pipeline may have none
             torch._foreach_mul_(list(gradients.values()), factor)
         if self.keep_gradients is not None:
             self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())

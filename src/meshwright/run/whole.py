@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from meshwright.comm.base import Group, Start, Wait
 from meshwright.compile.interpret import interpret
+from meshwright.compile.settings import in_dtype
 from meshwright.program.assemble import gather_program
 from meshwright.program.program import Value
 from meshwright.run.worker import Worker
@@ -36,6 +39,18 @@ def gathered(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
 
     Where the rank holds it whole already, it is the rank's own.
     """
+    build = worker.build
+    full = f"buffer/{name}" if name in build.model.buffers else f"model/{name}"
+    here = build.holds(worker.rank, full)
+    tensor = (yield from _of_stage(worker, name)) if here else _empty(worker, full)
+    homes = build.homes.get(full, ())
+    if homes and len(homes) < len(build.mesh.stages):
+        tensor = yield from _from_stage(worker, homes[0], tensor, name)
+    return tensor
+
+
+def _of_stage(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
+    """A parameter or buffer of this rank's stage whole, from the stage's ranks."""
     build, place = worker.build, worker.place
     if name in build.model.buffers:
         return worker.state.values[f"buffer/{name}"]
@@ -47,3 +62,22 @@ def gathered(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
     local = gather_program({name: (value, layout)}, build.axes, place.coordinates)
     outputs = yield from interpret(local.program, {name: tensor}, place.coordinates, place.groups)
     return outputs[name]
+
+
+def _empty(worker: Worker, full: str) -> Tensor:
+    """Room for what another stage holds."""
+    kind, _, name = full.partition("/")
+    model = worker.build.model
+    fake = model.buffers[name] if kind == "buffer" else model.parameters[name]
+    return torch.empty(tuple(fake.shape), dtype=in_dtype(fake.dtype, worker.build.dtype))
+
+
+def _from_stage(
+    worker: Worker, home: int, tensor: Tensor, name: str
+) -> Generator[Any, Any, Tensor]:
+    """What `home` holds, on the ranks of all stages: each from that with its coordinates."""
+    group = Group("pipeline", worker.build.peers(worker.rank))
+    tensor = tensor.contiguous()
+    handle = yield Start("broadcast", group, (tensor,), root=home, label=name)
+    (whole,) = yield Wait(handle)
+    return whole  # type: ignore[no-any-return]
