@@ -115,6 +115,12 @@ class Build:
         return self.mesh.stages[0].axes
 
     @property
+    def lines(self) -> tuple[Axis, ...]:
+        """All axes along which rank 0 communicates: its stage's, and those of tied parameters."""
+        tied = (homes for homes in set(self.homes.values()) if len(homes) > 1 and 0 in homes)
+        return (*self.axes, *(Axis(tied_axis(homes), len(homes)) for homes in sorted(tied)))
+
+    @property
     def promotes(self) -> bool:
         """Whether programs are traced in the plan's precision and run promoted to `dtype`."""
         return self.dtype is not None and self.plan.precision != "float32"

@@ -122,7 +122,7 @@ def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
 
 def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     """The plan laid out: mesh, parameters, collectives with bytes and lines, memory per rank."""
-    compiled, axes = build.lowered(0, micros).compiled, build.axes
+    compiled, axes = build.lowered(0, micros).compiled, build.lines
     rows = collectives(compiled, axes)
     return {
         **_setting(build),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from meshwright.plan.mesh import Axis
 from meshwright.program.assemble import Compiled, in_place, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Message
-from meshwright.program.layout import local_shape
+from meshwright.program.layout import Layout, local_shape
 from meshwright.program.partition import Local
 from meshwright.program.pieces import Table, run_pieces, with_frees
 from meshwright.program.program import Op, Program, Ref, Value
@@ -86,7 +86,8 @@ def assemble_stages(
     )  # fmt: skip
     used = assembler.used.values()
     units = tuple((count, local) for count, local, _, _ in used)
-    return Compiled(lists, units, (gather,), tuple((whole, how) for _, _, whole, how in used))
+    moves = (gather, *assembler.moved)
+    return Compiled(lists, units, moves, tuple((whole, how) for _, _, whole, how in used))
 
 
 @dataclass(slots=True)
@@ -104,6 +105,7 @@ class _Assembler:
     sending: dict[int, str] = field(default_factory=dict)  # rank -> the send to wait for
     posted: Counter[int] = field(default_factory=Counter)  # by rank, how many are received from it
     read: Counter[int] = field(default_factory=Counter)  # and how many of them are needed by now
+    moved: list[Local] = field(default_factory=list)  # programs of moves that run once a step
     gathered: set[str] = field(default_factory=set)  # parameters that are whole for the step
 
     @property
@@ -146,6 +148,7 @@ class _Assembler:
                 moves[f"model/{name}"] = (value, states[name].weights, taken)
                 self.gathered.add(name)
         local = move_program(moves, self.seat.axes, self.seat.coordinates)
+        self.moved.append(local)
         return move_instructions(local.program, self.table, "whole", "model/", "whole/")
 
     def unneeded(self) -> list[Instruction]:
@@ -339,6 +342,7 @@ class _Assembler:
                 shared[homes].append(name)
         for number, (homes, names) in enumerate(sorted(shared.items())):
             program = self._tie(names, states, tied_axis(homes))
+            self.moved.append(Local(program, ((-1, Layout()),) * len(program.values)))
             given = {n: n for n, _ in program.inputs}
             prefix = f"tie{number}"
             found += run_pieces(program, self.table, None, given, prefix)
