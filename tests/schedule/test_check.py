@@ -52,14 +52,6 @@ def legal(name, ranks, microbatches):
 
 @pytest.mark.parametrize("ranks", range(1, 9))
 @pytest.mark.parametrize("name", NAMES)
-def test_few_and_odd_numbers_of_micro_batches(name, ranks):
-    for microbatches in {1, 2, ranks - 1, ranks, ranks + 1, 2 * ranks + 1} - {0}:
-        legal(name, ranks, microbatches)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("ranks", range(1, 9))
-@pytest.mark.parametrize("name", NAMES)
 def test_all_numbers_to_eight_ranks_and_thirty_two_micro_batches(name, ranks):
     for microbatches in range(1, 33):
         legal(name, ranks, microbatches)

@@ -13,6 +13,7 @@ from meshwright.schedule.fill_drain import fill_drain
 from meshwright.schedule.gpipe import gpipe
 from meshwright.schedule.interleaved import interleaved
 from meshwright.schedule.one_f_one_b import one_f_one_b
+from meshwright.schedule.search import search_named
 from meshwright.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 __all__ = ["SCHEDULES", "Generator", "schedule_of"]
@@ -76,5 +77,6 @@ SCHEDULES: Final[Mapping[str, Generator]] = MappingProxyType(
         "zb-v": _pair("zb-v", zb_v),
         "dualpipe-v": _pair("dualpipe-v", dualpipe_v),
         "fill-drain": fill_drain,
+        "search": search_named,
     }
 )
