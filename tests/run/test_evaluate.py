@@ -29,7 +29,15 @@ def by_hand(made, count):
 
 @pytest.mark.parametrize(
     ("plan", "count"),
-    [("data=1", 31), ("data=3", 24), ("data=3", 25), ("data=3", 2), ("zero3,data=2", 13)],
+    [
+        ("data=1", 31),
+        ("data=3", 24),
+        ("data=3", 25),
+        ("data=3", 2),
+        ("zero3,data=2", 13),
+        ("pipeline=2", 31),
+        ("pipeline=2,data=2,schedule=zb-v,microbatches=2", 13),
+    ],
 )
 def test_a_short_last_batch_counts_by_its_samples(plan, count):
     made = job(loss=weighted_loss, evaluation=held_out(count))
@@ -43,7 +51,7 @@ def _normed():
     return Net(nn.Sequential(nn.BatchNorm1d(40), nn.Dropout(0.5)))
 
 
-@pytest.mark.parametrize("plan", ["data=2", "zero3,data=3"])
+@pytest.mark.parametrize("plan", ["data=2", "zero3,data=3", "pipeline=2"])
 def test_batch_norm_and_dropout_are_in_evaluation_mode(plan):
     made = job(loss=weighted_loss, evaluation=held_out(20), model=_normed)
 
@@ -77,7 +85,10 @@ def test_evaluating_changes_nothing_of_training():
     assert seen == plain
 
 
-@pytest.mark.parametrize(("plan", "count"), [("data=2", 25), ("zero3,data=3", 2)])
+@pytest.mark.parametrize(
+    ("plan", "count"),
+    [("data=2", 25), ("zero3,data=3", 2), ("pipeline=2,data=2", 25), ("pipeline=3", 2)],
+)
 def test_predictions_come_in_order_from_all_ranks(plan, count):
     made = job(model=_normed)
     data = Points(count, seed=9)
@@ -146,7 +157,7 @@ def test_a_stream_is_evaluated_as_often_as_asked():
     assert first["loss"] == pytest.approx(by_hand(made, 70)["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "data=2", "pipeline=2"])
 def test_nothing_that_counts_is_told(plan):
     def loss(model, batch):
         total, weight, _ = weighted_loss(model, batch)

@@ -26,7 +26,17 @@ def crew(plan: str) -> tuple[Build, list[Worker]]:
     return build, [Worker(build, rank, s, Policy()) for rank, s in enumerate(source)]
 
 
-@pytest.mark.parametrize("plan", ["data=2", "data=5", "zero3,data=3", "data=2,microbatches=2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data=2",
+        "data=5",
+        "zero3,data=3",
+        "data=2,microbatches=2",
+        "pipeline=2,microbatches=3",
+        "zero3,data=2,pipeline=2,schedule=zb-v,microbatches=2,remat=full,gather=step",
+    ],
+)
 def test_ranks_that_are_right_differ_nowhere(plan):
     assert first_difference(*crew(plan)) is None
 
@@ -65,3 +75,24 @@ def test_the_op_that_is_wrong_is_named_with_its_module_and_line():
     assert "jobs.py:" in found["source"]
     assert found["phase"] == "forward"
     assert found["error"] > 1e-3
+
+
+def test_an_op_of_a_stage_that_is_wrong_is_named():
+    build, workers = crew("pipeline=2,data=2")
+    micros = workers[3].fetch(0).micros
+    micro = build.staged_micro(workers[3].rank, build.unit(micros[0]).program)
+    sums = frozenset(micro.tasks.sums)
+    for stage in range(2):
+        local, *rest = micro.local((stage, "F"), sums, sums)
+        if not any(op.base == "aten.tanh" for op in local.program.ops):
+            continue
+        change = spoilt(
+            local.program, "aten.tanh", lambda op: dataclasses.replace(op, name="aten.sin.default")
+        )
+        key = next(k for k in micro.known if k[0] == (stage, "F"))
+        micro.known[key] = (dataclasses.replace(local, program=change), *rest)
+    found = first_difference(build, workers)
+    assert found is not None
+    assert found["op"] in {"aten.tanh.default", "aten.sin.default"}
+    assert "jobs.py:" in found["source"]
+    assert found["phase"] == "forward"

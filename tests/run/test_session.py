@@ -205,7 +205,7 @@ def next_token(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("plan", ["data=1", "zero3,data=3"])
+@pytest.mark.parametrize("plan", ["data=1", "zero3,data=3", "zero3,data=2,pipeline=2"])
 def test_an_export_loads_back_to_the_bit(plan, tmp_path):
     made = job(model=Tied, loss=next_token)
 
@@ -227,7 +227,7 @@ def test_an_export_loads_back_to_the_bit(plan, tmp_path):
     del want
 
 
-@pytest.mark.parametrize("plan", ["data=1", "zero3,data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "zero3,data=2", "pipeline=3"])
 def test_the_module_forwards_as_predict_does(plan):
     def body(session):
         losses(session, 2)
@@ -291,7 +291,7 @@ def test_weights_that_do_not_fit(tmp_path):
         alone(job(weights=tmp_path / "none"))
 
 
-@pytest.mark.parametrize("plan", ["data=1", "zero3,data=3"])
+@pytest.mark.parametrize("plan", ["data=1", "zero3,data=3", "pipeline=2"])
 def test_an_export_that_cannot_be_written_is_told_on_all_ranks(plan, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"export failed: rank 0: cannot export to .*file"):

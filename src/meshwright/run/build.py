@@ -107,6 +107,7 @@ class Build:
     stages: Staged | None = None
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
+    micros: dict[tuple[Hashable, ...], StageMicro] = field(default_factory=dict)
     unhashable: dict[int, Callable[..., Any]] = field(default_factory=dict)
 
     @property
@@ -251,28 +252,33 @@ class Build:
         place = self.place(rank)
         name = schedule_name(self.plan) if training else "fill-drain"
         schedule = self.stages.schedule(name, len(programs))
-        micros: dict[int, StageMicro] = {}
-        states: Mapping[str, StateLayouts] = self.states
-        if self.plan.gather == "step":
-            states = {name: once_a_step(state, self.axes) for name, state in states.items()}
-        for program in programs:
-            if id(program) not in micros:
-                unit = open_unit(program, self.states)
-                micros[id(program)] = StageMicro.of(
-                    program,
-                    unit,
-                    self.stages.of(unit),
-                    self.axes,
-                    place.coordinates,
-                    states,
-                    sequence=self.plan.sequence == "tensor",
-                    remat=self.plan.remat == "full",
-                )
         homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
         pipeline, _ = self.mesh.coordinates(rank)
         seat = Seat(pipeline, self.peers(rank), self.axes, place.coordinates, homes)
-        each = [micros[id(program)] for program in programs]
+        each = [self.staged_micro(rank, program) for program in programs]
         return assemble_stages(schedule, each, self.states, seat)
+
+    def staged_micro(self, rank: int, program: Program) -> StageMicro:
+        """A traced micro-batch cut into tasks, as ranks with this one's coordinates run them."""
+        assert self.stages is not None
+        _, coordinates = self.mesh.coordinates(rank)
+        key = (id(program), tuple(coordinates.values()))  # what is kept holds the program
+        if key not in self.micros:
+            states: Mapping[str, StateLayouts] = self.states
+            if self.plan.gather == "step":
+                states = {name: once_a_step(state, self.axes) for name, state in states.items()}
+            unit = open_unit(program, self.states)
+            self.micros[key] = StageMicro.of(
+                program,
+                unit,
+                self.stages.of(unit),
+                self.axes,
+                coordinates,
+                states,
+                sequence=self.plan.sequence == "tensor",
+                remat=self.plan.remat == "full",
+            )
+        return self.micros[key]
 
     def _identity(self, function: Callable[..., Any]) -> Hashable:
         """What tells functions apart; it holds them, since the id of one that is gone is reused."""
