@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -150,5 +149,7 @@ PIPELINES: dict[str, Callable[[int], Job]] = {
     "mixtral": mixtral,
 }
 
-resnet_by_8 = partial(resnet, 3)
-"""For three micro-batches."""
+
+def for_processes(model: str, microbatches: int = 1) -> Job:
+    """One of them, as the command line names it."""
+    return PIPELINES[model](microbatches)
