@@ -61,7 +61,7 @@ def piped() -> tuple[Piped, ...]:
 
 
 def pairs(cell: Piped) -> set[tuple[tuple[str, Any], ...]]:
-    """Every two of its values, but of schedules with what goes beside only how backwards are cut."""
+    """Every two of its values; of a schedule beside others only how it cuts backwards."""
     names = ("schedule", "stages", "microbatches", "beside", "model")
     found = set(itertools.combinations([(name, getattr(cell, name)) for name in names], 2))
     found.remove((("schedule", cell.schedule), ("beside", cell.beside)))
