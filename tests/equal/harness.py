@@ -54,9 +54,9 @@ class Case:
         job = self.job
         return open_source(self.data, batch_size=job.batch_size, seed=job.seed, collate=job.collate)
 
-    def build(self, plan_text: str, dtype: torch.dtype | None = torch.float64) -> Build:
+    def build(self, asked: str | Plan, dtype: torch.dtype | None = torch.float64) -> Build:
         """The build under a plan; units traced for one plan serve the others of that dtype."""
-        plan = Plan.parse(plan_text)
+        plan = asked if isinstance(asked, Plan) else Plan.parse(asked)
         units = self.units.setdefault(dtype, {})
         return prepare(
             self.job,
@@ -85,10 +85,10 @@ class Case:
         return [Worker(build, rank, self.source(), policy) for rank in range(build.plan.ranks)]
 
     def verify(
-        self, plan_text: str, steps: int = STEPS, dtype: torch.dtype | None = torch.float64
+        self, asked: str | Plan, steps: int = STEPS, dtype: torch.dtype | None = torch.float64
     ) -> Report:
         """Run all ranks of the plan for `steps` steps against the reference."""
-        build = self.build(plan_text, dtype)
+        build = self.build(asked, dtype)
         workers = self.workers(build)
         played: Any = self.reference(build)
         reports = [Report() for _ in workers]

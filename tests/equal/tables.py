@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tests.equal import piped
 from tests.equal.cells import MICROBATCHES, MODELS, PRECISIONS, RANKS, STAGES, Cell
 from tests.equal.mixtures import MIXTURES
 from tests.equal.zoo_other import OTHERS
@@ -80,4 +81,13 @@ EXPERTS = _table(
         "data=1,context=2,expert=2",
     ),
 )
-TABLES = (BASE, TEXT, OTHER, EXPERTS)
+PIPED = {
+    model: Table(
+        f"Pipelines: {model}",
+        tuple(f"pipeline={n},schedule={s}" for s in piped.SCHEDULES for n in piped.STAGES),
+        piped.BESIDE,
+        piped.MICROBATCHES,
+    )
+    for model in piped.MODELS
+}
+TABLES = (BASE, TEXT, OTHER, EXPERTS, *PIPED.values())

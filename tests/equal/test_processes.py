@@ -14,12 +14,15 @@ from tests.laws.source import ROOT
 pytestmark = [pytest.mark.mp, pytest.mark.slow, pytest.mark.timeout(240)]
 
 GPT = ("examples/gpt.py", "depth=1", "width=32", "context=16", "batch=12", "dropout=0.1")
+PIPED = ("tests/equal/pipelines.py:for_processes",)
 FAMILIES = "tests/equal/families.py"
 MIXTURES = "tests/equal/mixtures.py"
 SAMPLE = {
     "gpt zero3,data=2,microbatches=3": GPT,
     "digits zero1,data=2": ("examples/digits.py", "width=8"),
     "gpt tensor=2": GPT,
+    "piped pipeline=2,schedule=zb-v,microbatches=3": (*PIPED, "model=gpt"),
+    "piped data=2,pipeline=2,schedule=1f1b,microbatches=3": (*PIPED, "model=unet"),
 }
 MORE = {
     "mixtral expert=2": (f"{MIXTURES}:mixtral",),
@@ -44,6 +47,24 @@ MORE = {
     "digits zero3,data=2,tensor=2": ("examples/digits.py", "width=8"),
     "vit tensor=2": (f"{FAMILIES}:vit",),
     "vit zero3,data=4,shard=2": (f"{FAMILIES}:vit",),
+    **{
+        f"piped {plan},microbatches={micro}": (*PIPED, f"model={model}", f"microbatches={micro}")
+        for model, plan, micro in (
+            ("gpt", "pipeline=4,schedule=1f1b", 8),
+            ("gpt", "pipeline=3,schedule=gpipe", 3),
+            ("gpt", "zero3,data=2,pipeline=2,schedule=zb-h1", 3),
+            ("gpt", "tensor=2,pipeline=2,schedule=dualpipe-v", 3),
+            ("t5", "pipeline=2,schedule=interleaved,virtual=2", 3),
+            ("t5", "zero1,data=2,pipeline=2,schedule=1f1b", 1),
+            ("t5", "pipeline=4,schedule=zb-h2", 8),
+            ("unet", "pipeline=4,schedule=zb-v", 8),
+            ("unet", "tensor=2,pipeline=2,schedule=gpipe", 3),
+            ("resnet", "pipeline=3,schedule=dualpipe-v", 3),
+            ("resnet", "zero2,data=2,pipeline=2,schedule=zb-h1", 3),
+            ("mixtral", "remat=full,pipeline=2,schedule=1f1b", 3),
+            ("mixtral", "data=2,pipeline=2,schedule=interleaved,virtual=2", 1),
+        )
+    },
     "waves zero3,data=2,tensor=2": ("tests/equal/strange.py:waves",),
     "complex_weights zero3,data=2,tensor=2": ("tests/equal/strange.py:complex_weights",),
 }
