@@ -93,6 +93,16 @@ def model(name: str, dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(Embed(shape, dropout), *blocks, Head(shape))
 
 
+def stages(whole: nn.Sequential, count: int) -> list[nn.Sequential]:
+    """As many blocks in each; the embedding goes with the first, the head with the last."""
+    first, *blocks, last = whole
+    each, rest = divmod(len(blocks), count)
+    assert not rest
+    parts = [blocks[k * each : (k + 1) * each] for k in range(count)]
+    parts[0], parts[-1] = [first, *parts[0]], [*parts[-1], last]
+    return [nn.Sequential(*part) for part in parts]
+
+
 def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Mean cross-entropy per token."""
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

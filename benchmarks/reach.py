@@ -1,4 +1,4 @@
-"""The reach table of issue 3: which contestants run together, and which ratios are asked of them.
+"""The reach table: which contestants run together, and which ratios are asked of them.
 
 Contestants of one group are alive at the same time, at most some 18 GiB of them, and each group has
 the control: our program on a mesh of one in two unconnected copies, twice.
@@ -17,6 +17,10 @@ COSTS = "What distribution costs"
 PEERS = {n: f"Against peers, {n} sequence{'s' * (n > 1)} a rank" for n in (8, 1)}
 ZERO3 = "ZeRO-3 against our data=2"
 TENSOR = "Tensor parallel, 2 ranks"
+PIPELINE = "Pipelines: share of the ideal speed-up"
+PIPELINE_PEERS = "Pipelines against peers"
+PIPELINE_ORDER = "Pipelines of 4 stages on 2 cores, for the order only"
+SCHEDULING = "Schedules and their execution"
 BYTES = "Bytes beside JAX's compiler, 8 ranks"
 DEVICE = "One device, traced against eager"
 BF16 = "bf16 against float32"
@@ -32,6 +36,10 @@ SECTIONS = (
     *PEERS.values(),
     ZERO3,
     TENSOR,
+    PIPELINE,
+    PIPELINE_PEERS,
+    PIPELINE_ORDER,
+    SCHEDULING,
     BYTES,
     DEVICE,
     BF16,
@@ -57,6 +65,7 @@ class Group:
         most: rounds.
         seconds: after which no other round begins.
         ranks: of the control.
+        plan: of the control's copies.
     """
 
     name: str
@@ -69,11 +78,14 @@ class Group:
     most: int = 20
     seconds: float = 120.0
     ranks: int = 2
+    plan: str = ""
 
     @property
     def contestants(self) -> dict[str, Task]:
         """All, the control's two first."""
-        copies = Task("ours", self.model, self.rows, ranks=self.ranks, connected=False)
+        copies = Task(
+            "ours", self.model, self.rows, ranks=self.ranks, connected=False, plan=self.plan
+        )
         return {**dict.fromkeys(CONTROL, copies), **self.tasks}
 
     @property
@@ -236,5 +248,106 @@ def _groups() -> list[Group]:
         ),
     ]
 
+MICROBATCHES = 8
+CUT = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "interleaved": 2, "zb-v": 2}
+"""Schedules, and how many stages each rank holds."""
 
-GROUPS = _groups()
+
+def ideal(ranks: int, virtual: int) -> float:
+    """The speed-up over one process of a schedule that flushes, stages alike (GPipe, section 2.3).
+
+    For zb-v it is that of interleaved 1F1B, which it may pass.
+    """
+    return ranks * MICROBATCHES / (MICROBATCHES + (ranks - 1) / virtual)
+
+
+def piped(schedule: str, ranks: int) -> dict:
+    """Our plan of a pipeline."""
+    virtual = ",virtual=2" if schedule == "interleaved" else ""
+    return ours(
+        f"pipeline={ranks},schedule={schedule}{virtual},microbatches={MICROBATCHES}", ranks=ranks
+    )
+
+
+def of_torch(schedule: str, ranks: int) -> dict:
+    """torch's pipelining."""
+    how = {"schedule": schedule, "microbatches": MICROBATCHES, "ranks": ranks}
+    return {"module": "pipe_torch", **how}
+
+
+def _two_stages() -> Group:
+    alone = {"ranks": 1, "connected": False, "rows": 8}
+    cut = {**alone, "microbatches": MICROBATCHES}
+    tasks = {
+        "solo": ours(f"microbatches={MICROBATCHES}", **alone),
+        "eager solo": {"module": "eager", **cut},
+        "stage 0": {"module": "pipe_stage", "stage": 0, **cut},
+        "stage 1": {"module": "pipe_stage", "stage": 1, **cut},
+        **{name: piped(name, 2) for name in CUT},
+        **{f"torch {name}": of_torch(name, 2) for name in CUT if name != "zb-h1"},
+        "DeepSpeed": {"module": "pipe_deepspeed", "microbatches": MICROBATCHES},
+        "torchgpipe": {"module": "pipe_torchgpipe", "bound": False, **cut},
+    }
+    shares = [
+        (PIPELINE, Line(f"pipe-{n}", n, n, ("solo",), 0.97, ideal=ideal(2, virtual)))
+        for n, virtual in CUT.items()
+    ]
+    against = [
+        (f"torch {name}", name, f"torch's {name}") for name in CUT if f"torch {name}" in tasks
+    ]
+    against += [("DeepSpeed", "1f1b", "DeepSpeed's engine"), ("torchgpipe", "gpipe", "torchgpipe")]
+    peers = [
+        (PIPELINE_PEERS, Line(f"pipe-{peer}".lower().replace(" ", "-"), what, mine, (peer,), 1.0))
+        for peer, mine, what in against
+    ]
+    split = Line("pipe-split", "zb-h1 against 1f1b, both ours", "zb-h1", ("1f1b",), 1.0)
+    how = {"seconds": 400, "most": 15, "plan": f"microbatches={MICROBATCHES // 2}"}
+    return group("pipeline", "gpt10m", 4, tasks, *shares, (PIPELINE, split), *peers, **how)
+
+
+def _asynchronous() -> Group:
+    """PipeDream's step is a whole batch, so that many of them are under way."""
+    tasks = {
+        "solo": ours("", ranks=1, connected=False, rows=8),
+        "pipedream": ours("pipeline=2,schedule=pipedream"),
+        "pipedream-2bw": ours("pipeline=2,schedule=pipedream-2bw,microbatches=2"),
+    }
+    lines = [
+        (PIPELINE, Line(f"pipe-{n}", f"{n}, no bubble", n, ("solo",), 0.97, ideal=2.0))
+        for n in ("pipedream", "pipedream-2bw")
+    ]
+    # Many steps: filling and draining are no part of it.
+    return group("pipedream", "gpt10m", 4, tasks, *lines, steps=8, warm=3, seconds=200)
+
+
+def _four_stages() -> Group:
+    names = ("gpipe", "1f1b", "interleaved", "zb-v")
+    tasks = {
+        **{name: piped(name, 4) for name in names},
+        **{f"torch {name}": of_torch(name, 4) for name in ("gpipe", "1f1b")},
+        "DeepSpeed": {"module": "pipe_deepspeed", "microbatches": MICROBATCHES, "ranks": 4},
+    }
+    lines = [
+        (PIPELINE_ORDER, Line(f"pipe4-{peer}".lower().replace(" ", "-"), what, mine, (peer,), 1.0))
+        for peer, mine, what in (
+            ("torch gpipe", "gpipe", "torch's gpipe"),
+            ("torch 1f1b", "1f1b", "torch's 1f1b"),
+            ("DeepSpeed", "1f1b", "DeepSpeed's engine"),
+        )
+    ]
+    # Cores that are shared have no bubbles: what one stage leaves idle another takes.
+    lines += [
+        (PIPELINE_ORDER, Line(f"pipe4-{n}", f"{n} against 1f1b, both ours", n, ("1f1b",), 1.0))
+        for n in names
+        if n != "1f1b"
+    ]
+    how = {"seconds": 200, "ranks": 4, "plan": f"microbatches={MICROBATCHES // 4}"}
+    return group("pipeline-4", "gpt10m", 2, tasks, *lines, **how)
+
+
+def pipelines() -> list[Group]:
+    """Two stages on two cores, with and without flushes, and four on two."""
+    return [_two_stages(), _asynchronous(), _four_stages()]
+
+
+GROUPS = [*_groups(), *pipelines()]

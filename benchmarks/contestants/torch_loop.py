@@ -19,16 +19,34 @@ def own_batches(task: Task) -> list[tuple]:
     return models.rows_of(models.batches(task.model, task.rows * task.ranks), task.rank, task.ranks)
 
 
-def loop(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """Forward, backward, step; the loss of this rank's rows is read every step, as by all."""
-    feed = itertools.cycle(own_batches(task))
+def in_parts(pair: tuple, microbatches: int) -> list[tuple]:
+    """A batch in micro-batches."""
+    return [*zip(*(tensor.chunk(microbatches) for tensor in pair), strict=True)]
+
+
+def loop(
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    microbatches: int | None = None,
+) -> Step:
+    """Forward, backward, step; the loss of this rank's rows is read every step, as by all.
+
+    Args:
+        task: the process's.
+        model, optimizer: its.
+        microbatches: in place of the task's.
+    """
+    feed, count = itertools.cycle(own_batches(task)), microbatches or task.microbatches
 
     def step() -> float:
-        tokens, targets = next(feed)
-        loss = models.loss(model(tokens), targets)
-        loss.backward()
+        losses = []
+        for tokens, targets in in_parts(next(feed), count):
+            loss = models.loss(model(tokens), targets) / count
+            loss.backward()
+            losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return torch.stack(losses).sum().item()
 
     return step

@@ -43,13 +43,13 @@ class Timed:
     Attributes:
         seconds: per step, from the first rank's start to the last rank's end.
         cpu: seconds per step, of all ranks.
-        peak: memory of the largest rank so far, bytes.
-        losses: of each step, the mean over the ranks.
+        peaks: memory of each rank so far, bytes.
+        losses: of each step, the mean over the ranks that know it.
     """
 
     seconds: float
     cpu: float
-    peak: int
+    peaks: tuple[int, ...]
     losses: tuple[float, ...]
 
 
@@ -85,7 +85,7 @@ class Crew:
         return Timed(
             spent / steps,
             sum(a["cpu"] for a in found) / steps,
-            max(a["peak"] for a in found),
+            tuple(a["peak"] for a in found),
             _means(found),
         )
 
@@ -185,5 +185,6 @@ def _free_port() -> int:
 
 
 def _means(answers: Sequence[dict[str, Any]]) -> tuple[float, ...]:
-    by_step = zip(*(answer["losses"] for answer in answers), strict=True)
-    return tuple(sum(losses) / len(losses) for losses in by_step)
+    """Of each step; of a pipeline only the last stage may know them."""
+    known = [answer["losses"] for answer in answers if None not in answer["losses"]]
+    return tuple(sum(losses) / len(losses) for losses in zip(*known, strict=True))

@@ -23,6 +23,7 @@ class Line:
         target: of the ratio.
         sense: `at least`: the ratio is of speeds, ours over theirs, and 1 is even. `at most`: it is
             of times, ours over theirs. `within`: of speeds, and may differ from 1 by the target.
+        ideal: the most that the ratio of speeds can be, of which it is a share.
     """
 
     key: str
@@ -31,12 +32,13 @@ class Line:
     others: tuple[str, ...]
     target: float
     sense: Sense = "at least"
+    ideal: float = 1.0
 
 
 def ratios(line: Line, times: Mapping[str, Sequence[float]]) -> list[float]:
     """Of each round."""
     others = [math.prod(t) ** (1 / len(t)) for t in zip(*map(times.get, line.others), strict=True)]
-    speeds = [b / a for a, b in zip(times[line.ours], others, strict=True)]
+    speeds = [b / a / line.ideal for a, b in zip(times[line.ours], others, strict=True)]
     return [1 / ratio for ratio in speeds] if line.sense == "at most" else speeds
 
 

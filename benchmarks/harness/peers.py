@@ -21,6 +21,7 @@ PACKAGES = {
     "deepspeed": "deepspeed==0.19.8",
     "fairscale": "fairscale==0.4.13",
     "jax": "jax==0.10.2",
+    "torchgpipe": "torchgpipe==0.0.7",
 }
 INSTALL_SECONDS = 600
 

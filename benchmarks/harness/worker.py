@@ -39,7 +39,7 @@ def peak_memory() -> int:
 def main() -> None:
     """Build, tell the first losses, obey."""
     task, fd = Task(**json.loads(sys.argv[1])), int(sys.argv[2])
-    if task.threads == 1:
+    if task.threads == 1 and task.bound:
         # Else two ranks of one contestant now and then share a core for a while: the control's
         # ratios of single rounds scattered by 15 % without, by 3 % with.
         cores = sorted(os.sched_getaffinity(0))

@@ -17,7 +17,7 @@ from benchmarks.harness.peers import PEERS, versions
 ROOT = Path(__file__).parents[2]
 OURS, THEIRS = (
     ("torch", "numpy", "meshwright"),
-    ("torch", "accelerate", "deepspeed", "fairscale", "jax"),
+    ("torch", "accelerate", "deepspeed", "fairscale", "jax", "torchgpipe"),
 )
 
 

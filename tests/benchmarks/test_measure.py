@@ -52,7 +52,7 @@ def test_bf16_and_dropout_may_differ_by_more():
 def test_a_group_becomes_its_lines_and_the_failed_are_named():
     (group,) = [g for g in GROUPS if g.name == "data-8"]
     seconds = {"copies A": 2.0, "copies B": 2.0, "data=2": 2.02, "DDP": 2.2, "2 threads": 2.3}
-    found = {name: [Timed(each, 0.0, 0, ())] * 6 for name, each in seconds.items()}
+    found = {name: [Timed(each, 0.0, (0, 0), ())] * 6 for name, each in seconds.items()}
     results = {r.key: r for r in _results(group, found, {"Accelerate": "no wheel"})}
     assert results["control-data-8"].verdict == HOLDS
     assert results["cost-8"].verdict == HOLDS
