@@ -21,25 +21,13 @@ weights, whose minibatch is then the *base* of all counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
 from meshwright.errors import PlanError
 from meshwright.schedule.action import Action
 
-__all__ = ["ASYNCHRONOUS", "Asynchronous", "Item", "Seat", "Update", "asynchronous_of"]
-
-ASYNCHRONOUS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "pipedream": "weight stashing",
-        "pipedream-vertical": "weight stashing with vertical sync",
-        "pipedream-2bw": "double-buffered weights",
-    }
-)
-"""Schedules that do not give one device's numbers, and what they do instead."""
-
+__all__ = ["Asynchronous", "Item", "Seat", "Update", "asynchronous_of"]
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -65,7 +53,7 @@ class Asynchronous:
     """An asynchronous pipeline; `asynchronous_of` makes one that is legal.
 
     Attributes:
-        name: one of `ASYNCHRONOUS`.
+        name: as in a plan.
         replicas: of each stage.
         microbatches: parts of a minibatch, whose gradients are summed (`pipedream-2bw`).
     """
