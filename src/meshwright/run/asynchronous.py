@@ -118,9 +118,9 @@ class AsyncWorker(Worker):
         """Whether this rank takes a minibatch."""
         return self.pipe.takes(self.seat, minibatch)
 
-    def place_of(self, minibatch: int, mine: bool = True) -> int:  # noqa: FBT001, FBT002
-        """The slot of a minibatch; of those that this rank takes no part in, one of their own."""
-        if not mine:
+    def place_of(self, minibatch: int) -> int:
+        """The slot of a minibatch; those that this rank takes no part in have one of their own."""
+        if not self.takes(minibatch):
             return -1
         if self.pipe.microbatches > 1:
             return minibatch % 2
@@ -155,7 +155,7 @@ class AsyncWorker(Worker):
         if self.base is not None and (step != self.done or step == self.limit):
             yield from self.drain()
         work = StaleWork(self, step)
-        body = []
+        body: list[Instruction] = []
         if self.base is None:
             yield from self._begin(step)
             for action in self.pipe.prologue(self.seat, step, self.limit):

@@ -87,7 +87,7 @@ def staged(program: Program, plan: Plan) -> Staged:
 def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
     """The schedule; an evaluation's has the stages of the training's where those are.
 
-    Asynchronous ones have the stages of 1f1b; their order is not a step's (`schedule/pipedream.py`).
+    Asynchronous ones have the stages of 1f1b; their order goes beyond a step (`pipedream.py`).
     """
     name = "1f1b" if name in ASYNCHRONOUS else name
     made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,13 @@ from typing_extensions import override
 from meshwright.comm.base import Group, Start, Wait, all_reduce
 from meshwright.compile.draw import position_operand
 from meshwright.errors import UserCodeError
+from meshwright.run.build import Build, Micro
 from meshwright.run.executor import older
-from meshwright.run.step import Metrics, StepWork, Totals
+from meshwright.run.step import Metrics, Policy, RankState, StepWork, Totals
 from meshwright.schedule.endless import at
+from meshwright.schedule.pipedream import Asynchronous, Seat
 
-if TYPE_CHECKING:
-    from meshwright.run.asynchronous import AsyncWorker
-
-__all__ = ["StaleWork", "Versions", "riders"]
+__all__ = ["Rank", "StaleWork", "Versions", "mean", "riders"]
 
 _RIDERS = ("digest", "digest2", "ranks")
 
@@ -61,6 +60,75 @@ class Versions:
         values.update((older(n, 1), t) for n, t in zip(self.names, copies, strict=True))
 
 
+class Batch(Protocol):
+    """This rank's part of a minibatch."""
+
+    @property
+    def step(self) -> int:
+        """Its number."""
+
+    @property
+    def micros(self) -> tuple[Micro, ...]:
+        """The forms of its micro-batches."""
+
+    @property
+    def leaves(self) -> tuple[list[Tensor], ...]:
+        """Of each micro-batch."""
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """The position of each one's first sample."""
+
+    @property
+    def digest(self) -> int:
+        """Equal for minibatches of one form."""
+
+
+class Rank(Protocol):
+    """What a step knows of the rank that does it.
+
+    Attributes:
+        build: of the job.
+        pipe: that the rank is part of.
+        seat: the rank's.
+        state: read and changed.
+        policy: what to do beside the plan.
+        group: all ranks.
+        beside: the ranks that split this rank's minibatches with it.
+        flags: what the rank tells all others.
+        totals: names of the sums of a minibatch.
+        versions: of the weights.
+        factor: of the gradients that wait for the update.
+        keep_gradients: takes those that are applied.
+    """
+
+    build: Build
+    pipe: Asynchronous
+    seat: Seat
+    state: RankState
+    policy: Policy
+    group: Group
+    beside: Group
+    flags: dict[str, bool]
+    totals: tuple[str, ...]
+    versions: Versions
+    factor: float
+    keep_gradients: dict[str, Tensor] | None
+
+    @property
+    def batches(self) -> Mapping[int, Batch]:
+        """Those in flight."""
+
+    def takes(self, minibatch: int) -> bool:
+        """Whether the rank takes a minibatch."""
+
+    def place_of(self, minibatch: int) -> int:
+        """The slot of a minibatch."""
+
+    def mean(self, values: dict[str, Tensor], count: int) -> Generator[Any, Any, None]:
+        """The mean of the replicas' gradients; an exchange."""
+
+
 @dataclass(slots=True)
 class Order:
     """What a step's instructions serve, in their order: micro-batches and minibatches."""
@@ -72,7 +140,7 @@ class Order:
 class StaleWork(StepWork):
     """The `Step` of a rank of an asynchronous pipeline."""
 
-    def __init__(self, worker: AsyncWorker, step: int) -> None:
+    def __init__(self, worker: Rank, step: int) -> None:
         """What rank and step do; `order` is filled with the instructions."""
         super().__init__(
             worker.state, worker.policy, step, self._operands, worker.group, dict(worker.flags)
@@ -125,7 +193,7 @@ class StaleWork(StepWork):
 
     def _decide(self, values: dict[str, Tensor]) -> None:
         """The step's totals have come: raise where they must not be."""
-        name = at(self.worker.place_of(self.step, self.worker.takes(self.step)), "totals")
+        name = at(self.worker.place_of(self.step), "totals")
         self.totals = Totals(torch.zeros(0), riders(self.worker.totals, self.flags))
         self.totals.reduced(values.pop(name))
         ranks, digest = self.totals["ranks"], self.totals["digest"]

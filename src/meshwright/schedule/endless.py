@@ -64,8 +64,12 @@ class Passing:
     def aged(self, forward: int, backward: int) -> Passing:
         """The same with weights that are so many updates older than the newest."""
         return Passing(
-            tuple(replace(each, version=forward) for each in self.forward) if forward else self.forward,
-            tuple(replace(each, version=backward) for each in self.backward) if backward else self.backward,
+            tuple(replace(each, version=forward) for each in self.forward)
+            if forward
+            else self.forward,
+            tuple(replace(each, version=backward) for each in self.backward)
+            if backward
+            else self.backward,
         )
 
 
@@ -360,4 +364,3 @@ def _receive(
         Instruction("Recv", number, slot, 0, (), pending, peer=peer),
         Instruction("Wait", number, slot, 0, pending, names, peer=peer),
     )
-

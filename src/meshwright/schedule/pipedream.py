@@ -29,6 +29,7 @@ from meshwright.schedule.action import Action
 
 __all__ = ["Asynchronous", "Item", "Seat", "Update", "asynchronous_of"]
 
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """A stage takes in the gradients of the minibatches up to this one, all replicas together."""

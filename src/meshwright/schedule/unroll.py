@@ -86,7 +86,8 @@ def spans(
     Args:
         pipe: any.
         steps: how many, from `base`.
-        forward, backward: seconds of each stage; sends and updates take none.
+        forward: seconds of each stage; sends and updates take none.
+        backward: the same.
         base: the step of the last drain.
     """
     walk = _Walk(pipe, unrolled(pipe, steps, base), base)
@@ -127,7 +128,7 @@ class _Walk:
         while moved:
             moved = False
             for rank, seat in enumerate(seats):
-                while (item := self._next(seat)) is not None and self._ready(seat, item):
+                while (item := self._next(seat)) is not None and self._ready(item):
                     moved = True
                     if isinstance(item, Update):
                         self._update(item)
@@ -140,7 +141,7 @@ class _Walk:
         order = self.orders[seat]
         return order[self.at[seat]] if self.at[seat] < len(order) else None
 
-    def _ready(self, seat: Seat, item: Item) -> bool:
+    def _ready(self, item: Item) -> bool:
         if isinstance(item, Update):
             return all(self._next(other) == item for other in self._stage(item.stage))
         return all(need in self.ended for need in self._needs(item))
