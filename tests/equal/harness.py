@@ -11,6 +11,7 @@ from meshwright.comm.local import LocalWorld
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import complete_unit
+from meshwright.run.asynchronous import worker_of
 from meshwright.run.build import Build
 from meshwright.run.data import open_source
 from meshwright.run.measure import KINDS, LAW, Report
@@ -74,7 +75,8 @@ class Case:
 
     def reference(self, build: Build) -> Played:
         """The eager run with the plan's micro-batches."""
-        key = build.plan.microbatches, build.plan.precision, build.dtype
+        key: Any = build.plan.microbatches, build.plan.precision, build.dtype
+        key = build.plan if build.plan.asynchronous else key
         if key not in self.references:
             self.references[key] = Played(reference_for(build, self.source()))
         return self.references[key]
@@ -82,7 +84,8 @@ class Case:
     def workers(self, build: Build) -> list[Worker]:
         """One per rank."""
         policy = Policy(self.job.clip_norm)
-        return [Worker(build, rank, self.source(), policy) for rank in range(build.plan.ranks)]
+        ranks = range(build.mesh.size)
+        return [worker_of(build, rank, self.source(), policy) for rank in ranks]
 
     def verify(
         self, asked: str | Plan, steps: int = STEPS, dtype: torch.dtype | None = torch.float64

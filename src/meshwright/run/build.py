@@ -112,8 +112,31 @@ class Build:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Axes of the (only) stage mesh."""
-        return self.mesh.stages[0].axes
+        """Axes that a micro-batch is split over, alike in all stages; replicas take turns."""
+        axes = self.mesh.stages[0].axes
+        if self.plan.replicas is None:
+            return axes
+        return tuple(Axis("data", 1) if axis.name == "data" else axis for axis in axes)
+
+    def within(self, rank: int) -> tuple[int, int, dict[str, int]]:
+        """A rank's stage, which of its replicas it is, and its coordinates within that."""
+        stage, coordinates = self.mesh.coordinates(rank)
+        if self.plan.replicas is None:
+            return stage, 0, coordinates
+        return stage, coordinates["data"], {**coordinates, "data": 0}
+
+    def replicas(self, rank: int) -> Group:
+        """The ranks that take turns with a rank."""
+        if self.plan.replicas is None:
+            return Group("replicas", (rank,))
+        return Group("replicas", self.mesh.group(rank, "data"))
+
+    def peer(self, rank: int, stage: int, replica: int) -> int:
+        """The rank of another stage that lies as this one does, in one of its replicas."""
+        _, coordinates = self.mesh.coordinates(rank)
+        if self.plan.replicas is not None:
+            coordinates = {**coordinates, "data": replica}
+        return self.mesh.rank(stage, coordinates)
 
     @property
     def lines(self) -> tuple[Axis, ...]:
@@ -137,8 +160,10 @@ class Build:
 
     def place(self, rank: int) -> Place:
         """Coordinates and groups of a rank."""
-        stage, coordinates = self.mesh.coordinates(rank)
+        stage, _, coordinates = self.within(rank)
         groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
+        if self.plan.replicas is not None:
+            groups["data"] = Group("data", (rank,))
         for homes in set(self.homes.values()) if self.stages is not None else ():
             if len(homes) > 1 and stage in homes:
                 name = tied_axis(homes)
@@ -151,8 +176,7 @@ class Build:
 
     def peers(self, rank: int) -> tuple[int, ...]:
         """By pipeline rank, the rank that has the same coordinates in its stage."""
-        _, coordinates = self.mesh.coordinates(rank)
-        return tuple(self.mesh.rank(stage, coordinates) for stage in range(len(self.mesh.stages)))
+        return tuple(self.peer(rank, stage, 0) for stage in range(len(self.mesh.stages)))
 
     @property
     def homes(self) -> Mapping[str, tuple[int, ...]]:
@@ -165,7 +189,8 @@ class Build:
 
     def counts(self, rank: int, name: str) -> bool:
         """Whether a rank is of the first stage that holds state: each is counted there once."""
-        return self.mesh.coordinates(rank)[0] == self.homes.get(name, (0,))[0]
+        stage, replica, _ = self.within(rank)
+        return not replica and stage == self.homes.get(name, (0,))[0]
 
     def unit(
         self, micro: Micro, loss: Callable[[nn.Module, Any], Any] | None = None, **how: bool
@@ -234,17 +259,22 @@ class Build:
                 else self._staged(rank, programs, training=how.get("training", True))
             )
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
-            functions = tuple(
-                promoting(lower(segment, place.coordinates))
-                if self.promotes
-                else lower(segment, place.coordinates, self.dtype, compiled=self.compiled)
-                for segment in compiled.instructions.segments
-            )
+            functions = self.lower(rank, compiled.instructions.segments)
             constants = {name: t for unit in units for name, t in unit.constants.items()}
             found = (name for unit in units for name, _ in unit.program.outputs)
             totals = tuple(dict.fromkeys(name for name in found if name.startswith("total/")))
             self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
+
+    def lower(self, rank: int, segments: Sequence[Program]) -> tuple[Segment, ...]:
+        """What runs a rank's segments."""
+        coordinates = self.place(rank).coordinates
+        return tuple(
+            promoting(lower(segment, coordinates))
+            if self.promotes
+            else lower(segment, coordinates, self.dtype, compiled=self.compiled)
+            for segment in segments
+        )
 
     def _staged(self, rank: int, programs: Sequence[Program], *, training: bool) -> Compiled:
         """The list of a rank of a pipeline."""
@@ -289,7 +319,7 @@ class Build:
 
     def samples_of(self, rank: int, range_: tuple[int, int]) -> tuple[int, int]:
         """(start, stop) of the samples of a micro-batch that `rank` loads."""
-        _, coordinates = self.mesh.coordinates(rank)
+        _, _, coordinates = self.within(rank)
         start, stop = range_
         axes = [axis for axis in self.axes if axis.name in SAMPLE_AXES]
         if stop - start < math.prod(axis.size for axis in axes):

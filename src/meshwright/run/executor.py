@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,20 @@ from meshwright.compile.collective import Wire, start, unpack, wire
 from meshwright.compile.draw import later
 from meshwright.compile.settings import in_dtype
 from meshwright.program.instruction import Instruction, InstructionList, Kind, Message
+from meshwright.program.program import Op
 from meshwright.run.shard import dtype_of
 
-__all__ = ["Committed", "Place", "Step", "Timing", "execute"]
+__all__ = [
+    "Committed",
+    "Machine",
+    "Place",
+    "Sharing",
+    "Step",
+    "Timing",
+    "execute",
+    "interpret",
+    "older",
+]
 
 Environment = dict[str, Tensor]
 
@@ -96,6 +107,19 @@ class Step(Protocol):
         """Make what was held aside the state; the step's result."""
 
 
+@runtime_checkable
+class Sharing(Protocol):
+    """A step whose ranks agree in parts."""
+
+    def share(self, axis: str, values: Environment) -> Generator[Any, Any, None]:
+        """Reduce what the ranks along an axis have to; an exchange."""
+
+
+def older(name: str, age: int) -> str:
+    """What a weight of some updates ago is called."""
+    return f"older/{age}/{name}"
+
+
 def execute(
     program: InstructionList,
     functions: Sequence[Callable[..., Sequence[Tensor]]],
@@ -112,21 +136,29 @@ def execute(
         place: the rank's.
         dtype: of all floating tensors, where it is not the program's.
     """
-    parcels = tuple(_Parcel.of(message, dtype) for message in program.messages)
-    machine = _Machine(functions, values, place, tuple(map(wire, program.calls)), parcels)
+    machine = Machine(functions, values, place, dtype=dtype)
+    machine.learn(program.calls, program.messages)
     step: Step | None = yield Committed()
     while step is not None:
-        result = None
-        stamps = [time.perf_counter()]
-        for instruction in program.body:
-            if instruction.kind in _ASKING:
-                yield from _ASKING[instruction.kind](machine, instruction, step)
-            elif instruction.kind == "Commit":
-                result = step.commit(values)
-            else:
-                _ACTING[instruction.kind](machine, instruction, step)
-            stamps.append(time.perf_counter())
-        step = yield Committed(result, Timing.of(program.body, stamps), stamps)
+        committed = yield from interpret(machine, program.body, step)
+        step = yield committed
+
+
+def interpret(
+    machine: Machine, body: Sequence[Instruction], step: Step
+) -> Generator[Any, Any, Committed]:
+    """Follow instructions one after the other; an exchange."""
+    result = None
+    stamps = [time.perf_counter()]
+    for instruction in body:
+        if instruction.kind in _ASKING:
+            yield from _ASKING[instruction.kind](machine, instruction, step)
+        elif instruction.kind == "Commit":
+            result = step.commit(machine.values)
+        else:
+            _ACTING[instruction.kind](machine, instruction, step)
+        stamps.append(time.perf_counter())
+    return Committed(result, Timing.of(body, stamps), stamps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +177,36 @@ class _Parcel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Machine:
-    """What instructions act on."""
+class Machine:
+    """What instructions act on.
+
+    Attributes:
+        functions: the segments, lowered.
+        values: by name.
+        place: the rank's.
+        dtype: of all floating tensors, where it is not the program's.
+    """
 
     functions: Sequence[Callable[..., Sequence[Tensor]]]
     values: Environment
     place: Place
-    buckets: tuple[Wire, ...]
-    parcels: tuple[_Parcel, ...]
+    buckets: list[Wire] = field(default_factory=list)
+    parcels: list[_Parcel] = field(default_factory=list)
     pending: dict[str, Handle] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    def learn(self, calls: Sequence[tuple[Op, ...]], messages: Sequence[Message]) -> None:
+        """Take in the calls and messages that are new at the ends of their tables."""
+        self.buckets.extend(map(wire, calls[len(self.buckets) :]))
+        new = messages[len(self.parcels) :]
+        self.parcels.extend(_Parcel.of(message, self.dtype) for message in new)
+
+    def read(self, instruction: Instruction) -> list[Tensor]:
+        """The operands, weights in the version that the instruction names."""
+        if not instruction.version:
+            return [self.values[name] for name in instruction.inputs]
+        age = instruction.version
+        return [self.values.get(older(n, age), self.values[n]) for n in instruction.inputs]
 
     def bucket(self, instruction: Instruction) -> Wire:
         """What a Start or Wait is about."""
@@ -161,16 +214,16 @@ class _Machine:
         return self.buckets[instruction.segment]
 
 
-def _load(machine: _Machine, instruction: Instruction, step: Step) -> None:
+def _load(machine: Machine, instruction: Instruction, step: Step) -> None:
     assert instruction.microbatch is not None
     operands = step.load(instruction.microbatch)
     for name in instruction.outputs:
         machine.values[name] = operands[name.partition(":")[2]]
 
 
-def _run(machine: _Machine, instruction: Instruction, _: Step) -> None:
+def _run(machine: Machine, instruction: Instruction, _: Step) -> None:
     assert instruction.segment is not None
-    operands = [machine.values[name] for name in instruction.inputs]
+    operands = machine.read(instruction)
     if instruction.draws is not None:
         place, before = instruction.draws
         operands[place] = later(operands[place], before)
@@ -178,27 +231,27 @@ def _run(machine: _Machine, instruction: Instruction, _: Step) -> None:
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
 
-def _free(machine: _Machine, instruction: Instruction, _: Step) -> None:
+def _free(machine: Machine, instruction: Instruction, _: Step) -> None:
     for name in instruction.inputs:
         machine.values.pop(name, None)
 
 
-def _stash(machine: _Machine, instruction: Instruction, _: Step) -> None:
+def _stash(machine: Machine, instruction: Instruction, _: Step) -> None:
     kept = [machine.values[name] for name in instruction.inputs]
     machine.values.update(zip(instruction.outputs, kept, strict=True))
 
 
-def _finish(machine: _Machine, _: Instruction, step: Step) -> None:
+def _finish(machine: Machine, _: Instruction, step: Step) -> None:
     step.finish(machine.values)
 
 
-def _update(machine: _Machine, _: Instruction, step: Step) -> None:
+def _update(machine: Machine, _: Instruction, step: Step) -> None:
     step.update(machine.values)
 
 
-def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _start(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     axis = instruction.axis or ""
-    tensors = [machine.values[name] for name in instruction.inputs]
+    tensors = machine.read(instruction)
     group, index = machine.place.groups[axis], machine.place.coordinates[axis]
     bucket = machine.bucket(instruction)
     into = [machine.values[name] for name in bucket.into]
@@ -206,7 +259,7 @@ def _start(machine: _Machine, instruction: Instruction, _: Step) -> Generator[An
     machine.pending[instruction.outputs[0]] = yield request
 
 
-def _send(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _send(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     assert instruction.segment is not None
     assert instruction.peer is not None
     tensors = tuple(machine.values[name].contiguous() for name in instruction.inputs)
@@ -215,7 +268,7 @@ def _send(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any
     machine.pending[instruction.outputs[0]] = yield request
 
 
-def _recv(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _recv(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     assert instruction.segment is not None
     assert instruction.peer is not None
     parcel = machine.parcels[instruction.segment]
@@ -224,7 +277,7 @@ def _recv(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any
     machine.pending[instruction.outputs[0]] = yield request
 
 
-def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _wait(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
     if instruction.peer is not None:
         machine.values.update(zip(instruction.outputs, tensors, strict=True))
@@ -233,11 +286,14 @@ def _wait(machine: _Machine, instruction: Instruction, _: Step) -> Generator[Any
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
 
-def _agree(_: _Machine, __: Instruction, step: Step) -> Generator[Any, Any, None]:
-    yield from step.agree()
+def _agree(machine: Machine, instruction: Instruction, step: Step) -> Generator[Any, Any, None]:
+    if isinstance(step, Sharing):
+        yield from step.share(instruction.axis or "world", machine.values)
+    else:
+        yield from step.agree()
 
 
-_ACTING: Mapping[Kind, Callable[[_Machine, Instruction, Step], None]] = {
+_ACTING: Mapping[Kind, Callable[[Machine, Instruction, Step], None]] = {
     "Load": _load,
     "Run": _run,
     "Free": _free,
@@ -245,7 +301,7 @@ _ACTING: Mapping[Kind, Callable[[_Machine, Instruction, Step], None]] = {
     "Finish": _finish,
     "Update": _update,
 }
-_ASKING: Mapping[Kind, Callable[[_Machine, Instruction, Step], Generator[Any, Any, None]]] = {
+_ASKING: Mapping[Kind, Callable[[Machine, Instruction, Step], Generator[Any, Any, None]]] = {
     "Start": _start,
     "Wait": _wait,
     "Send": _send,

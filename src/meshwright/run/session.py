@@ -21,6 +21,7 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run import persist
+from meshwright.run.asynchronous import worker_of
 from meshwright.run.auto import require_host
 from meshwright.run.build import Build
 from meshwright.run.checkpoint import open_checkpoint, resume
@@ -120,7 +121,7 @@ class Session:
         lr = self.lr
         last = until is not None and self.step + 1 >= until
         upcoming = self.step + 1 if fetched is self.fetched and not last else None
-        self.worker.ahead = None
+        self.worker.ahead, self.worker.until = None, until
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
         self.fetched = self.worker.ahead
         self.step += 1
@@ -132,6 +133,7 @@ class Session:
         self, data: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None
     ) -> dict[str, float]:
         """Loss and metrics over the held-out set (or `data`), weighted as in training."""
+        self._drain()
         with self._held_out(data) as source:
             found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
             self._take_notes(source)
@@ -139,6 +141,7 @@ class Session:
 
     def predict(self, data: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
         """What `forward(model, batch)` gives for every sample, in order, on every rank."""
+        self._drain()
         with closing(self._opened(data)) as source:
             found = self.comm.perform(predict(self.worker, source, forward))
             self._take_notes(source)
@@ -176,12 +179,14 @@ class Session:
 
     def save(self, root: Path, keep: int = 3) -> Path:
         """Save a checkpoint of the steps done so far; every rank takes part."""
+        self._drain()
         exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep)
         path: Path = self.comm.perform(exchange)
         return path
 
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
+        self._drain()
         found = self.comm.perform(resume(root, self.everyone, self.worker.rank))
         self.notes += found.damaged
         if found.path is None:
@@ -191,6 +196,10 @@ class Session:
             self.step = checkpoint.step
         self.fetched = None
         return Path(found.path)
+
+    def _drain(self) -> None:
+        """Leave nothing in flight: what follows is of the newest weights."""
+        self.comm.perform(self.worker.drain())
 
     def _whole(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """These tensors whole, gathered one at a time; every rank must go through all of them."""
@@ -205,6 +214,7 @@ class Session:
         Raises:
             StorageError: on every rank, if rank 0 cannot write.
         """
+        self._drain()
         tensors, problem = self._whole(exported(self.worker)), ""
         if self.worker.rank == 0:
             given = Path(self.job.weights) if self.job.weights is not None else None
@@ -224,6 +234,7 @@ class Session:
 
     def module(self) -> nn.Module | None:
         """The whole eager model with the current weights, on rank 0; None on the others."""
+        self._drain()
         tensors = self._whole(held(self.worker))
         if self.worker.rank != 0:
             for _ in tensors:
@@ -318,7 +329,7 @@ def open_session(
             )
         make, missing = persist.given_weights(build, Path(job.weights))
         notes += missing
-    kind = EagerWorker if eager else Worker
+    kind = EagerWorker if eager else worker_of
     worker = kind(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
     return Session(build, worker, comm, notes=notes)
 

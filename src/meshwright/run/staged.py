@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meshwright.errors import PlanError
+from meshwright.plan.named import ASYNCHRONOUS
 from meshwright.plan.plan import Plan
 from meshwright.program.cost import op_costs
 from meshwright.program.cut import at_modules, cheapest
@@ -84,11 +85,15 @@ def staged(program: Program, plan: Plan) -> Staged:
 
 
 def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
-    """The schedule; an evaluation's has the stages of the training's where those are."""
+    """The schedule; an evaluation's has the stages of the training's where those are.
+
+    Asynchronous ones have the stages of 1f1b; their order goes beyond a step (`pipedream.py`).
+    """
+    name = "1f1b" if name in ASYNCHRONOUS else name
     made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)
     if name != "fill-drain":
         return made
-    training = schedule_of(schedule_name(plan), plan.pipeline, 1, plan.virtual)
+    training = _schedule(plan, schedule_name(plan), 1)
     return _forward_only(training, microbatches)
 
 

@@ -157,6 +157,10 @@ class StepWork:
         size = len(self.group.ranks)
         digest, squares = self.totals["digest"], self.totals["digest2"]
         self.digests_differ = digest * digest != size * squares
+        self.judge()
+
+    def judge(self) -> None:
+        """Decide by the step's totals: go on, skip, or raise."""
         require_checks(self.totals.numbers, f"step {self.step + 1}")
         weight = self.totals["weight"]
         if not weight > 0:
@@ -187,13 +191,24 @@ class StepWork:
         if self.norm is not None and self.policy.clip_norm is not None:
             coefficient = self.policy.clip_norm / (self.norm + 1e-6)
             factor *= min(coefficient, 1.0)  # as torch does, NaN stays NaN
-        gradients: dict[str, Tensor] = {}
+        gradients = self.gradients(values)
+        if factor != 1.0 and gradients:  # a stage of a pipeline may have none
+            torch._foreach_mul_(list(gradients.values()), factor)
+        self.apply(gradients)
+        for name, shard in self.state.shards.items():
+            values[f"shard/{name}"] = shard.data
+
+    def gradients(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the reduced gradients, by parameter."""
+        found: dict[str, Tensor] = {}
         for name in self.state.trained:
             # The loss may not reach a parameter; eager leaves its gradient None too.
             if (gradient := values.pop(f"reduced/{name}", None)) is not None:
-                gradients[name] = gradient.to(values[f"model/{name}"].dtype)
-        if factor != 1.0 and gradients:  # a stage of a pipeline may have none
-            torch._foreach_mul_(list(gradients.values()), factor)
+                found[name] = gradient.to(values[f"model/{name}"].dtype)
+        return found
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> None:
+        """Step the optimizer with these."""
         if self.keep_gradients is not None:
             self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())
         for name in gradients.keys() & self.state.shards.keys() if not self.skipped else ():
@@ -201,8 +216,6 @@ class StepWork:
         if not self.skipped:
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
-        for name, shard in self.state.shards.items():
-            values[f"shard/{name}"] = shard.data
 
     def commit(self, values: dict[str, Tensor]) -> Metrics:
         """Gathered weights and new buffers become the state."""
@@ -222,9 +235,10 @@ class StepWork:
             del values[name]
         if self.state.scheduler is not None and not self.skipped:
             self.state.scheduler.step()
-        return self._metrics(watched)
+        return self.metrics(watched)
 
-    def _metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
+    def metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
+        """The step's global numbers."""
         totals = self.totals
         named = [n.removeprefix("metric/") for n in totals.names if n.startswith("metric/")]
         metrics = {n: _mean(totals[f"metric/{n}"], totals[f"metric-weight/{n}"]) for n in named}

@@ -18,6 +18,7 @@ from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout
+from meshwright.run.asynchronous import pipe_of, worker_of
 from meshwright.run.build import Build, Micro, has_batch_norm
 from meshwright.run.data import Source, open_source
 from meshwright.run.lockstep import first_difference
@@ -25,6 +26,7 @@ from meshwright.run.measure import KINDS, LAW, Report, Worst, compare
 from meshwright.run.part import part_of
 from meshwright.run.persist import given_weights
 from meshwright.run.prepare import prepare
+from meshwright.run.recurrence import Recurrence, stages_of
 from meshwright.run.reference import Reference, Snapshot, slots
 from meshwright.run.rounding import (
     allow_zeros,
@@ -51,6 +53,10 @@ __all__ = [
 ]
 
 
+DRAINS = (7,)
+"""The steps before which asynchronous pipelines are drained: drains are verified too."""
+
+
 def _slot_of(name: str) -> str:
     """The kind of `optimizer/<slot>/<parameter>`: its slot."""
     return name.split("/")[1]
@@ -66,6 +72,9 @@ def reference_for(build: Build, source: Source, **how: Any) -> Reference:
     usual = {
         "microbatches": plan.microbatches, "precision": plan.precision, "dtype": build.dtype
     }  # fmt: skip
+    if plan.asynchronous and build.stages is not None:
+        usual |= {"pipe": pipe_of(build), "stages": stages_of(build), "drains": DRAINS}
+        return Recurrence(build.job, build.model, source, draws=draws, **{**usual, **how})
     return Reference(build.job, build.model, source, draws=draws, **{**usual, **how})
 
 
@@ -73,9 +82,11 @@ def verify_rank(
     worker: Worker, reference: Reference, steps: int, report: Report
 ) -> Generator[Any, Any, None]:
     """Run `steps` steps on this rank and put every error against the reference into `report`."""
-    worker.keep_gradients = {}
+    worker.keep_gradients, worker.until = {}, steps
     fetched = yield from worker.agree_on_shapes(worker.fetch(0))
     for step in range(steps):
+        if step in DRAINS:
+            yield from worker.drain()
         upcoming = step + 1 if step + 1 < steps else None
         metrics, _ = yield from worker.step(fetched, upcoming)
         snapshot = reference.after(step)
@@ -189,7 +200,7 @@ class Trial:
 
     def worker(self, rank: int) -> Worker:
         """A rank at step 0."""
-        return Worker(
+        return worker_of(
             self.build,
             rank,
             self.source(),

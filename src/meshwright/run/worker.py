@@ -149,6 +149,7 @@ class Worker:
         self.reading = ReadAhead(self.fetch, math.inf)  # on no thread, unless `overlap_reading`
         self.observer: Callable[[int, Lowered, Committed], None] | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
+        self.until: int | None = None  # the last step but one that is to be run, where it is known
         self.read = False  # something of the source, since it was opened
         self.unread: int | None = None  # the last step, where the user pushed its batch instead
 
@@ -234,6 +235,10 @@ class Worker:
         if self.ahead is not None and work.digests_differ and not work.failed_ahead:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
+
+    def drain(self) -> Generator[Any, Any, None]:
+        """Leave nothing in flight between steps; an exchange."""
+        yield from ()
 
     def same_program(self, fetched: Fetched) -> Generator[Any, Any, None]:
         """When batches take a new form, compare the traced programs of all ranks.
