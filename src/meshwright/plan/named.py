@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["ASYNCHRONOUS", "CHUNKED", "PAIRED", "PRESETS", "SCHEDULES"]
+__all__ = ["ASYNCHRONOUS", "CHUNKED", "PAIRED", "PRESETS", "REPLICATED", "SCHEDULES"]
 
 # ZeRO stages (Rajbhandari et al. 2020, section 5): 1 shards the optimizer state over the data axis,
 # 2 the gradients too, 3 the weights too.
@@ -16,6 +16,9 @@ PRESETS: Final[dict[str, dict[str, int | str]]] = {
 }
 
 ASYNCHRONOUS: Final = ("pipedream", "pipedream-vertical", "pipedream-2bw")
+
+# Whose stages may have several ranks each that take turns.
+REPLICATED: Final = ("gpipe", "1f1b", *ASYNCHRONOUS)
 """Schedules that never flush: gradients are of weights some updates old."""
 
 CHUNKED: Final = ("gpipe", "interleaved", "search")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from meshwright.errors import nearest
 from meshwright.plan.facts import Facts, Problem
-from meshwright.plan.named import CHUNKED, PAIRED, SCHEDULES
+from meshwright.plan.named import CHUNKED, PAIRED, REPLICATED, SCHEDULES
 from meshwright.plan.plan import Plan
 
 __all__ = [
@@ -119,16 +119,16 @@ def _replicas(plan: Plan, asked: str) -> Iterator[Problem]:
             f"{asked} and shard={plan.shard}, but replicas of a stage take turns and share nothing",
             "drop shard",
         )
-    if plan.asynchronous:
-        return
-    alike = len(set(widths)) == 1
-    yield Problem(
-        f"{asked}, but under schedule={plan.order} all stages share every micro-batch",
-        f"use data={widths[0]} in place of replicas"
-        if alike
-        else "use data, which is the same for all stages, or schedule=pipedream, whose replicas "
-        "take turns",
-    )
+    if plan.order not in REPLICATED:
+        yield Problem(
+            f"{asked}, but schedule={plan.order} has the same ranks at every stage",
+            f"use schedule=1f1b, or data={widths[0]} in place of replicas",
+        )
+    if plan.zero and not plan.asynchronous:
+        yield Problem(
+            f"{asked} with zero={plan.zero}, but replicas of a stage take turns and share nothing",
+            "drop zero, or use data in place of replicas, which ZeRO shards over",
+        )
 
 
 def old_gradients_are_used_as_they_come(plan: Plan, facts: Facts) -> tuple[Problem, ...]:

@@ -115,6 +115,11 @@ class Tasks:
         named = (name for name, _ in self.outputs[stage] if name.startswith("gradient/"))
         return frozenset(name.removeprefix("gradient/") for name in named)
 
+    def trained(self) -> frozenset[str]:
+        """Parameters that have a gradient at any stage."""
+        found = (name for stage in range(self.placement.count) for name in self.gradients(stage))
+        return frozenset(name.partition("[")[0] for name in found)  # of a part, the parameter
+
     def _chosen(self, *, remat: bool) -> dict[Key, set[int]]:
         """The ops of every task."""
         found: dict[Key, set[int]] = {}

@@ -36,9 +36,10 @@ from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
 from meshwright.run.optimizer import Recipe
 from meshwright.run.staged import Staged, schedule_name
-from meshwright.schedule.assemble import Seat, assemble_stages, tied_axis
+from meshwright.schedule.assemble import assemble_stages
 from meshwright.schedule.locals import Micro as StageMicro
 from meshwright.schedule.locals import open_unit
+from meshwright.schedule.seat import Seat, tied_axis
 
 __all__ = ["Build", "Lowered", "Micro", "has_batch_norm", "mesh_of", "micro_ranges", "values_of"]
 
@@ -141,8 +142,10 @@ class Build:
     @property
     def lines(self) -> tuple[Axis, ...]:
         """All axes along which rank 0 communicates: its stage's, and those of tied parameters."""
-        tied = (homes for homes in set(self.homes.values()) if len(homes) > 1 and 0 in homes)
-        return (*self.axes, *(Axis(tied_axis(homes), len(homes)) for homes in sorted(tied)))
+        groups = self.place(0).groups.items()
+        known = {"world", *(axis.name for axis in self.axes)}
+        tied = (Axis(name, len(group.ranks)) for name, group in groups if name not in known)
+        return (*self.axes, *tied)
 
     @property
     def promotes(self) -> bool:
@@ -164,11 +167,12 @@ class Build:
         groups = {a.name: Group(a.name, self.mesh.group(rank, a.name)) for a in self.axes}
         if self.plan.replicas is not None:
             groups["data"] = Group("data", (rank,))
-        for homes in set(self.homes.values()) if self.stages is not None else ():
-            if len(homes) > 1 and stage in homes:
+        for homes in set(self.homes.values()):
+            holders = tuple(r for home in homes for r in self.seats(rank)[home])
+            if len(holders) > 1 and stage in homes:
                 name = tied_axis(homes)
-                groups[name] = Group(name, tuple(self.peers(rank)[home] for home in homes))
-                coordinates[name] = homes.index(stage)
+                groups[name] = Group(name, holders)
+                coordinates[name] = holders.index(rank)
         data = groups["data"]  # where it is all there is, it is the world
         every = data if len(data.ranks) == self.mesh.size else Group.world(self.mesh.size)
         groups["world"] = every
@@ -177,6 +181,16 @@ class Build:
     def peers(self, rank: int) -> tuple[int, ...]:
         """By pipeline rank, the rank that has the same coordinates in its stage."""
         return tuple(self.peer(rank, stage, 0) for stage in range(len(self.mesh.stages)))
+
+    def seats(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """By pipeline rank, the ranks with the same coordinates in each of its replicas."""
+        widths = (
+            self.plan.widths if self.plan.replicas is not None else (1,) * len(self.mesh.stages)
+        )
+        return tuple(
+            tuple(self.peer(rank, stage, replica) for replica in range(width))
+            for stage, width in enumerate(widths)
+        )
 
     @property
     def homes(self) -> Mapping[str, tuple[int, ...]]:
@@ -283,8 +297,8 @@ class Build:
         name = schedule_name(self.plan) if training else "fill-drain"
         schedule = self.stages.schedule(name, len(programs))
         homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
-        pipeline, _ = self.mesh.coordinates(rank)
-        seat = Seat(pipeline, self.peers(rank), self.axes, place.coordinates, homes)
+        pipeline, replica, _ = self.within(rank)
+        seat = Seat(pipeline, replica, self.seats(rank), self.axes, place.coordinates, homes)
         each = [self.staged_micro(rank, program) for program in programs]
         return assemble_stages(schedule, each, self.states, seat)
 

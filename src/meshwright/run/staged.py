@@ -14,6 +14,7 @@ from meshwright.program.placing import Placement, placed_by, placed_like
 from meshwright.program.program import Program
 from meshwright.schedule.action import Schedule
 from meshwright.schedule.named import schedule_of
+from meshwright.schedule.replicated import replicated
 
 __all__ = ["Staged", "schedule_name", "staged"]
 
@@ -89,6 +90,8 @@ def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
 
     Asynchronous ones have the stages of 1f1b; their order goes beyond a step (`pipedream.py`).
     """
+    if plan.replicas is not None and name not in (*ASYNCHRONOUS, "gpipe", "fill-drain"):
+        return replicated(plan.widths, microbatches)
     name = "1f1b" if name in ASYNCHRONOUS else name
     made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)
     if name != "fill-drain":

@@ -12,21 +12,22 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshwright.plan.mesh import Axis
 from meshwright.program.assemble import Compiled, in_place, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Message
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.partition import Local
 from meshwright.program.pieces import Table, run_pieces, with_frees
-from meshwright.program.program import Op, Program, Ref, Value
+from meshwright.program.program import Program, Value
 from meshwright.program.propagate import Completed
 from meshwright.program.stage import named
 from meshwright.program.zero import StateLayouts
 from meshwright.schedule.action import Action, Schedule
 from meshwright.schedule.locals import Micro
 from meshwright.schedule.messages import Sent, messages
+from meshwright.schedule.seat import Seat
+from meshwright.schedule.ties import ties
 
-__all__ = ["Seat", "assemble_stages", "tied_axis"]
+__all__ = ["assemble_stages"]
 
 _AHEAD = 2
 """Messages of each sender that are received ahead of need: as many as any schedule takes whose
@@ -34,30 +35,6 @@ sends have no buffer (`check.least_ahead`)."""
 
 _EVERYWHERE = ("output/", "watch/")
 """Outputs that every rank is given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """Where a rank sits.
-
-    Attributes:
-        pipeline: its pipeline rank.
-        peers: by pipeline rank, the rank with the same coordinates in its stage.
-        axes: of its stage.
-        coordinates: along them.
-        homes: of each parameter the pipeline ranks that hold it.
-    """
-
-    pipeline: int
-    peers: tuple[int, ...]
-    axes: Sequence[Axis]
-    coordinates: Mapping[str, int]
-    homes: Mapping[str, tuple[int, ...]]
-
-
-def tied_axis(homes: tuple[int, ...]) -> str:
-    """The name of the axis along which parameters with several homes are summed."""
-    return "pipeline " + "+".join(map(str, homes))
 
 
 def assemble_stages(
@@ -111,7 +88,8 @@ class _Assembler:
     @property
     def mine(self) -> tuple[Action, ...]:
         """This rank's actions."""
-        return self.schedule.ranks[self.seat.pipeline]
+        everything = self.schedule.ranks[self.seat.pipeline]
+        return tuple(action for action in everything if self.seat.takes(action.microbatch))
 
     def actions(self) -> list[Instruction]:
         """Every action with what it needs and sends."""
@@ -120,11 +98,15 @@ class _Assembler:
         needed: dict[Action, list[tuple[int, Sent]]] = defaultdict(list)
         tasks = [micro.tasks for micro in self.micros]
         for sent in messages(self.schedule, tasks, self.seat.pipeline):
+            k = sent.action.microbatch
+            if not self.seat.takes(k):
+                continue
             if sent.source == self.seat.pipeline:
                 outgoing[sent.action].append(sent)
-            if sent.target == self.seat.pipeline:
-                needed[sent.needed].append((len(incoming[sent.source]), sent))
-                incoming[sent.source].append(sent)
+            else:
+                peer = self.seat.peer(sent.source, k)
+                needed[sent.needed].append((len(incoming[peer]), sent))
+                incoming[peer].append(sent)
         last = self._last_sums()
         body: list[Instruction] = []
         for number, action in enumerate(self.mine):
@@ -172,15 +154,16 @@ class _Assembler:
     ) -> list[Instruction]:
         """Receive what an action needs, what was sent before that, and some more."""
         for place, sent in needed:
-            self.read[sent.source] = max(self.read[sent.source], place + 1)
+            peer = self.seat.peer(sent.source, sent.action.microbatch)
+            self.read[peer] = max(self.read[peer], place + 1)
         found = []
-        for source, waiting in incoming.items():
-            until = max(self.posted[source], self.read[source] + _AHEAD)
-            for sent in waiting[self.posted[source] : until]:
-                pending, peer = (f"~{self._name(sent)}",), self.seat.peers[source]
+        for peer, waiting in incoming.items():
+            until = max(self.posted[peer], self.read[peer] + _AHEAD)
+            for sent in waiting[self.posted[peer] : until]:
+                pending = (f"~{self._name(sent)}",)
                 number, k = self._told(sent), sent.action.microbatch
                 found.append(Instruction("Recv", number, k, 0, (), pending, peer=peer))
-            self.posted[source] = until
+            self.posted[peer] = until
         return found
 
     def _arrived(self, sent: Sent) -> Instruction:
@@ -188,7 +171,7 @@ class _Assembler:
         names = tuple(f"{k}:{named(value)}" for value in sent.values)
         return Instruction(
             "Wait", self._told(sent), k, 0, (f"~{self._name(sent)}",), names,
-            peer=self.seat.peers[sent.source],
+            peer=self.seat.peer(sent.source, k),
         )  # fmt: skip
 
     def _name(self, sent: Sent) -> str:
@@ -212,7 +195,8 @@ class _Assembler:
 
     def _sent(self, sent: Sent) -> list[Instruction]:
         """Send, once what was sent there before has been taken."""
-        k, peer = sent.action.microbatch, self.seat.peers[sent.target]
+        k = sent.action.microbatch
+        peer = self.seat.peer(sent.target, k)
         names = tuple(f"{k}:{named(value)}" for value in sent.values)
         found = self._gone(peer)
         pending = self.sending[peer] = f"~{self._name(sent)}"
@@ -308,91 +292,51 @@ class _Assembler:
     def _shared_outputs(self) -> list[Instruction]:
         """Outputs that every rank is given go from the stage that makes them to the others."""
         found: list[Instruction] = []
-        here = self.seat.pipeline
+        last = len(self.micros) - 1
+        tasks, here = self.micros[last].tasks, self.seat.pipeline
+        me = self.seat.peers[here][self.seat.replica]
         for stage in range(self.schedule.stages):
-            source = self.schedule.placement[stage]
-            task = self.micros[-1].tasks.task((stage, "F"))
-            made = {n: v for n, v in task.program.outputs if n.startswith(_EVERYWHERE)}
-            if not made:
+            made = dict(tasks.task((stage, "F")).program.outputs)
+            names = tuple(name for name in made if name.startswith(_EVERYWHERE))
+            if not names:
                 continue
-            names = tuple(made)
-            values = [self.micros[-1].tasks.whole.values[v] for v in made.values()]
-            number = self._number(Message(f"outputs of stage {stage}", tuple(values)))
-            if source == here:
-                for target, peer in enumerate(self.seat.peers):
-                    if target != here:
-                        pending = self.sending.get(peer)
-                        found += self._gone(peer) if pending else []
-                        self.sending[peer] = f"~outputs {stage}>{target}"
-                        gone = (self.sending[peer],)
-                        found.append(Instruction("Send", number, None, 0, names, gone, peer=peer))
-            else:
-                peer, pending_ = self.seat.peers[source], (f"~outputs {stage}>{here}",)
-                found.append(Instruction("Recv", number, None, 0, (), pending_, peer=peer))
-                found.append(Instruction("Wait", number, None, 0, pending_, names, peer=peer))
+            values = tuple(tasks.whole.values[made[name]] for name in names)
+            number = self._number(Message(f"outputs of stage {stage}", values))
+            source = self.seat.peer(self.schedule.placement[stage], last)
+            if source != me:
+                pending = (f"~outputs {stage}",)
+                found.append(Instruction("Recv", number, None, 0, (), pending, peer=source))
+                found.append(Instruction("Wait", number, None, 0, pending, names, peer=source))
+                continue
+            for peer in sorted({peer for peers in self.seat.peers for peer in peers} - {me}):
+                found += self._gone(peer)
+                self.sending[peer] = f"~outputs {stage}>{peer}"
+                gone = (self.sending[peer],)
+                found.append(Instruction("Send", number, None, 0, names, gone, peer=peer))
         return found
 
     def ties(self, states: Mapping[str, StateLayouts]) -> list[Instruction]:
-        """Sum the gradients of parameters that live at several stages, once a step."""
-        here = self.seat.pipeline
+        """Sum the gradients of parameters that several ranks hold, once a step."""
+        given = {n for n in self.assigned if n.startswith("gradient/")}
         found: list[Instruction] = []
-        shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for name, homes in sorted(self.seat.homes.items()):
-            if here in homes and len(homes) > 1 and self._trained(name):
-                shared[homes].append(name)
-        for number, (homes, names) in enumerate(sorted(shared.items())):
-            program = self._tie(names, states, tied_axis(homes))
+        for number, program in enumerate(ties(self.micros[0], given, states, self.seat)):
             self.moved.append(Local(program, ((-1, Layout()),) * len(program.values)))
-            given = {n: n for n, _ in program.inputs}
-            prefix = f"tie{number}"
-            found += run_pieces(program, self.table, None, given, prefix)
+            names, prefix = {n: n for n, _ in program.inputs}, f"tie{number}"
+            found += run_pieces(program, self.table, None, names, prefix)
             kept = {n: f"{prefix}:{v}" for n, v in program.outputs}
             found.append(Instruction("Stash", None, None, 0, tuple(kept.values()), tuple(kept)))
         return found
-
-    def _trained(self, name: str) -> bool:
-        return any(name in self.micros[0].tasks.gradients(s) for s in range(self.schedule.stages))
-
-    def _tie(self, names: Sequence[str], states: Mapping[str, StateLayouts], axis: str) -> Program:
-        """A program that sums gradients over `axis`; a stage that has none brings zeros."""
-        whole, values = self.micros[0].tasks.whole, list[Value]()
-        inputs: list[tuple[str, int]] = []
-        ops: list[Op] = []
-        outputs: list[tuple[str, int]] = []
-        given = {n for n in self.assigned if n.startswith("gradient/")}
-        for name in names:
-            weight = whole.values[whole.input(f"model/{name}")]
-            layout = states[name].optimizer
-            shape = local_shape(weight.shape, layout, self.seat.axes, self.seat.coordinates)
-            value = Value(weight.dtype, shape)
-            values += [value, value]
-            mine, total = len(values) - 2, len(values) - 1
-            if f"gradient/{name}" in given:
-                inputs.append((f"reduced/{name}", mine))
-            else:
-                held = states[name].weights
-                there = local_shape(weight.shape, held, self.seat.axes, self.seat.coordinates)
-                values.append(Value(weight.dtype, there))
-                inputs.append((f"model/{name}", len(values) - 1))
-                zeros = (Ref(len(values) - 1), shape)
-                ops.append(Op("aten.new_zeros.default", zeros, (), (mine,), phase="finish"))
-            notes = (("before", "partial"), ("after", "summed"), ("value", f"gradient/{name}"),
-                     ("load", value.elements))  # fmt: skip
-            args = (Ref(mine), axis, "sum")
-            ops.append(Op("comm.all_reduce", args, notes, (total,), phase="finish"))
-            outputs.append((f"reduced/{name}", total))
-        ops.sort(key=lambda op: op.name != "aten.new_zeros.default")
-        return Program(tuple(values), tuple(inputs), tuple(ops), tuple(outputs))
 
     def gather(self, states: Mapping[str, StateLayouts]) -> Local:
         """Updated weights to where they rest."""
         program = self.micros[0].program
         held = dict(program.inputs)
         here = self.seat.pipeline
+        trained = self.micros[0].tasks.trained()
         moves = {}
         for name, homes in self.seat.homes.items():
             state = states[name]
-            if here in homes and self._trained(name) and state.optimizer != state.weights:
+            if here in homes and name in trained and state.optimizer != state.weights:
                 value = program.values[held[f"model/{name}"]]
                 moves[f"model/{name}"] = (value, state.optimizer, state.weights)
         return move_program(moves, self.seat.axes, self.seat.coordinates)
