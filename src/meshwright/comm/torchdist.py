@@ -30,6 +30,7 @@ from meshwright.errors import InternalError, MeshwrightError, PeerLost, Stalled
 __all__ = ["TorchDist"]
 
 _SLICE = timedelta(seconds=0.25)
+_PAIR = 2
 
 _Place = tuple[str, Group, str]
 
@@ -285,12 +286,15 @@ class _Wire:
         except RuntimeError as error:
             raise PeerLost(f"{what}: could not connect: {self.roll.gone()} ({error})") from error
 
-    def _dial(self, name: str, index: int, size: int = 2) -> Link:
+    def _dial(self, name: str, index: int, size: int = _PAIR) -> Link:
         """Connect with members who do so now."""
         meeting, deadline = self._meeting, self._meeting.deadline
         # gloo's own limit only ever ends what ours has given up.
         limit = 2 * max(deadline.first, deadline.after) + 60
-        return connect(PrefixStore(f"gloo/{name}", meeting.store), index, size, self._device, limit)
+        # gloo waits for keys with the store's client locked, and a line's thread must not keep
+        # another from putting what its peer waits for: each has a client of its own.
+        store = meeting.store.clone() if size == _PAIR else meeting.store
+        return connect(PrefixStore(f"gloo/{name}", store), index, size, self._device, limit)
 
     def stalled(self, token: _Token, request: Start, seconds: float, last: str) -> Stalled:
         """The error for a wait past its deadline."""
