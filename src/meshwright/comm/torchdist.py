@@ -293,7 +293,7 @@ class _Wire:
         limit = 2 * max(deadline.first, deadline.after) + 60
         # gloo waits for keys with the store's client locked, and a line's thread must not keep
         # another from putting what its peer waits for: each has a client of its own.
-        store = meeting.store.clone() if size == _PAIR else meeting.store
+        store = meeting.store.clone() if size == _PAIR else meeting.store  # type: ignore[attr-defined]
         return connect(PrefixStore(f"gloo/{name}", store), index, size, self._device, limit)
 
     def stalled(self, token: _Token, request: Start, seconds: float, last: str) -> Stalled:
