@@ -21,6 +21,7 @@ from meshwright.comm.local import collective
 from meshwright.comm.meeting import Deadline, Meeting
 from meshwright.comm.shared import Shared
 from meshwright.comm.store import Rendezvous
+from meshwright.comm.torchdist import TorchDist
 from meshwright.errors import MeshwrightError
 from meshwright.launch.connect import connect
 from meshwright.launch.contract import Contract
@@ -39,12 +40,13 @@ def join(
     seconds: float = 20.0,
     refusal: str | None = None,
     tokens: tuple[str, ...] = (),
-) -> Shared:
+    gloo: bool = False,
+) -> Shared | TorchDist:
     """This process as a rank of a world of `n`."""
     token = tokens[rank] if tokens else "secret"
     where = Rendezvous("127.0.0.1", port, token, seconds=seconds)
     meeting = Meeting.open(World(rank, n, rank, n), where, Deadline(seconds, seconds))
-    return Shared.over(meeting, refusal)
+    return TorchDist.over(meeting) if gloo else Shared.over(meeting, refusal)
 
 
 def pause(dice: random.Random) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
 
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]
 
 from meshwright.comm import driving, fingerprint
-from meshwright.comm.base import Exchange, Group, Handle, Start, Wait, World
+from meshwright.comm.base import MESSAGES, Exchange, Group, Handle, Start, Wait, World
 from meshwright.comm.gloo import Link, Pending, connect, start
 from meshwright.comm.ledger import Entry, Ledger, describe
+from meshwright.comm.line import Job, Lines
 from meshwright.comm.local import collective
 from meshwright.comm.meeting import Deadline, Meeting
 from meshwright.comm.store import Rendezvous, own_address
@@ -28,6 +30,7 @@ from meshwright.errors import InternalError, MeshwrightError, PeerLost, Stalled
 __all__ = ["TorchDist"]
 
 _SLICE = timedelta(seconds=0.25)
+_PAIR = 2
 
 _Place = tuple[str, Group, str]
 
@@ -39,6 +42,7 @@ class _Token:
     entry: Entry
     pending: Pending
     place: str
+    job: Job | None = None
 
 
 @final
@@ -114,6 +118,10 @@ class TorchDist:
         ranks = request.group.ranks
         driving.require_mine(request, self._world.rank)
         entry = self.ledger.enter(request)
+        if request.op in MESSAGES:
+            job = self._alive().lines.post(request)
+            where = f"{describe(request)}, message {job.number + 1}"
+            return Handle(request, _Token(entry, Pending((), lambda: job.answer), where, job))
         if len(ranks) == 1:
             (answer,) = collective([request])
             return Handle(request, _Token(entry, Pending((), lambda: answer), describe(request)))
@@ -143,21 +151,53 @@ class TorchDist:
     def wait(self, wait: Wait) -> tuple[Tensor, ...]:
         """Finish one."""
         token: _Token = wait.handle.token
+        if token.job is not None:
+            self._delivered(token, token.job)
+            self._seen.add(_place(wait.handle.request))
         if token.pending.works:
             self._settle(wait.handle.request, token)
             self._seen.add(_place(wait.handle.request))
         self.ledger.leave(token.entry)
         return token.pending.finish()
 
+    def _delivered(self, token: _Token, job: Job) -> None:
+        """Wait until a half of a message is done, with an eye on the other ranks."""
+        if job.kept and not job.done.is_set():
+            return
+        request, began, told = job.request, time.monotonic(), False
+        seconds = self._seconds(request)
+        while not job.done.wait(_SLICE.total_seconds()):
+            wire = self._alive()
+            if not told:
+                wire.roll.waits(token.place)
+                told = True
+            wire.look_after(request)
+            if time.monotonic() - began > seconds:
+                raise wire.stalled(token, request, seconds, self._last())
+        if told:
+            self._alive().roll.goes_on()
+        if isinstance(job.error, RuntimeError):
+            self._alive().lines.check()
+            raise self._lost(request, job.error) from job.error
+        if job.error is not None:
+            raise job.error
+
+    def _seconds(self, request: Start) -> float:
+        """How long a wait for this may take."""
+        seen = _place(request) in self._seen
+        return self._deadline.after if seen else self._deadline.first
+
+    def _last(self) -> str:
+        """What this rank has finished last."""
+        return self.ledger.last_left.text() if self.ledger.last_left else "none"
+
     def _settle(self, request: Start, token: _Token) -> None:
         """Wait for all works of `token`, which serve `request`, until its deadline."""
-        first = _place(request) not in self._seen
-        seconds = self._deadline.first if first else self._deadline.after
+        seconds = self._seconds(request)
         end = time.monotonic() + seconds
         for work in token.pending.works:
             if not self._in_time(work, token, request, end):
-                last = self.ledger.last_left.text() if self.ledger.last_left else "none"
-                raise self._alive().stalled(token, request, seconds, last)
+                raise self._alive().stalled(token, request, seconds, self._last())
 
     def _in_time(self, work: Work, token: _Token, request: Start, end: float) -> bool:
         """Wait for `work`, with an eye on the other ranks; False when `end` has come."""
@@ -172,6 +212,7 @@ class TorchDist:
                 if not told:
                     roll.waits(token.place)
                     told = True
+                self._alive().lines.check()
                 roll.check_news(describe(request))
                 if time.monotonic() > end:
                     return False
@@ -210,6 +251,23 @@ class _Wire:
         self.roll, self._meeting = meeting.roll, meeting
         self._device = _device(meeting.where)
         self._groups: dict[tuple[int, ...], Link] = {}
+        self.lines = Lines(meeting, self._dial)
+
+    def look_after(self, message: Start) -> None:
+        """Raise what is known to keep a message from being done.
+
+        Raises:
+            PeerLost: its other end is gone, or somebody says that the world cannot go on.
+            UserCodeError: a receiver did not expect what this rank has sent.
+        """
+        what = describe(message)
+        with self.roll.reaching(what):
+            self.lines.check()
+        self.roll.check_news(what)
+        if self.roll.cards[message.peer].alive() is False:
+            reason = self.roll.obituary([message.peer])
+            self.roll.tell(reason)
+            raise PeerLost(f"{what} cannot finish: {reason}")
 
     def group(self, group: Group, what: str) -> Link:
         """The process group of these ranks, connected when first asked for."""
@@ -220,17 +278,23 @@ class _Wire:
 
     def _connect(self, ranks: tuple[int, ...], what: str) -> Link:
         name = "group/" + ",".join(map(str, ranks))
-        meeting, deadline = self._meeting, self._meeting.deadline
+        meeting = self._meeting
         meeting.gather(name, ranks, what)
-        # gloo's own limit only ever ends what ours has given up.
-        limit = 2 * max(deadline.first, deadline.after) + 60
         index = ranks.index(meeting.world.rank)
         try:
-            return connect(
-                PrefixStore(f"gloo/{name}", meeting.store), index, len(ranks), self._device, limit
-            )
+            return self._dial(name, index, len(ranks))
         except RuntimeError as error:
             raise PeerLost(f"{what}: could not connect: {self.roll.gone()} ({error})") from error
+
+    def _dial(self, name: str, index: int, size: int = _PAIR) -> Link:
+        """Connect with members who do so now."""
+        meeting, deadline = self._meeting, self._meeting.deadline
+        # gloo's own limit only ever ends what ours has given up.
+        limit = 2 * max(deadline.first, deadline.after) + 60
+        # gloo waits for keys with the store's client locked, and a line's thread must not keep
+        # another from putting what its peer waits for: each has a client of its own.
+        store = meeting.store.clone() if size == _PAIR else meeting.store  # type: ignore[attr-defined]
+        return connect(PrefixStore(f"gloo/{name}", store), index, size, self._device, limit)
 
     def stalled(self, token: _Token, request: Start, seconds: float, last: str) -> Stalled:
         """The error for a wait past its deadline."""
@@ -238,6 +302,8 @@ class _Wire:
 
     def leave(self) -> None:
         """Say goodbye; whoever keeps the store waits for the others' goodbyes."""
+        with suppress(DistError):  # the store went with its keeper, and so did who would receive
+            self.lines.close()
         self._groups.clear()
         self._meeting.leave()
 
