@@ -107,6 +107,9 @@ class _Placing:
         self.homes: dict[int, set[int]] = {value: set() for value in self.state}
         self.stages: list[int | None] = []
         self.bound = _bound(program)
+        self.seed = {value for name, value in program.inputs if name == "scale"}
+        self.carried: set[int] = set()  # values that gradients went into
+        self.alone: dict[int, set[int]] = {}  # backward op of no gradient -> where it may be done
 
     def run(self) -> Placement:
         """Every op, then the state that no op reads."""
@@ -118,9 +121,10 @@ class _Placing:
                 self.roots.update(dict.fromkeys(op.results, roots))
                 self.stages.append(None)
             elif op.phase == "backward":
-                self.stages.append(self._backward(op))
+                self.stages.append(self._backward(number, op))
             else:
                 self.stages.append(self._forward(number, op, end))
+        self._to_readers()
         homes = {name: tuple(sorted(self.homes[value])) for value, name in self.state.items()}
         near = self._by_module()
         homes |= {n: (near.get(_module(n), 0),) for n, stages in homes.items() if not stages}
@@ -147,7 +151,22 @@ class _Placing:
             self.home[value] = {stage}
         return stage
 
-    def _backward(self, op: Op) -> int:
+    def _to_readers(self) -> None:
+        """What no gradient goes into is done where it is read, so that it is not sent there."""
+        least: dict[int, int] = {}  # value -> the last stage that reads it
+        given = {value for _, value in self.program.outputs}
+        for number in range(len(self.stages) - 1, -1, -1):
+            op, stage = self.program.ops[number], self.stages[number]
+            if stage is None:
+                continue
+            read = [least[value] for value in op.results if value in least]
+            if number in self.alone and read and not given.intersection(op.results):
+                stage = min(s for s in self.alone[number] if s >= max(read))
+                self.stages[number] = stage
+            for value in op.inputs:
+                least[value] = max(least.get(value, 0), stage)
+
+    def _backward(self, number: int, op: Op) -> int:
         limit = min((self.made[v] for v in op.inputs if v in self.backward), default=self.last)
         allowed = set(range(limit + 1))
         for value in op.inputs:
@@ -166,6 +185,10 @@ class _Placing:
                 "module, by cuts"
             )
         stage = max(allowed)
+        if any(v in self.carried or self.seed & self.roots.get(v, frozenset()) for v in op.inputs):
+            self.carried.update(op.results)
+        else:
+            self.alone[number] = allowed
         for value in op.results:
             self.made[value] = stage
             self.backward.add(value)
