@@ -9,6 +9,7 @@ rank keeps memory for its remaining stages there, so no rank can run full and st
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from meshwright.schedule.problem import Problem, room
 __all__ = ["Policy", "greedy", "policies"]
 
 Choice = tuple[Kind, int]
+
+_SLACK = 1.1
+"""A schedule may turn out so much shorter: its order is kept, its waits for memory are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +67,22 @@ def policies(problem: Problem) -> Iterator[Policy]:
             yield found
 
 
-def greedy(problem: Problem, policy: Policy) -> Schedule:
-    """The schedule that the policy makes of the problem."""
-    return _Run(problem, policy).schedule()
+def greedy(problem: Problem, policy: Policy, best: float = math.inf) -> Schedule | None:
+    """The schedule that the policy makes of the problem, unless it is far longer than `best`."""
+    return _Run(problem, policy, best).schedule()
 
 
 class _Run:
     """One simulation: events in the order of time, ranks that take or stay idle."""
 
-    def __init__(self, problem: Problem, policy: Policy) -> None:
+    def __init__(self, problem: Problem, policy: Policy, best: float) -> None:
         stages, ranks = len(problem.placement), problem.ranks
-        self.problem, self.policy = problem, policy
+        self.problem, self.policy, self.best = problem, policy, best
         self.mine = [problem.stages_of(rank) for rank in range(ranks)]
         if policy.late_first:
             self.mine = [stages_of[::-1] for stages_of in self.mine]
         self.orders: list[list[Action]] = [[] for _ in range(ranks)]
+        self.left = [self._work(rank) for rank in range(ranks)]
         self.free = [0.0] * ranks
         self.live = [0.0] * ranks
         self.flying = [0] * ranks
@@ -90,16 +95,24 @@ class _Run:
         self.forward_at[0].append(0.0)
         self.events = [(0.0, problem.placement[0])]
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | None:
         while self.events:
             now, rank = heapq.heappop(self.events)
             if now >= self.free[rank]:
                 choice = self._choose(rank, now)
                 if choice is not None:
                     self._take(rank, now, *choice)
+                if now + self.left[rank] > _SLACK * self.best:
+                    return None
         assert min(self.backwards) == self.problem.microbatches, "list scheduling ran full"
         orders = tuple(map(tuple, self.orders))
         return Schedule("search", self.problem.placement, self.problem.microbatches, orders)
+
+    def _work(self, rank: int) -> float:
+        seconds = self.problem.seconds
+        parts = (seconds.forward, seconds.inputs, seconds.weights)
+        each = sum(part[stage] for part in parts for stage in self.mine[rank])
+        return self.problem.microbatches * each
 
     # ── choosing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -166,6 +179,7 @@ class _Run:
         action = self._next(rank, now, kind, stage)
         self.orders[rank].append(action)
         end = self.free[rank] = now + self.problem.seconds.of(action)
+        self.left[rank] -= end - now
         heapq.heappush(self.events, (end, rank))
         held, owed = self.problem.held(stage), self.problem.owed(stage)
         self.live[rank] += {"F": held, "B": -held, "I": owed - held, "W": -owed}[kind]

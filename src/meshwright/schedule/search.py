@@ -8,6 +8,7 @@ same question has the same answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -73,12 +74,11 @@ def search(
     problem = Problem(placement, microbatches, seconds, memory)
     fits(problem)
     least = bound(problem)
-    best: tuple[float, Schedule] | None = None
-    for candidate in _candidates(problem, _PLACED * effort):
-        best = _better(problem, best, candidate)
-        if _met(best[0], least):
-            break
-    assert best is not None  # list scheduling always makes one
+    best = _listed(problem, least, _PLACED * effort)
+    for candidate in _named(problem):
+        if not _met(best[0], least) and _is_within(problem, candidate):
+            for merged in _mergers(problem):
+                best = _better(problem, best, _merged(candidate, merged))
     if not _met(best[0], least):
         found, least = improve(problem, best[0], least, effort)
         best = best if found is None else _better(problem, best, found)
@@ -96,27 +96,35 @@ def _met(makespan: float, least: float) -> bool:
     return makespan <= least * (1 + 1e-9)
 
 
-def _better(
-    problem: Problem, best: tuple[float, Schedule] | None, candidate: Schedule
-) -> tuple[float, Schedule]:
+_Best = tuple[float, Schedule]
+
+
+def _better(problem: Problem, best: _Best | None, candidate: Schedule) -> _Best:
     named = replace(candidate, name="search")
     makespan = account(timeline(named, problem.seconds)).makespan
     return (makespan, named) if best is None or makespan < best[0] else best
 
 
-def _candidates(problem: Problem, trials: int) -> Iterator[Schedule]:
-    """List schedules first: one is always there; then named ones that the cap allows."""
+def _listed(problem: Problem, least: float, trials: int) -> _Best:
+    """The best of list scheduling; the first policy is always tried."""
     actions = 3 * len(problem.placement) * problem.microbatches
-    for index, policy in enumerate(policies(problem)):
-        if index and index * actions > trials:
+    stages = len(problem.placement)
+    mergers = _mergers(problem)
+    best: _Best | None = None
+    # Orders made for equal times are regular, and often the better ones when the cap is tight.
+    even = replace(problem, seconds=uniform(stages))
+    tries = ((policy, each) for policy in policies(problem) for each in (problem, even))
+    for index, (policy, each) in enumerate(tries):
+        if best is not None and (index * actions > trials or _met(best[0], least)):
             break
-        made = greedy(problem, policy)
-        yield made
-        if problem.seconds.backward:
-            yield from (
-                _merged(made, stages) for stages in (range(1), range(len(problem.placement)))
-            )
-    yield from (each for each in _named(problem) if _is_within(problem, each))
+        # Where parts may be merged, a longer schedule can become the shorter one.
+        cut = best is not None and each is problem and len(mergers) == 1
+        made = greedy(each, policy, best[0] if best and cut else math.inf)
+        if made is not None:
+            for merged in mergers:
+                best = _better(problem, best, _merged(made, merged))
+    assert best is not None
+    return best
 
 
 def _named(problem: Problem) -> Iterator[Schedule]:
@@ -135,8 +143,14 @@ def _named(problem: Problem) -> Iterator[Schedule]:
             yield from (interleaved(ranks, count, virtual), gpipe(ranks, count, virtual))
 
 
+def _mergers(problem: Problem) -> tuple[range, ...]:
+    """Stages whose backwards are put together again where their parts follow each other."""
+    every = range(len(problem.placement))
+    return (range(0), range(1), every) if problem.seconds.backward else (range(0),)
+
+
 def _merged(schedule: Schedule, stages: range) -> Schedule:
-    """Both parts of a backward put together where they follow each other, on these stages."""
+    """The schedule with parts put together on these stages."""
     orders = (tuple(_merge(order, stages)) for order in schedule.ranks)
     return replace(schedule, ranks=tuple(orders))
 
