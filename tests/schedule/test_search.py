@@ -253,6 +253,15 @@ def test_a_cap_that_cannot_be_met_names_the_least_that_can():
     check(search(folded(2), 4, uniform(4), enough, effort=0).schedule)
 
 
+def test_numbers_that_do_not_go_together_are_refused():
+    with pytest.raises(PlanError, match="memory is given for 2 ranks and 3 stages, but there are"):
+        search(looped(2), 4, uniform(2), Memory((9.0, 9.0), (1.0,) * 3))
+    with pytest.raises(PlanError, match="every rank from 0 on must hold a stage"):
+        search((0, 2), 4, uniform(2))
+    with pytest.raises(PlanError, match="3 times for forward, but 2 for 2 stages"):
+        search(looped(2), 4, uniform(3))
+
+
 def test_a_cheaper_whole_backward_is_used_where_nothing_waits():
     seconds = Seconds((1.0,) * 2, (1.0,) * 2, (1.0,) * 2, (0.0,), (1.5,) * 2)
     both = Seconds(*(seconds.forward,) * 3, (0.0,))

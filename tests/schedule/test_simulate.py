@@ -156,6 +156,8 @@ def test_transfers_are_paid_between_ranks_only():
 def test_times_for_other_stages_are_refused():
     with pytest.raises(PlanError, match="3 times for forward, but 2 for 2 stages"):
         timeline(schedule_of("gpipe", 2, 2), uniform(3))
+    with pytest.raises(PlanError, match="transfer of stage 0 takes nan; it must be 0 or more"):
+        timeline(schedule_of("gpipe", 2, 2), uniform(2, transfer=float("nan")))
 
 
 def test_the_account_adds_up():

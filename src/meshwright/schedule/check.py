@@ -76,9 +76,32 @@ def least_ahead(schedule: Schedule) -> int:
 
 
 def _is_whole(schedule: Schedule) -> None:
-    found = next(_faults(schedule), None)
+    found = None if _adds_up(schedule) else next(_faults(schedule), None)
     if found is not None:
         raise PlanError(f"schedule {schedule.name} is not whole: {found}")
+
+
+def _adds_up(schedule: Schedule) -> bool:
+    """Whether all is there once, found quickly; `_faults` says what is not."""
+    stages = range(schedule.stages)
+    taken: dict[tuple[int, Kind], list[int]] = {}
+    for rank, order in enumerate(schedule.ranks):
+        for action in order:
+            taken.setdefault((action.stage, action.kind), []).append(action.microbatch)
+        if any(schedule.placement[s] != rank for s in {a.stage for a in order} if s in stages):
+            return False
+    every = list(range(schedule.microbatches))
+    trains = any(kind != "F" for _, kind in taken)
+    for stage in stages:
+        forward, whole, inputs, weights = (sorted(taken.pop((stage, k), ())) for k in _KINDS)
+        if forward != every or inputs != weights:
+            return False
+        if trains and sorted((*whole, *inputs)) != every:
+            return False
+    return not taken
+
+
+_KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
 def _faults(schedule: Schedule) -> Iterator[str]:

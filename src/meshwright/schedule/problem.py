@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from meshwright.errors import PlanError
-from meshwright.schedule.simulate import Seconds
+from meshwright.schedule.simulate import Seconds, fit
 
 __all__ = ["Memory", "Problem", "fits", "room"]
 
@@ -97,8 +97,24 @@ def fits(problem: Problem) -> None:
     """Refuse what no order can do.
 
     Raises:
-        PlanError: a rank cannot hold one micro-batch.
+        PlanError: numbers do not go together, or a rank cannot hold one micro-batch.
     """
+    stages = len(problem.placement)
+    if set(problem.placement) != set(range(problem.ranks)) or problem.microbatches < 1:
+        raise PlanError(
+            f"placement {problem.placement} with {problem.microbatches} micro-batches: every rank"
+            " from 0 on must hold a stage, and there must be a micro-batch"
+        )
+    fit(problem.seconds, stages)
+    memory = problem.memory
+    if memory is not None and (
+        (len(memory.cap), len(memory.held)) != (problem.ranks, stages)
+        or len(memory.owed) not in (0, stages)
+    ):
+        raise PlanError(
+            f"memory is given for {len(memory.cap)} ranks and {len(memory.held)} stages, but there"
+            f" are {problem.ranks} and {stages}"
+        )
     for rank in range(problem.ranks):
         if not room(problem.demand(rank), problem.cap(rank)):
             raise PlanError(

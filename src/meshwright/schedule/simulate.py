@@ -11,6 +11,7 @@ the computing, and transfers do not slow each other down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from meshwright.schedule.action import Action, Schedule
 from meshwright.schedule.check import check
 from meshwright.schedule.graph import Graph, Stuck, graph_of, walk
 
-__all__ = ["Account", "Seconds", "Span", "account", "timeline", "uniform"]
+__all__ = ["Account", "Seconds", "Span", "account", "fit", "timeline", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,27 @@ def uniform(
     )
 
 
+def fit(seconds: Seconds, stages: int) -> None:
+    """Refuse times of other stages than there are.
+
+    Raises:
+        PlanError: there are too many or too few, or one is below 0 or no number.
+    """
+    given = {
+        "forward": (seconds.forward, stages),
+        "inputs": (seconds.inputs, stages),
+        "weights": (seconds.weights, stages),
+        "transfer": (seconds.transfer, stages - 1),
+        "backward": (seconds.backward, stages if seconds.backward else 0),
+    }
+    for what, (found, wanted) in given.items():
+        if len(found) != wanted:
+            raise PlanError(f"{len(found)} times for {what}, but {wanted} for {stages} stages")
+        for place, value in enumerate(found):
+            if not 0 <= value < math.inf:
+                raise PlanError(f"{what} of stage {place} takes {value}; it must be 0 or more")
+
+
 class Span(NamedTuple):
     """An action on a rank, and when."""
 
@@ -83,16 +105,7 @@ def timeline(schedule: Schedule, seconds: Seconds) -> tuple[Span, ...]:
         PlanError: the schedule is not legal, or times are given for other stages than it has.
     """
     check(schedule)
-    stages = schedule.stages
-    given = {
-        "forward": (len(seconds.forward), stages),
-        "inputs": (len(seconds.inputs), stages),
-        "weights": (len(seconds.weights), stages),
-        "transfer": (len(seconds.transfer), stages - 1),
-    }
-    for what, (found, wanted) in given.items():
-        if found != wanted:
-            raise PlanError(f"{found} times for {what}, but {wanted} for {stages} stages")
+    fit(seconds, schedule.stages)
     graph = graph_of(schedule)
     return tuple(
         Span(graph.home[number], action, begin, end)
