@@ -138,10 +138,10 @@ class Build:
             coordinates = {**coordinates, "data": replica}
         return self.mesh.rank(stage, coordinates)
 
-    @property
-    def lines(self) -> tuple[Axis, ...]:
-        """All axes along which rank 0 communicates: its stage's, and those of tied parameters."""
-        tied = (homes for homes in set(self.homes.values()) if len(homes) > 1 and 0 in homes)
+    def lines(self, rank: int) -> tuple[Axis, ...]:
+        """All axes along which a rank communicates: its stage's, and those of tied parameters."""
+        stage, _ = self.mesh.coordinates(rank)
+        tied = (homes for homes in set(self.homes.values()) if len(homes) > 1 and stage in homes)
         return (*self.axes, *(Axis(tied_axis(homes), len(homes)) for homes in sorted(tied)))
 
     @property
