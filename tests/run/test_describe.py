@@ -162,9 +162,9 @@ def test_stages_of_a_pipeline_and_what_their_ranks_hold_and_send():
     assert (piped["schedule"], piped["bubble"]) == ("1f1b", pytest.approx(1 / 3))
     assert [stage["rank"] for stage in piped["stages"]] == [0, 1]
     assert sum(stage["parameters"] for stage in piped["stages"]) == 4
-    # A micro-batch of 3 samples a rank: activations forward, their gradients back.
+    # Of each micro-batch: activations forward, their gradients back.
     assert [each["messages"] for each in piped["traffic"]] == [2, 2]
-    assert piped["traffic"][0]["sent"] == piped["traffic"][1]["sent"] > 0
+    assert all(each["sent"] > 0 for each in piped["traffic"])
     assert piped["notes"] == []
 
 

@@ -36,6 +36,7 @@ from meshwright.run.prepare import prepare
 from meshwright.run.session import Session
 from meshwright.run.stages import describe_pipeline, most_moved
 from meshwright.run.worker import Fetched
+from meshwright.schedule.bubble import endless
 
 VERSION = importlib.metadata.version("meshwright")
 
@@ -226,9 +227,18 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
             seen[form] = (
                 memory_bill(compiled, held)
                 if build.stages is None
-                else staged_bill(compiled, *_state(build, rank), held)
+                else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held))
             )
         yield seen[form]
+
+
+def _staged(build: Build, rank: int, bill: dict[str, int]) -> dict[str, int]:
+    """The bill with the older weights that a pipeline which never flushes keeps."""
+    pipe = endless(build.plan)
+    if pipe is None:
+        return bill
+    older = pipe.versions(build.mesh.coordinates(rank)[0]) - 1
+    return {**bill, "older weights": older * bill["weights"]}
 
 
 def _state(build: Build, rank: int) -> tuple[int, int]:

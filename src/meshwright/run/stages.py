@@ -11,7 +11,7 @@ from meshwright.program.instruction import InstructionList
 from meshwright.program.placing import forward_end
 from meshwright.program.program import Program
 from meshwright.run.build import Build, Micro
-from meshwright.schedule.bubble import bubble, bubble_notes
+from meshwright.schedule.bubble import bubble, endless, pipeline_notes
 from meshwright.schedule.named import SCHEDULES
 
 __all__ = ["describe_pipeline", "most_moved"]
@@ -23,7 +23,7 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
     if plan.pipeline == 1 or stages is None:
         return None
     schedule = stages.schedule(plan.order, plan.microbatches)
-    values = build.values()
+    values, pipe = build.values(), endless(plan)
     found = []
     for stage, rank in enumerate(schedule.placement):
         begins, ends = _ends(stages.program, stages.placement.stages, stage)
@@ -40,6 +40,8 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
                 "ends": ends,
                 "parameters": len(names),
                 "bytes": sum(values[name].bytes for name in names),
+                **({} if pipe is None else {"staleness": list(pipe.staleness(stage))}),
+                **({} if pipe is None else {"versions": pipe.versions(stage)}),
             }
         )
     firsts = [_first(build, p) for p in range(plan.pipeline)]
@@ -48,7 +50,7 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
         "microbatches": plan.microbatches,
         "remat": plan.remat,
         "bubble": _bubble(plan),
-        "notes": list(bubble_notes(plan, build.job.batch_size)),
+        "notes": list(pipeline_notes(plan, build.job.batch_size)),
         "stages": found,
         "traffic": [{"rank": p, **_traffic(build, r, micros)} for p, r in enumerate(firsts)],
     }

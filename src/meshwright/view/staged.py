@@ -23,9 +23,11 @@ def pipeline_table(run: Mapping[str, Any]) -> RenderableType | None:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("stage", "rank", "begins with", "ends with"):
         table.add_column(title, overflow="fold")
-    for title in ("tensors", "weights"):
+    stages = mappings(piped.get("stages"))
+    ages = any("versions" in stage for stage in stages)
+    for title in ("tensors", "weights", *(("versions", "minibatches behind") if ages else ())):
         table.add_column(title, justify="right", no_wrap=True)
-    for stage in mappings(piped.get("stages")):
+    for stage in stages:
         table.add_row(
             str(integer(stage.get("stage"))),
             str(integer(stage.get("rank"))),
@@ -33,10 +35,18 @@ def pipeline_table(run: Mapping[str, Any]) -> RenderableType | None:
             Text(text(stage.get("ends"))),
             count_text(integer(stage.get("parameters"))),
             bytes_text(integer(stage.get("bytes"))),
+            *(_age(stage) if ages else ()),
         )
     notes = piped.get("notes")
     told = [Text(text(note), "yellow") for note in (notes if isinstance(notes, list) else [])]
     return Group(Text(_head(piped)), table, *told)
+
+
+def _age(stage: Mapping[str, Any]) -> tuple[str, str]:
+    """Versions of its weights that a stage keeps, and how old those are that gradients are of."""
+    given = stage.get("staleness")
+    ages = sorted({integer(age) for age in given}) if isinstance(given, list) else []
+    return count_text(integer(stage.get("versions"), 1)), " to ".join(map(count_text, ages))
 
 
 def _head(piped: Mapping[str, Any]) -> str:

@@ -88,7 +88,8 @@ def _state(setup: Setup) -> Table:
             key = (_short(layout), shards(layout, setup.axes))
             tensors[key] = tensors.get(key, 0) + 1
         for (layout, count), number in tensors.items():
-            share = _share(layout, count) + (" of its stages" if staged else "")
+            share = _share(layout, count)
+            share = share.replace("of it", "of its stages’") if staged else share
             table.add_row(Text(kind), Text(layout), count_text(number), share)
     return table
 
