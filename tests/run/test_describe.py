@@ -14,7 +14,7 @@ from meshwright.run.describe import describe_run, explain, facts_of, nearby
 from meshwright.run.prepare import prepare
 from tests.laws.source import ROOT
 from tests.program.accounted import gpt
-from tests.run.jobs import alone, job, on_ranks, step
+from tests.run.jobs import alone, job, on_ranks, step, weighted_loss
 
 
 def test_every_rank_says_the_same():
@@ -138,3 +138,50 @@ def test_lines_are_told_from_the_working_folder(monkeypatch):
 def test_a_line_is_told_as_shortly_as_it_can_be_found(source, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert nearby(source.format(here=Path.cwd())) == told
+
+
+def test_stages_of_a_pipeline_and_what_their_ranks_hold_and_send():
+    def body(session):
+        step(session)
+        state = session.worker.state.values
+        held = {n.removeprefix("model/") for n in state if n.startswith("model/")}
+        weights = sum(t.nbytes for n, t in state.items() if n.startswith("model/"))
+        return held, weights, describe_run(session, session.take())
+
+    plan = "zero1,data=2,pipeline=2,microbatches=2"
+    found = on_ranks(job(loss=weighted_loss), plan, body)
+    told = found[0][2]
+    assert all(other == told for *_, other in found)
+    assert json.loads(json.dumps(told)) == told
+    assert told["mesh"]["axes"] == [["pipeline", 2], ["data", 2]]
+    assert told["mesh"]["ranks"][3]["coordinates"] == {"pipeline": 1, "data": 1}
+    for rank, (held, weights, _) in enumerate(found):
+        assert {p["name"] for p in told["parameters"] if str(rank) in p["local"]} == held
+        assert told["memory"][rank]["parts"]["weights"] == weights
+    piped = told["pipeline"]
+    assert (piped["schedule"], piped["bubble"]) == ("1f1b", pytest.approx(1 / 3))
+    assert [stage["rank"] for stage in piped["stages"]] == [0, 1]
+    assert sum(stage["parameters"] for stage in piped["stages"]) == 4
+    # Of each micro-batch: activations forward, their gradients back.
+    assert [each["messages"] for each in piped["traffic"]] == [2, 2]
+    assert all(each["sent"] > 0 for each in piped["traffic"])
+    assert piped["notes"] == []
+
+
+def test_what_a_rank_saves_is_what_its_schedule_has_in_flight():
+    """GPipe has all micro-batches alive at the turn, 1F1B as many as stages from there on."""
+
+    def saved(text):
+        told = explain(gpt(), Plan.parse(f"pipeline=2,microbatches=8,{text}"), 2)
+        return [bill["parts"]["saved activations"] for bill in told["memory"]]
+
+    (first, last), (more, most) = saved("schedule=1f1b"), saved("schedule=gpipe")
+    each, other = (more - first) / (8 - 2), (most - last) / (8 - 1)
+    assert 2 * each < first < 3 * each
+    assert other < last < 2 * other
+    assert saved("schedule=gpipe,remat=full")[0] < more / 2
+
+
+def test_few_micro_batches_are_warned_of():
+    (note,) = explain(job(), Plan.parse("pipeline=2"), 2)["pipeline"]["notes"]
+    assert note.startswith("1 micro-batch a step cannot keep pipeline=2 busy under schedule=1f1b")

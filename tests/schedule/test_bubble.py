@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshwright.plan import named
 from meshwright.plan.plan import Plan
-from meshwright.schedule.bubble import bubble, bubble_notes
+from meshwright.schedule.bubble import bubble, pipeline_notes
 from meshwright.schedule.named import SCHEDULES
 
 
@@ -29,20 +29,33 @@ def test_schedules_that_a_plan_names_are_there():
 
 
 def test_few_micro_batches_are_told_of():
-    (note,) = bubble_notes(Plan(pipeline=4, microbatches=2), 64)
+    (note,) = pipeline_notes(Plan(pipeline=4, microbatches=2), 64)
     assert note == (
         "2 micro-batches a step cannot keep pipeline=4 busy under schedule=1f1b: ranks stand idle "
         "60% of the time; with microbatches=16 it is 16%"
     )
-    (note,) = bubble_notes(Plan(data=2, pipeline=4), 2)
+    (note,) = pipeline_notes(Plan(data=2, pipeline=4), 2)
     assert note.startswith("1 micro-batch a step")
     assert note.endswith("75% of the time; a larger batch_size allows more of them")
 
 
 def test_enough_micro_batches_are_not_told_of():
-    assert bubble_notes(Plan(pipeline=4, microbatches=4), 64) == ()
-    assert bubble_notes(Plan(data=4), 64) == ()
-    assert bubble_notes(Plan(pipeline=4, schedule="pipedream"), 64) == ()
+    assert pipeline_notes(Plan(pipeline=4, microbatches=4), 64) == ()
+    assert pipeline_notes(Plan(data=4), 64) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "ages"),
+    [
+        ("pipeline=3,schedule=pipedream", "by stage 2, 1, 0 of them"),
+        ("pipeline=3,schedule=pipedream-vertical", "by stage 2, 2, 2 of them"),
+        ("pipeline=2,schedule=pipedream-2bw,microbatches=2", "by stage 1, 1 of them"),
+    ],
+)
+def test_how_old_the_weights_of_gradients_are_is_told(text, ages):
+    (note,) = pipeline_notes(Plan.parse(text), 64)
+    assert note.startswith(f"schedule={Plan.parse(text).schedule} never flushes")
+    assert ages in note
 
 
 @given(
@@ -53,7 +66,7 @@ def test_enough_micro_batches_are_not_told_of():
 )
 def test_what_is_advised_is_better_and_fits_the_batch(schedule, ranks, parts, batch):
     plan = Plan(pipeline=ranks, schedule=schedule, microbatches=parts)
-    for note in bubble_notes(plan, batch):
+    for note in pipeline_notes(plan, batch):
         if advised := re.search(r"with microbatches=(\d+)", note):
             assert parts < int(advised[1]) <= batch
             assert bubble(replace(plan, microbatches=int(advised[1]))) < bubble(plan)

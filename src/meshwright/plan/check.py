@@ -73,14 +73,13 @@ def _replicated_world(plan: Plan, world: int) -> Problem:
 def microbatches_hold_samples(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """Every rank of the data axis, and of expert, gets a sample or more of every micro-batch.
 
-    Replicas of an asynchronous pipeline's stage take whole micro-batches in turn.
+    Replicas of a stage take whole micro-batches in turn.
     """
     batch, parts, expert = facts.batch_size, plan.microbatches, plan.sizes["expert"]
-    data = 1 if plan.asynchronous else plan.sizes["data"]
-    ranks = data * expert
+    ranks = plan.sizes["data"] * expert
     if batch is None or batch // parts >= ranks:
         return ()
-    asked = f"data={data}" + (f" x expert={expert}" if expert > 1 else "")
+    asked = f"data={plan.sizes['data']}" + (f" x expert={expert}" if expert > 1 else "")
     if batch < ranks:
         whole = " and microbatches=1" if parts > 1 else ""
         fits = f"data={batch // expert}" if batch >= expert else f"data=1,expert={batch}"

@@ -139,10 +139,9 @@ class Build:
             coordinates = {**coordinates, "data": replica}
         return self.mesh.rank(stage, coordinates)
 
-    @property
-    def lines(self) -> tuple[Axis, ...]:
-        """All axes along which rank 0 communicates: its stage's, and those of tied parameters."""
-        groups = self.place(0).groups.items()
+    def lines(self, rank: int) -> tuple[Axis, ...]:
+        """All axes along which a rank communicates: its stage's, and those of tied parameters."""
+        groups = self.place(rank).groups.items()
         known = {"world", *(axis.name for axis in self.axes)}
         tied = (Axis(name, len(group.ranks)) for name, group in groups if name not in known)
         return (*self.axes, *tied)

@@ -19,6 +19,7 @@ from meshwright.plan.mesh import Axis
 from meshwright.plan.plan import Plan
 from meshwright.plan.toml import to_toml
 from meshwright.predict.memory import memory_bill
+from meshwright.predict.staged import staged_bill
 from meshwright.program.block import block
 from meshwright.program.conflict import conflicts
 from meshwright.program.explain import Row, collectives
@@ -33,7 +34,9 @@ from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe
 from meshwright.run.prepare import prepare
 from meshwright.run.session import Session
+from meshwright.run.stages import describe_pipeline, most_moved
 from meshwright.run.worker import Fetched
+from meshwright.schedule.bubble import endless
 
 VERSION = importlib.metadata.version("meshwright")
 
@@ -122,10 +125,13 @@ def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
 
 def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     """The plan laid out: mesh, parameters, collectives with bytes and lines, memory per rank."""
-    compiled, axes = build.lowered(0, micros).compiled, build.lines
+    piped = describe_pipeline(build, micros)
+    rank = 0 if piped is None else most_moved(build, piped)
+    compiled, axes = build.lowered(rank, micros).compiled, build.lines(rank)
     rows = collectives(compiled, axes)
     return {
         **_setting(build),
+        **({} if piped is None else {"pipeline": piped}),
         "compile": build.compiled,
         "traffic": _traffic(rows, sum(1 for _ in calls(compiled.instructions))),
         "collectives": [_near(row.as_json()) for row in rows],
@@ -182,13 +188,14 @@ def _setting(build: Build) -> dict[str, Any]:
     ranks = range(build.mesh.size)
     values = values_of(build.model.parameters, build.dtype)
     axes = [axis for axis in build.axes if axis.size > 1 or axis.name == "data"]
+    stages = [["pipeline", build.plan.pipeline]] if build.plan.pipeline > 1 else []
     parameters = [_parameter(build, name, value) for name, value in values.items()]
     return {
         "versions": versions(),
         "host": host(),
         "plan": build.plan.label,
         "mesh": {
-            "axes": [[axis.name, axis.size] for axis in axes],
+            "axes": [*stages, *([axis.name, axis.size] for axis in axes)],
             "ranks": [{"rank": r, "coordinates": _coordinates(build, r, axes)} for r in ranks],
         },
         "batch": {"batch_size": build.job.batch_size, "microbatches": build.plan.microbatches},
@@ -198,9 +205,10 @@ def _setting(build: Build) -> dict[str, Any]:
 
 
 def _coordinates(build: Build, rank: int, axes: Sequence[Axis]) -> dict[str, int]:
-    """A rank's coordinates along these axes."""
-    found = build.place(rank).coordinates
-    return {axis.name: found[axis.name] for axis in axes}
+    """A rank's coordinates along these axes, its stage's before them."""
+    stage, found = build.mesh.coordinates(rank)
+    piped = {"pipeline": stage} if build.plan.pipeline > 1 else {}
+    return piped | {axis.name: found[axis.name] for axis in axes}
 
 
 def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
@@ -211,11 +219,39 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
         shards = _shards(build, rank)
         ranges = micro_ranges(build.job.batch_size, len(micros))
         samples = tuple(stop - start for start, stop in (build.samples_of(rank, r) for r in ranges))
-        form = (samples, tuple(shards.values()))
+        stage, _ = build.mesh.coordinates(rank)
+        form = (stage, samples, tuple(shards.values()))
         if form not in seen:
-            held = sum(shards[name].bytes for name in build.recipe.names if name in shards)
-            seen[form] = memory_bill(build.lowered(rank, micros).compiled, slots * held)
+            held = slots * sum(shards[n].bytes for n in build.recipe.names if n in shards)
+            compiled = build.lowered(rank, micros).compiled
+            seen[form] = (
+                memory_bill(compiled, held)
+                if build.stages is None
+                else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held))
+            )
         yield seen[form]
+
+
+def _staged(build: Build, rank: int, bill: dict[str, int]) -> dict[str, int]:
+    """The bill with the older weights that a pipeline which never flushes keeps."""
+    pipe = endless(build.plan)
+    if pipe is None:
+        return bill
+    older = pipe.versions(build.mesh.coordinates(rank)[0]) - 1
+    return {**bill, "older weights": older * bill["weights"]}
+
+
+def _state(build: Build, rank: int) -> tuple[int, int]:
+    """Bytes of the weights and of the buffers that a rank holds between steps."""
+    coordinates, values = build.place(rank).coordinates, build.values()
+    weights = sum(
+        Value(value.dtype, local_shape(value.shape, layout, build.axes, coordinates)).bytes
+        for name, value in values.items()
+        if build.holds(rank, f"model/{name}")
+        for layout in (build.states[name].weights,)
+    )
+    kept = values_of(build.model.buffers, build.dtype)
+    return weights, sum(v.bytes for n, v in kept.items() if build.holds(rank, f"buffer/{n}"))
 
 
 def _shards(build: Build, rank: int) -> dict[str, Value]:
@@ -223,7 +259,7 @@ def _shards(build: Build, rank: int) -> dict[str, Value]:
     coordinates = build.place(rank).coordinates
     found = {}
     for name, value in values_of(build.model.parameters, build.dtype).items():
-        if build.model.parameters[name].requires_grad:
+        if build.model.parameters[name].requires_grad and build.holds(rank, f"model/{name}"):
             layout = build.states[name].optimizer
             shape = local_shape(value.shape, layout, build.axes, coordinates)
             found[name] = Value(value.dtype, shape)
@@ -246,7 +282,11 @@ def _parameter(build: Build, name: str, value: Value) -> dict[str, Any]:
         "weights": str(states.weights),
         "gradients": str(states.gradients) if trained else None,
         "optimizer": str(states.optimizer) if trained and name in build.recipe.names else None,
-        "local": {str(r): held(states.weights, r) for r in range(build.mesh.size)},
+        "local": {
+            str(r): held(states.weights, r)
+            for r in range(build.mesh.size)
+            if build.holds(r, f"model/{name}")
+        },
     }
 
 

@@ -15,6 +15,7 @@ from meshwright.run.build import Build
 from meshwright.run.describe import bills
 from meshwright.run.form import first_micros
 from meshwright.run.prepare import prepare
+from meshwright.run.stages import describe_pipeline
 
 __all__ = ["Priced", "lighter", "price", "priced", "smaller"]
 
@@ -98,11 +99,17 @@ def priced(job: Job, plans: Iterable[Plan]) -> Iterator[Priced]:
 def price(build: Build, data: Any = None) -> Priced:
     """What rank 0 moves and needs, which has the larger part of what does not divide.
 
+    Of a pipeline, what the ranks that move and need most do.
+
     Args:
         build: of the job and plan.
         data: what `job.data()` returned, where it was called already.
     """
     micros = first_micros(build, data)
+    piped = describe_pipeline(build, micros)
+    if piped is not None:
+        moved = max(each["moved"] + each["sent"] for each in piped["traffic"])
+        return Priced(build.plan, moved, max(sum(bill.values()) for bill in bills(build, micros)))
     compiled = build.lowered(0, micros).compiled
-    moved = sum(row.bytes for row in collectives(compiled, build.axes))
+    moved = sum(row.bytes for row in collectives(compiled, build.lines(0)))
     return Priced(build.plan, moved, sum(next(bills(build, micros)).values()))

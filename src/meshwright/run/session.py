@@ -35,7 +35,7 @@ from meshwright.run.together import together
 from meshwright.run.weights import export
 from meshwright.run.whole import exported, gathered, held
 from meshwright.run.worker import Fetched, Worker
-from meshwright.schedule.bubble import bubble_notes
+from meshwright.schedule.bubble import pipeline_notes
 
 __all__ = ["Record", "Session", "open_session", "steps_to_run"]
 
@@ -313,7 +313,7 @@ def open_session(
     build = prepare(job, plan, comm.world.size, dtype, data)
     build.compiled = compiled
     require_host(build, comm.world.local_size)
-    told = bubble_notes(build.plan, job.batch_size)
+    told = pipeline_notes(build.plan, job.batch_size)
     notes = [*build.model.notes, *notes_on(plan.precision), *told]
     source = open_source(
         job.data() if data is None else data,

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from meshwright.plan.plan import Plan
 from meshwright.schedule.named import SCHEDULES, schedule_of
+from meshwright.schedule.pipedream import Asynchronous, asynchronous_of
 from meshwright.schedule.simulate import account, timeline, uniform
 
-__all__ = ["bubble", "bubble_notes"]
+__all__ = ["bubble", "endless", "pipeline_notes"]
 
 _ENOUGH = 4
 """Micro-batches for each stage, with which bubbles are small (Huang et al. 2019, section 3)."""
@@ -23,7 +24,35 @@ def bubble(plan: Plan) -> float:
     return account(timeline(schedule, uniform(schedule.stages))).fraction
 
 
-def bubble_notes(plan: Plan, batch_size: int) -> tuple[str, ...]:
+def pipeline_notes(plan: Plan, batch_size: int) -> tuple[str, ...]:
+    """What to tell the user of a plan's pipeline: idle ranks, or gradients of old weights."""
+    if plan.asynchronous:
+        return (_staleness(plan),)
+    return _bubble_notes(plan, batch_size)
+
+
+def endless(plan: Plan) -> Asynchronous | None:
+    """The pipeline of a plan that never flushes; None of one that does."""
+    if not plan.asynchronous:
+        return None
+    replicas = (1,) * plan.pipeline if plan.replicas is None else plan.widths
+    return asynchronous_of(plan.order, replicas, plan.microbatches, plan.virtual)
+
+
+def _staleness(plan: Plan) -> str:
+    """How old the weights are that gradients are of, from the first stage on."""
+    pipe = endless(plan)
+    assert pipe is not None
+    ages = (pipe.staleness(stage) for stage in range(pipe.stages))
+    told = ", ".join(str(most) if least == most else f"{least} to {most}" for least, most in ages)
+    return (
+        f"schedule={plan.order} never flushes, so its numbers are not those of one device: "
+        f"gradients are of weights that lack the last minibatches, by stage {told} of them; "
+        "mw verify compares it with its own recurrence"
+    )
+
+
+def _bubble_notes(plan: Plan, batch_size: int) -> tuple[str, ...]:
     """A warning where a step has fewer micro-batches than its schedule can keep ranks busy with."""
     if plan.pipeline == 1 or plan.order not in SCHEDULES:
         return ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from meshwright.view.accounts import Block
 from meshwright.view.chart.memory import equal_bills
 from meshwright.view.folder import Folder, Verification
@@ -39,9 +41,11 @@ def mesh_finding(setup: Setup) -> str:
         batch = f" and all {setup.batch_size:,} samples of a batch" if setup.batch_size else ""
         return f"One rank holds the whole model{batch}"
     whole = sum(parameter.bytes for parameter in setup.parameters)
-    kept = sum(p.bytes / max(1, shards(p.weights, setup.axes)) for p in setup.parameters)
+    kept = _kept(setup)
     held = "all of" if not whole or kept > 0.995 * whole else f"{percent_text(kept / whole)} of"
     data = dict(setup.axes).get("data", 1)
+    if dict(setup.axes).get("pipeline", 1) > 1:
+        held = f"at most {held}"
     if not setup.batch_size or data == 1:
         return f"{ranks:,} ranks, each holds {held} the weights"
     each = setup.batch_size / data
@@ -50,6 +54,18 @@ def mesh_finding(setup: Setup) -> str:
         f"{ranks:,} ranks: each takes {samples} of a batch’s {setup.batch_size:,} samples "
         f"and holds {held} the weights"
     )
+
+
+def _kept(setup: Setup) -> float:
+    """Bytes of weights on a rank; under a pipeline, on the one that holds most."""
+    if dict(setup.axes).get("pipeline", 1) == 1:
+        return sum(p.bytes / max(1, shards(p.weights, setup.axes)) for p in setup.parameters)
+    found: dict[int, float] = {}
+    for parameter in setup.parameters:
+        for rank, shape in parameter.local:
+            share = prod(shape) / (prod(parameter.shape) or 1)
+            found[rank] = found.get(rank, 0.0) + parameter.bytes * share
+    return max(found.values(), default=0.0)
 
 
 def axes_text(setup: Setup) -> str:

@@ -12,6 +12,7 @@ from meshwright.plan.plan import Plan
 from meshwright.run.neighbours import lighter, priced, smaller
 from meshwright.view.accounts import alike
 from meshwright.view.runfile import Setup, parse_setup
+from meshwright.view.staged import sent_bytes
 from meshwright.view.traffic import Row, hidden_text, phases
 from meshwright.view.units import bytes_text
 
@@ -43,7 +44,7 @@ def require_limits(
     Raises:
         PlanError: with what is moved or needed, largest first, and what to change.
     """
-    moved = sum(entry["bytes"] for entry in run["collectives"])
+    moved = sum(entry["bytes"] for entry in run["collectives"]) + sent_bytes(run)
     if memory is not None and max(sum(e["parts"].values()) for e in run["memory"]) > memory:
         raise PlanError(over_memory(run, memory, _priced(job, smaller(plan, job.batch_size))))
     if max_bytes is not None and moved > max_bytes:
@@ -63,7 +64,8 @@ def over_budget(run: Mapping[str, Any], limit: int, others: Sequence[Alternative
         others: plans to take in its place.
     """
     setup = parse_setup(run)
-    moved = sum(entry.bytes for entry in setup.collectives)
+    sent = sent_bytes(run)
+    moved = sum(entry.bytes for entry in setup.collectives) + sent
     rows = [(phase.name, row) for phase in phases(setup.collectives) for row in phase.rows]
     rows.sort(key=lambda found: -found[1].bytes)
     head = f"plan {setup.plan} moves {bytes_text(moved)} per rank and step"
@@ -72,6 +74,7 @@ def over_budget(run: Mapping[str, Any], limit: int, others: Sequence[Alternative
     if len(rows) > _MOST:
         rest = sum(row.bytes for _, row in rows[_MOST:])
         lines.append(f"{bytes_text(rest):>11}  {len(rows) - _MOST} smaller ones")
+    lines += [f"{bytes_text(sent):>11}  sent to other stages"] if sent else []
     less = sorted((other for other in others if other[1] < moved), key=lambda other: other[1])
     lines += ["to move less:", *_remedies(setup)]
     lines += [

@@ -16,6 +16,7 @@ from meshwright.view.findings import mesh_finding, verification_text
 from meshwright.view.folder import parse_verification
 from meshwright.view.layouts import KINDS, layout_of, placements, shards
 from meshwright.view.runfile import Setup, parse_setup
+from meshwright.view.staged import pipeline_table
 from meshwright.view.traffic import Phase, Row, hidden_text, phases
 from meshwright.view.units import bytes_text, count_text, error_text
 
@@ -36,6 +37,8 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
     setup = parse_setup(run)
     parts: list[RenderableType] = [Text(setup.plan or "one device", "bold")]
     parts.append(Text(mesh_finding(setup)))
+    if (stages := pipeline_table(run)) is not None:
+        parts += [Text(), stages]
     if setup.parameters:
         parts += [Text(), _state(setup)]
     if setup.memory:
@@ -77,6 +80,7 @@ def plain_table(*columns: str, wrapped: frozenset[str] = _WRAPPED) -> Table:
 
 def _state(setup: Setup) -> Table:
     table = plain_table("state", "layout", ">tensors", "each rank keeps")
+    staged = dict(setup.axes).get("pipeline", 1) > 1
     for kind in KINDS:
         tensors: dict[tuple[str, int], int] = {}
         for parameter in setup.parameters:
@@ -85,6 +89,7 @@ def _state(setup: Setup) -> Table:
             tensors[key] = tensors.get(key, 0) + 1
         for (layout, count), number in tensors.items():
             share = _share(layout, count)
+            share = share.replace("of it", "of its stages’") if staged else share
             table.add_row(Text(kind), Text(layout), count_text(number), share)
     return table
 
