@@ -109,7 +109,7 @@ class _Placing:
         self.bound = _bound(program)
         self.seed = {value for name, value in program.inputs if name == "scale"}
         self.carried: set[int] = set()  # values that gradients went into
-        self.alone: dict[int, set[int]] = {}  # backward op of no gradient -> where it may be done
+        self.late: dict[int, set[int]] = {}  # backward op done where it is read -> where it may be
 
     def run(self) -> Placement:
         """Every op, then the state that no op reads."""
@@ -152,7 +152,7 @@ class _Placing:
         return stage
 
     def _to_readers(self) -> None:
-        """What no gradient goes into is done where it is read, so that it is not sent there."""
+        """What no gradient goes into, and views, are done where they are read, not sent there."""
         least: dict[int, int] = {}  # value -> the last stage that reads it
         given = {value for _, value in self.program.outputs}
         for number in range(len(self.stages) - 1, -1, -1):
@@ -160,11 +160,16 @@ class _Placing:
             if stage is None:
                 continue
             read = [least[value] for value in op.results if value in least]
-            if number in self.alone and read and not given.intersection(op.results):
-                stage = min(s for s in self.alone[number] if s >= max(read))
+            if number in self.late and read and not given.intersection(op.results):
+                stage = min(s for s in self.late[number] if s >= max(read))
                 self.stages[number] = stage
             for value in op.inputs:
                 least[value] = max(least.get(value, 0), stage)
+
+    def _is_free(self, op: Op) -> bool:
+        """Whether what an op reads may be sent in place of what it makes: a view, no smaller."""
+        values = self.program.values
+        return _is_view(op) and values[op.inputs[0]].bytes <= values[op.results[0]].bytes
 
     def _backward(self, number: int, op: Op) -> int:
         limit = min((self.made[v] for v in op.inputs if v in self.backward), default=self.last)
@@ -187,8 +192,10 @@ class _Placing:
         stage = max(allowed)
         if any(v in self.carried or self.seed & self.roots.get(v, frozenset()) for v in op.inputs):
             self.carried.update(op.results)
+            if self._is_free(op):
+                self.late[number] = allowed
         else:
-            self.alone[number] = allowed
+            self.late[number] = allowed
         for value in op.results:
             self.made[value] = stage
             self.backward.add(value)
