@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import loss_curve, reach
+from benchmarks import loss_curve, reach, scheduling
 from benchmarks.first_step import compare as first_step
 from benchmarks.gspmd import compare as gspmd
 from benchmarks.harness.lines import Line, judged
@@ -68,6 +68,24 @@ def bytes_moved(say: Say) -> Measured:
             )
         )  # fmt: skip
     return Measured(results, {"rows": found})
+
+
+def scheduled(say: Say, rounds: int) -> Measured:
+    """Making and checking schedules, and interpreting what they become."""
+    made = scheduling.seconds_of_schedules(rounds)
+    for name, times in made.items():
+        say(f"{name}: {statistics.median(times):.2f} s")
+    slowest = max(made, key=lambda name: statistics.median(made[name]))
+    what = f"{slowest}, the slowest: {scheduling.STAGES} stages x {scheduling.MICROBATCHES}"
+    line = Line("schedule", f"{what} micro-batches, against 2 s", "ours", ("2 s",), 1.0, "at most")
+    times = {"ours": made[slowest], "2 s": [2.0] * rounds}
+    results = [timed(reach.SCHEDULING, line, times, 1.0, "s")]
+    found = scheduling.overhead(10 * rounds)
+    what = f"an instruction of {sum(found.kinds.values())}, against 30 us"
+    line = Line("instruction", what, "ours", ("30 us",), 1.0, "at most")
+    times = {"ours": found.seconds, "30 us": [30e-6] * len(found.seconds)}
+    results.append(timed(reach.SCHEDULING, line, times, 1e6, "us"))
+    return Measured(results, {"schedules": made, "overhead": found.seconds, "kinds": found.kinds})
 
 
 def collectives(say: Say, rounds: int, *, quick: bool) -> Measured:
