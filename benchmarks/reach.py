@@ -248,6 +248,7 @@ def _groups() -> list[Group]:
         ),
     ]
 
+
 MICROBATCHES = 8
 CUT = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "interleaved": 2, "zb-v": 2}
 """Schedules, and how many stages each rank holds."""

@@ -28,7 +28,8 @@ def opened(task: Task) -> Iterator[Callable[[], None]]:
             if task.stage == 0:
                 mine(tokens).backward(between)
             else:
-                (models.loss(mine(between.requires_grad_()), targets) / task.microbatches).backward()
+                loss = models.loss(mine(between.requires_grad_()), targets)
+                (loss / task.microbatches).backward()
         between.grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

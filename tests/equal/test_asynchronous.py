@@ -26,7 +26,9 @@ class Skipping(nn.Module):
         super().__init__()
         kind = nn.BatchNorm1d if norm else nn.LayerNorm
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8 if k else 6, 8, bias=not norm), kind(8), nn.Tanh(), nn.Dropout(0.1))
+            nn.Sequential(
+                nn.Linear(8 if k else 6, 8, bias=not norm), kind(8), nn.Tanh(), nn.Dropout(0.1)
+            )
             for k in range(4)
         )
         self.head = nn.Linear(8, 3)
@@ -159,7 +161,7 @@ def test_weights_of_two_stages_are_refused_by_name():
 
 def test_statistics_that_replicas_would_each_have_their_own_of_are_refused():
     case = Case(job(model=lambda: Skipping(norm=True)))
-    with pytest.raises(PlanError, match="running statistics .* would differ"):
+    with pytest.raises(PlanError, match=r"running statistics .* would differ"):
         case.verify("pipeline=2,schedule=pipedream,replicas=2-1", 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from meshwright.errors import PlanError
 from meshwright.plan.named import ASYNCHRONOUS
@@ -13,8 +14,13 @@ from meshwright.program.cut import at_modules, cheapest
 from meshwright.program.placing import Placement, placed_by, placed_like
 from meshwright.program.program import Program
 from meshwright.schedule.action import Schedule
+from meshwright.schedule.estimate import estimated
 from meshwright.schedule.named import schedule_of
+from meshwright.schedule.placement import looped
+from meshwright.schedule.problem import Memory
 from meshwright.schedule.replicated import replicated
+from meshwright.schedule.search import search
+from meshwright.schedule.simulate import Seconds
 
 __all__ = ["Staged", "schedule_name", "staged"]
 
@@ -48,7 +54,27 @@ class Staged:
 
     def schedule(self, name: str, microbatches: int) -> Schedule:
         """The order of a step with so many micro-batches."""
-        return _schedule(self.plan, name, microbatches)
+        if name != "search":
+            return _schedule(self.plan, name, microbatches)
+        return searched(self.seconds(), self.plan, microbatches)
+
+    def seconds(self) -> Seconds:
+        """About how long the stages take for a micro-batch."""
+        return estimated(
+            self.program,
+            self.placement,
+            op_costs(self.program),
+            _SECONDS_PER_BYTE,
+            remat=self.plan.remat == "full",
+        )
+
+
+@cache
+def searched(seconds: Seconds, plan: Plan, microbatches: int) -> Schedule:
+    """The best order found for these times that holds no more than 1F1B does."""
+    placement = looped(plan.pipeline, plan.virtual)
+    memory = Memory((float(len(placement)),) * plan.pipeline, (1.0,) * len(placement))
+    return search(placement, microbatches, seconds, memory, effort=2_000).schedule
 
 
 def schedule_name(plan: Plan) -> str:
