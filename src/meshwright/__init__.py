@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from meshwright.api import Run, explain, train, verify, watch
-    from meshwright.compile.annotate import annotate
+    from meshwright.compile.annotate import annotate, cut
     from meshwright.errors import MeshwrightError
     from meshwright.job import Job
     from meshwright.plan import presets
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Run",
     "annotate",
+    "cut",
     "explain",
     "presets",
     "rule",
@@ -47,6 +48,7 @@ _HOMES: Final = {
     "Plan": "meshwright.plan.plan",
     "Run": "meshwright.api",
     "annotate": "meshwright.compile.annotate",
+    "cut": "meshwright.compile.annotate",
     "explain": "meshwright.api",
     "rule": "meshwright.program.rules.user",
     "train": "meshwright.api",

@@ -13,8 +13,9 @@ from torch import Tensor
 from meshwright.compile.trace import user_line
 from meshwright.errors import PlanError, nearest
 from meshwright.plan.mesh import AXES
+from meshwright.program.cut import MARK
 
-__all__ = ["annotate"]
+__all__ = ["annotate", "cut"]
 
 
 def annotate(tensor: Tensor, *dims: str | None, whole: str | tuple[str, ...] = ()) -> Tensor:
@@ -34,6 +35,20 @@ def annotate(tensor: Tensor, *dims: str | None, whole: str | tuple[str, ...] = (
     if not torch.compiler.is_compiling() or not (any(dims) or whole):
         return tensor
     made: Tensor = _annotate(tensor, ",".join(dim or "" for dim in dims), ",".join(whole))
+    return made
+
+
+def cut(tensor: Tensor) -> Tensor:
+    """Mark that a pipeline stage may begin here; outside a run a no-op.
+
+    A model with marks is cut at some of them and nowhere else: as many as a plan has stages.
+
+    Args:
+        tensor: any value inside a model; what follows it is of the next stage.
+    """
+    if not torch.compiler.is_compiling():
+        return tensor
+    made: Tensor = _annotate(tensor, "", MARK)
     return made
 
 

@@ -12,7 +12,10 @@ from meshwright.errors import PlanError
 from meshwright.program.placing import forward_end, repeatable
 from meshwright.program.program import Program
 
-__all__ = ["at_modules", "cheapest", "cuttable"]
+__all__ = ["MARK", "at_modules", "cheapest", "cuttable", "marked"]
+
+MARK = "pipeline"
+"""The axis over which a marked value is annotated: no stage has it, so that it lies as it comes."""
 
 
 def cheapest(
@@ -20,7 +23,7 @@ def cheapest(
 ) -> tuple[int, ...]:
     """Where stages begin so that the slowest is as fast as can be, and little is sent.
 
-    Cuts stand where a module ends.
+    Cuts stand where a module ends, or at the user's marks (`mw.cut`) if there are any.
 
     Args:
         program: the traced micro-batch.
@@ -31,11 +34,13 @@ def cheapest(
     Raises:
         PlanError: there are fewer places to cut at than the stages need.
     """
-    places = cuttable(program)
+    marks = marked(program)
+    places = marks or cuttable(program)
     if len(places) < stages - 1:
         raise PlanError(
-            f"plan asks for {stages} stages, but the traced model can be cut at {len(places)} "
-            f"places; use {len(places) + 1} stages or fewer"
+            f"plan asks for {stages} stages, but the traced model "
+            f"{'is marked by mw.cut' if marks else 'can be cut'} at {len(places)} places; use "
+            f"{len(places) + 1} stages or fewer{', or mark more' if marks else ''}"
         )
     before = _loads(program, places, costs)
     crossing = _crossing(program, places)
@@ -57,6 +62,12 @@ def cuttable(program: Program) -> tuple[int, ...]:
             found.append(number)
         module = op.module
     return tuple(found)
+
+
+def marked(program: Program) -> tuple[int, ...]:
+    """The forward ops that the user marked as beginnings of stages."""
+    ops = enumerate(program.ops[: forward_end(program)])
+    return tuple(n for n, op in ops if op.base == "meshwright.annotate" and op.args[2] == MARK)
 
 
 def at_modules(program: Program, cuts: Sequence[str]) -> tuple[int, ...]:
