@@ -72,6 +72,12 @@ def test_one_posted_receive_will_do_in_a_line_and_two_in_a_v(name):
         assert check(schedule, ahead=least) == check(schedule)
 
 
+def test_loops_take_more_posted_receives_the_more_micro_batches_a_chunk_has():
+    assert [least_ahead(schedule_of("gpipe", 2, count, 2)) for count in (4, 8, 16)] == [2, 4, 8]
+    with pytest.raises(PlanError, match="rank 0 waits at 0F5 for rank 1 to take it for 1F5; rank"):
+        check(schedule_of("gpipe", 2, 8, 2), ahead=2)
+
+
 def test_too_few_posted_receives_are_named():
     # Rank 1 reads the second message of rank 0 before the first.
     schedule = from_text("0F0,0F1,0B1,0B0\n1F1,1B1,1F0,1B0\n")

@@ -71,10 +71,12 @@ _STYLE: Final = """
 .schedule .end { text-anchor: end } .schedule .tick { text-anchor: middle; fill: #59636e }
 .schedule .grid { stroke: #8c959f; stroke-opacity: .35 }
 .schedule rect { stroke: #fff; stroke-width: .6 }
+.schedule .paper { fill: #fff; stroke: none }
 .schedule .F { fill: #8ab6f2 } .schedule .B { fill: #7fcf9a }
 .schedule .I { fill: #9fdcc6 } .schedule .W { fill: #f3c677 }
 .schedule .bubble { stroke: none } .schedule .lines { stroke: #8c959f; stroke-width: 1 }
 @media (prefers-color-scheme: dark) {
+  .schedule .paper { fill: #0d1117 }
   .schedule text { fill: #d1d7e0 } .schedule .number { fill: #10151c }
   .schedule .tick { fill: #9198a1 } .schedule rect { stroke: #0d1117 }
 }
@@ -102,7 +104,9 @@ def svg(spans: Sequence[Span], width: int = 920, unit: str = "") -> str:
         f"<style>{_STYLE}</style>\n"
         '<defs><pattern id="bubble" width="6" height="6" patternUnits="userSpaceOnUse"'
         ' patternTransform="rotate(45)"><path class="lines" d="M0 0V6" stroke-opacity=".8"/>'
-        "</pattern></defs>\n" + "\n".join(body) + "\n</svg>\n"
+        '</pattern></defs>\n<rect class="paper" width="100%" height="100%"/>\n'
+        + "\n".join(body)
+        + "\n</svg>\n"
     )
 
 
