@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from meshwright.program.assemble import Compiled, in_place, move_instructions, move_program
 from meshwright.program.instruction import Instruction, InstructionList, Message
@@ -22,6 +23,7 @@ from meshwright.program.propagate import Completed
 from meshwright.program.stage import named
 from meshwright.program.zero import StateLayouts
 from meshwright.schedule.action import Action, Schedule
+from meshwright.schedule.check import least_ahead
 from meshwright.schedule.locals import Micro
 from meshwright.schedule.messages import Sent, messages
 from meshwright.schedule.seat import Seat
@@ -30,8 +32,7 @@ from meshwright.schedule.ties import ties
 __all__ = ["assemble_stages"]
 
 _AHEAD = 2
-"""Messages of each sender that are received ahead of need: as many as any schedule takes whose
-sends have no buffer (`check.least_ahead`)."""
+"""Messages of each sender that are received ahead of need, at least."""
 
 _EVERYWHERE = ("output/", "watch/")
 """Outputs that every rank is given."""
@@ -48,7 +49,7 @@ def assemble_stages(
         states: layouts by parameter.
         seat: the rank's.
     """
-    assembler = _Assembler(schedule, micros, seat)
+    assembler = _Assembler(schedule, micros, seat, ahead=_ahead(schedule))
     body = assembler.whole_weights(states)
     body += assembler.actions()
     body += [*assembler.unneeded(), *assembler.ties(states)]
@@ -67,11 +68,18 @@ def assemble_stages(
     return Compiled(lists, units, moves, tuple((whole, how) for _, _, whole, how in used))
 
 
+@cache
+def _ahead(schedule: Schedule) -> int:
+    """How many messages to receive ahead: as many as sends without a buffer would need."""
+    return max(_AHEAD, least_ahead(schedule) if len(schedule.ranks) > 1 else 0)
+
+
 @dataclass(slots=True)
 class _Assembler:
     schedule: Schedule
     micros: Sequence[Micro]
     seat: Seat
+    ahead: int
     table: Table = field(default_factory=Table)
     told: list[Message] = field(default_factory=list)
     numbers: dict[Message, int] = field(default_factory=dict)
@@ -158,7 +166,7 @@ class _Assembler:
             self.read[peer] = max(self.read[peer], place + 1)
         found = []
         for peer, waiting in incoming.items():
-            until = max(self.posted[peer], self.read[peer] + _AHEAD)
+            until = max(self.posted[peer], self.read[peer] + self.ahead)
             for sent in waiting[self.posted[peer] : until]:
                 pending = (f"~{self._name(sent)}",)
                 number, k = self._told(sent), sent.action.microbatch
