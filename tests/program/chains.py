@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshwright.program.assemble import accumulated
 from meshwright.program.placing import placed_by
@@ -33,7 +33,7 @@ class Chain:
     def given(self, name: str) -> int:
         """An input, made when it is first asked for."""
         if name not in self.inputs:
-            self.values.append(Value("float32", (SIZE, SIZE)))
+            self.values.append(Value("float32", () if name == "scale" else (SIZE, SIZE)))
             self.inputs[name] = len(self.values) - 1
         return self.inputs[name]
 
@@ -73,6 +73,7 @@ class Chain:
 
     def _backward(self, read: list[int], last: int) -> None:
         gradient = self.call("expand.default", self.given("scale"), module="loss", backward=True)
+        self.ops[-1] = replace(self.ops[-1], args=(*self.ops[-1].args, (SIZE, SIZE)))
         skipped = None
         terms: dict[int, int] = {}
         for place in range(len(self.weight) - 1, -1, -1):
