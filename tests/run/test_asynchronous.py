@@ -11,12 +11,12 @@ from torch import Tensor
 
 from meshwright.errors import UsageError
 from meshwright.plan.plan import Plan
-from meshwright.run.asynchronous import AsyncWorker, pipe_of, received_ahead
+from meshwright.program.instruction import Instruction
+from meshwright.run.asynchronous import AsyncWorker, received_ahead
 from meshwright.run.prepare import prepare
-from meshwright.run.recurrence import Recurrence, stages_of
+from meshwright.run.recurrence import Recurrence
 from meshwright.run.session import Session, open_session
 from meshwright.run.verify import reference_for
-from meshwright.schedule.endless import Passing
 from tests.equal.test_asynchronous import CASE, job
 from tests.run.crew import crew
 
@@ -134,10 +134,9 @@ def test_a_batch_of_ones_own_is_refused():
 
 
 def test_receives_are_posted_a_part_ahead():
-    build = CASE.build("pipeline=2,schedule=pipedream")
-    worker = next(w for w in CASE.workers(build) if w.rank == 1)
-    assert isinstance(worker, AsyncWorker)
-    assert pipe_of(build).ahead(0) == 1
-    assert set(stages_of(build).values()) == {0, 1}
-    worker.base, worker.until = 0, None
-    assert received_ahead([Passing((), ()).forward]) == []
+    def part(name: str) -> list[Instruction]:
+        return [Instruction("Recv", outputs=(name,)), Instruction("Wait", inputs=(name,))]
+
+    found = received_ahead([part("~a"), [Instruction("Send")], part("~b"), part("~c")])
+    kinds = [f"{i.kind} {' '.join((*i.inputs, *i.outputs))}".strip() for i in found]
+    assert kinds == ["Recv ~a", "Wait ~a", "Recv ~b", "Send", "Recv ~c", "Wait ~b", "Wait ~c"]
