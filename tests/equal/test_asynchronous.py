@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meshwright.comm.local import LocalWorld
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.job import Job
 from meshwright.run import asynchronous, stale, verify
 from meshwright.run.measure import KINDS, Report
+from meshwright.run.verify import verify_rank
 from meshwright.schedule import endless
 from tests.equal.harness import Case, told
 
@@ -22,8 +24,9 @@ EXACT = 1e-12
 class Skipping(nn.Module):
     """Layers with dropout, the first one's result added to the last one's."""
 
-    def __init__(self, norm: bool = False) -> None:
+    def __init__(self, norm: bool = False, skips: bool = True) -> None:
         super().__init__()
+        self.skips = skips
         kind = nn.BatchNorm1d if norm else nn.LayerNorm
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -37,7 +40,7 @@ class Skipping(nn.Module):
         x = first = self.blocks[0](x)
         for block in self.blocks[1:]:
             x = block(x)
-        return self.head(x + first)
+        return self.head(x + first if self.skips else x)
 
 
 def samples() -> torch.utils.data.TensorDataset:
@@ -109,6 +112,16 @@ def test_more_of_them(plan: str):
 def test_running_statistics_go_by_minibatches_in_their_order(plan: str):
     report = Case(job(model=lambda: Skipping(norm=True))).verify(plan, STEPS)
     assert_exact(report)
+
+
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_sends_that_wait_for_their_receiver_do_not_lock_a_chain_up(plan: str):
+    """What skips stages, and replicas, need room for one message of each pair of ranks."""
+    case = Case(job(model=lambda: Skipping(skips=False)))
+    build = case.build(plan)
+    crew = case.workers(build)
+    exchanges = [verify_rank(worker, case.reference(build), 9, Report()) for worker in crew]
+    LocalWorld(len(crew), sends="strict").perform(exchanges)
 
 
 def differs(plan: str = "pipeline=3,schedule=pipedream") -> bool:

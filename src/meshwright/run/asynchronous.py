@@ -19,9 +19,10 @@ from meshwright.run.stale import StaleWork, Versions, mean, riders
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.worker import Fetched, Make, Worker
 from meshwright.schedule.action import Action
+from meshwright.schedule.bubble import endless
 from meshwright.schedule.endless import Endless, Passing, Turn
 from meshwright.schedule.locals import Micro
-from meshwright.schedule.pipedream import Asynchronous, Seat, asynchronous_of
+from meshwright.schedule.pipedream import Asynchronous, Seat
 
 __all__ = ["AsyncWorker", "pipe_of", "worker_of"]
 
@@ -32,9 +33,8 @@ def pipe_of(build: Build) -> Asynchronous:
     Raises:
         PlanError: the papers do not say what it would be for this model.
     """
-    plan = build.plan
-    replicas = (1,) * plan.pipeline if plan.replicas is None else plan.widths
-    pipe = asynchronous_of(plan.order, replicas, plan.microbatches, plan.virtual)
+    pipe = endless(build.plan)
+    assert pipe is not None
     for name, homes in build.homes.items():
         kind, _, bare = name.partition("/")
         if len(homes) > 1 and kind == "model" and build.model.parameters[bare].requires_grad:
@@ -43,7 +43,7 @@ def pipe_of(build: Build) -> Asynchronous:
                 f"{', '.join(map(str, homes))}, which would need it in one version; cut the "
                 "pipeline so that one stage uses it, or use a schedule that flushes, such as 1f1b"
             )
-        if kind == "buffer" and any(replicas[home] > 1 for home in homes):
+        if kind == "buffer" and any(pipe.replicas[home] > 1 for home in homes):
             _require_constant(build, pipe, bare)
     return pipe
 
@@ -155,14 +155,14 @@ class AsyncWorker(Worker):
         if self.base is not None and (step != self.done or step == self.limit):
             yield from self.drain()
         work = StaleWork(self, step)
-        body: list[Instruction] = []
+        parts: list[Sequence[Instruction]] = []
         if self.base is None:
             yield from self._begin(step)
-            for action in self.pipe.prologue(self.seat, step, self.limit):
-                body += self._forward(action.microbatch, work)
-        body += self._body(step, work)
+            prologue = self.pipe.prologue(self.seat, step, self.limit)
+            parts += [self._forward(action.microbatch, work) for action in prologue]
+        parts += self._body(step, work)
         self._learn()
-        committed = yield from interpret(self.machine, body, work)
+        committed = yield from interpret(self.machine, received_ahead(parts), work)
         self.done = step + 1
         self.batches.pop(step, None)
         self.ahead = None if upcoming is None else Fetched(upcoming, (), (), (), 0)
@@ -184,29 +184,29 @@ class AsyncWorker(Worker):
         first = self._micro(fetched, 0).tasks.gradients(self.seat.stage)
         self.gradients = tuple(n for n in self.state.trained if n in first)
 
-    def _body(self, step: int, work: StaleWork) -> list[Instruction]:
-        """What this rank does in a step."""
+    def _body(self, step: int, work: StaleWork) -> list[Sequence[Instruction]]:
+        """What this rank does in a step, part after part."""
         assert self.base is not None
         assert self.endless is not None
-        found: list[Instruction] = []
+        found: list[Sequence[Instruction]] = []
         for item in self.pipe.step(self.seat, step, self.base, self.limit):
             if not isinstance(item, Action):
                 continue
             if item.kind == "F":
-                found += self._forward(item.microbatch, work)
+                found.append(self._forward(item.microbatch, work))
             else:
-                found += self.passings.pop(item.microbatch).backward
+                found.append(self.passings.pop(item.microbatch).backward)
         stage = self.seat.stage
         if not self.takes(step):
             last = self.pipe.seat_of(self.pipe.stages - 1, step)
             source = self.build.peer(self.rank, last.stage, last.replica)
-            found += self.endless.heard(-1, source)
-        found.append(Instruction("Agree", axis="step"))
+            found.append(self.endless.heard(-1, source))
+        end = [Instruction("Agree", axis="step")]
         if self.pipe.updates(stage, step, self.base):
             if len(self.replicas.ranks) > 1:
-                found.append(Instruction("Agree", axis="replicas"))
-            found.append(Instruction("Update"))
-        return [*found, Instruction("Commit")]
+                end.append(Instruction("Agree", axis="replicas"))
+            end.append(Instruction("Update"))
+        return [*found, [*end, Instruction("Commit")]]
 
     def _forward(self, number: int, work: StaleWork) -> Sequence[Instruction]:
         """The forward of a micro-batch; its backward is kept for its step."""
@@ -309,3 +309,16 @@ class AsyncWorker(Worker):
                 last = k == self.pipe.microbatches - 1
                 found += self.endless.dropped(micro, (source.stage, peer), kinds, last=last)
         return found
+
+
+def received_ahead(parts: Sequence[Sequence[Instruction]]) -> list[Instruction]:
+    """The parts one after the other, their receives posted before the part that comes before.
+
+    So a send need not be buffered: what its receiver waits to send is wanted already.
+    """
+    posted = [[each for each in part if each.kind == "Recv"] for part in parts]
+    found: list[Instruction] = [*posted[0]]
+    for part, following in zip(parts, [*posted[1:], []], strict=True):
+        found += following
+        found += [each for each in part if each.kind != "Recv"]
+    return found

@@ -304,7 +304,7 @@ class Build:
     def staged_micro(self, rank: int, program: Program) -> StageMicro:
         """A traced micro-batch cut into tasks, as ranks with this one's coordinates run them."""
         assert self.stages is not None
-        _, coordinates = self.mesh.coordinates(rank)
+        _, _, coordinates = self.within(rank)
         key = (id(program), tuple(coordinates.values()))  # what is kept holds the program
         if key not in self.micros:
             states: Mapping[str, StateLayouts] = self.states

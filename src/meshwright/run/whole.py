@@ -76,8 +76,9 @@ def _from_stage(
     worker: Worker, home: int, tensor: Tensor, name: str
 ) -> Generator[Any, Any, Tensor]:
     """What `home` holds, on the ranks of all stages: each from that with its coordinates."""
-    group = Group("pipeline", worker.build.peers(worker.rank))
-    tensor = tensor.contiguous()
-    handle = yield Start("broadcast", group, (tensor,), root=home, label=name)
+    seats = worker.build.seats(worker.rank)
+    group = Group("pipeline", tuple(rank for replicas in seats for rank in replicas))
+    root, tensor = group.ranks.index(seats[home][0]), tensor.contiguous()
+    handle = yield Start("broadcast", group, (tensor,), root=root, label=name)
     (whole,) = yield Wait(handle)
     return whole  # type: ignore[no-any-return]
