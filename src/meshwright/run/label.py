@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -20,6 +21,8 @@ _NAMES = {
     "Commit": "commit",
 }
 _MOST_LINES = 6
+_ACTION = re.compile(r"\d+[FBIW]\d+")
+"""What the values of an action of a pipeline are named after."""
 
 
 def labels(
@@ -28,9 +31,10 @@ def labels(
     """One JSON-able entry per instruction of the body.
 
     Each has `kind`, `name` and, where there is one, `microbatch`. A Run has its `segment`, its
-    number of `ops`, their `phase` and `lines`; a Start and its Wait share `pending` and have `op`,
-    `axis`, `ranks`, what it `serves` (several
-    in a bucket), the `lines` that ask for it, and the `bytes` brought.
+    number of `ops`, their `phase` and `lines`, and under a pipeline the `action` that it is of. A
+    Start and its Wait share `pending` and have `op`, `axis`, `ranks`, what it `serves` (several in
+    a bucket), the `lines` that ask for it, and the `bytes` brought; a Send or Recv and its Wait
+    share `pending`, `op`, `peer` and `bytes`.
 
     Args:
         program: a rank's.
@@ -58,6 +62,10 @@ class _Teller:
                 told = self._run(instruction)
             case "Start":
                 told = self._start(instruction)
+            case "Send" | "Recv":
+                told = self._message(instruction)
+            case "Wait" if instruction.peer is not None:
+                told = self._arrived(instruction)
             case "Wait":
                 told = self._wait(instruction)
             case "Load" if not instruction.outputs:  # eager: a Load does all the work
@@ -89,6 +97,7 @@ class _Teller:
             "ops": len(segment.ops),
             "phase": phases,
             "lines": _lines(segment),
+            **_action(instruction),
         }
 
     def _modules(self, instruction: Instruction, segment: Program) -> str:
@@ -123,6 +132,29 @@ class _Teller:
         self.operands[instruction.outputs[0]] = instruction.inputs[: len(calls)]
         return {**told, "name": f"start {told['name']}"}
 
+    def _message(self, instruction: Instruction) -> dict[str, Any]:
+        assert instruction.segment is not None
+        message, op = self.program.messages[instruction.segment], instruction.kind.lower()
+        told = {
+            "name": f"{op} {'to' if op == 'send' else 'from'} rank {instruction.peer}",
+            "op": op,
+            "axis": "pipeline",
+            "peer": instruction.peer,
+            "pending": instruction.outputs[0],
+            "bytes": sum(value.bytes for value in message.values),
+        }
+        self.begun[instruction.outputs[0]] = told
+        return told
+
+    def _arrived(self, instruction: Instruction) -> dict[str, Any]:
+        """The wait until a message has come, or may be forgotten."""
+        told = self.begun.get(instruction.inputs[0], {"pending": instruction.inputs[0]})
+        if instruction.outputs and instruction.segment is not None:
+            values = self.program.messages[instruction.segment].values
+            sizes = (value.bytes for value in values)
+            self.sizes |= dict(zip(instruction.outputs, sizes, strict=True))
+        return {**told, "name": f"wait for {told.get('name', 'a message')}"}
+
     def _wait(self, instruction: Instruction) -> dict[str, Any]:
         calls, axis = self._calls(instruction), instruction.axis or ""
         told = self.begun.get(instruction.inputs[0], {"pending": instruction.inputs[0]})
@@ -140,6 +172,13 @@ class _Teller:
         """The collective, or all of a bucket's."""
         assert instruction.segment is not None
         return self.program.calls[instruction.segment]
+
+
+def _action(instruction: Instruction) -> dict[str, str]:
+    """The action of a pipeline that a Run is part of."""
+    first = instruction.outputs[0] if instruction.outputs else ""
+    found = _ACTION.fullmatch(first.partition(":")[0])
+    return {"action": found.group()} if found else {}
 
 
 def _span(modules: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from meshwright.view.history import History
 from meshwright.view.layouts import shards
 from meshwright.view.measures import Measures
 from meshwright.view.overlap import Overlap
+from meshwright.view.pipelined import Pipelined
 from meshwright.view.runfile import Setup
 from meshwright.view.units import (
     bytes_text,
@@ -27,6 +28,7 @@ __all__ = [
     "memory_finding",
     "mesh_finding",
     "time_finding",
+    "pipeline_finding",
     "timeline_finding",
     "traffic_finding",
     "verification_finding",
@@ -130,6 +132,15 @@ def timeline_finding(found: Overlap) -> str:
     return (
         f"Ranks spend {waits} of a step on waiting; while collectives are under way they compute "
         f"{hidden} of the time"
+    )
+
+
+def pipeline_finding(step: Pipelined) -> str:
+    """How much of the pipeline's time is bubbles, and how much its schedule has."""
+    measured, predicted = step.accounts
+    return (
+        f"Ranks stand idle {percent_text(measured.fraction)} of the pipeline’s time; its schedule "
+        f"has {percent_text(predicted.fraction)}"
     )
 
 

@@ -35,7 +35,7 @@ def overlap(parts: Sequence[Part]) -> Overlap:
         for step in part.steps:
             own = [piece for piece in part.slices if piece.step == step]
             total += own[-1].ended - own[0].began
-        kinds = ("Start", "Wait", "Agree")
+        kinds = ("Start", "Send", "Recv", "Wait", "Agree")
         waiting += sum(p.ended - p.began for p in part.slices if p.kind in kinds)
         spans = _union(part)
         under_way += sum(ended - began for began, ended in spans)
@@ -50,7 +50,9 @@ Span = tuple[float, float]
 def _union(part: Part) -> list[Span]:
     """When at least one collective is under way, as spans that do not touch, in order."""
     found: list[Span] = []
-    ends = [(t.begun.began, t.awaited.ended) for t in transfers(part) if t.begun and t.awaited]
+    # A receive is posted ahead of what is sent: the message is not under way all the while.
+    whole = ((t.begun, t.awaited) for t in transfers(part))
+    ends = [(a.began, b.ended) for a, b in whole if a and b and a.kind != "Recv"]
     for began, ended in sorted(ends):
         if found and began <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], ended))

@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A collective on one rank: its Start and its Wait; one of them may lie outside the trace."""
+    """A collective or message on one rank: its begin and its Wait; either may not be traced."""
 
     what: Mapping[str, Any]
     begun: Slice | None
@@ -67,11 +67,11 @@ class Transfer:
 
 
 def transfers(part: Part) -> list[Transfer]:
-    """Starts matched with their Waits by the name of what is pending, in order of the Starts."""
+    """Begins matched with their Waits by the name of what is pending, in order of the begins."""
     found: list[Transfer] = []
     open_: dict[str, int] = {}
     for piece in part.slices:
-        if piece.kind == "Start":
+        if piece.kind in ("Start", "Send", "Recv"):
             open_[piece.what["pending"]] = len(found)
             found.append(Transfer(piece.what, piece, None))
         elif piece.kind == "Wait":

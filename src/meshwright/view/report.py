@@ -29,6 +29,8 @@ from meshwright.view.chart.gauge import error_gauge
 from meshwright.view.chart.loss import loss_chart, spark_line
 from meshwright.view.chart.memory import MOST_BARS, equal_bills, memory_chart, part_class
 from meshwright.view.chart.mesh import MOST_CELLS, mesh_picture
+from meshwright.view.chart.pipeline import kinds_of
+from meshwright.view.chart.pipeline import pipeline as pipeline_chart
 from meshwright.view.chart.smooth import FEW
 from meshwright.view.chart.tape import layout_tape
 from meshwright.view.chart.time import time_chart, total_bar
@@ -42,6 +44,7 @@ from meshwright.view.layouts import KINDS
 from meshwright.view.measures import measure
 from meshwright.view.overlap import overlap
 from meshwright.view.parts import Part
+from meshwright.view.pipelined import Pipelined, pipelined
 from meshwright.view.runfile import Setup
 from meshwright.view.svg import both_widths
 from meshwright.view.trace import write_trace
@@ -99,6 +102,7 @@ def _asset(name: str) -> str:
 
 def _facts(folder: Folder) -> dict[str, Any]:
     setup, measures = folder.setup, measure(folder)
+    staged = pipelined(folder.trace, typical_step(folder.trace))
     return {
         "run": folder,
         "setup": setup,
@@ -126,9 +130,11 @@ def _facts(folder: Folder) -> dict[str, Any]:
             "memory": findings.memory_finding(setup),
             "verification": findings.verification_finding(folder),
             "timeline": findings.timeline_finding(overlap(folder.trace)),
+            "pipeline": findings.pipeline_finding(staged) if staged else "",
         },
         "traced": _traced(folder.trace),
         "timeline_kinds": KINDS_OF_TIME,
+        **_pipeline(staged),
         "memory_parts": _memory_parts(setup),
         "hidden_bars": max(0, len(equal_bills(setup.memory)) - MOST_BARS),
         "hidden_ranks": max(0, len(setup.ranks) - MOST_CELLS),
@@ -155,6 +161,14 @@ def _pictures(folder: Folder) -> dict[str, Any]:
 def _timeline(parts: Sequence[Part]) -> str:
     step = typical_step(parts)
     return both_widths(partial(timeline, parts, step)) if step else ""
+
+
+def _pipeline(step: Pipelined | None) -> dict[str, Any]:
+    """A traced step of a pipeline and its legend."""
+    return {
+        "pipeline_picture": both_widths(partial(pipeline_chart, step)) if step else "",
+        "pipeline_kinds": kinds_of(step) if step else (),
+    }
 
 
 def _traced(parts: Sequence[Part]) -> dict[str, Any]:

@@ -24,12 +24,26 @@ TRACKS = ("steps", "compute", "waiting", "data", "update", "memory")
 _TRACK = {
     "Start": "waiting",
     "Wait": "waiting",
+    "Send": "waiting",
+    "Recv": "waiting",
     "Agree": "waiting",
     "Load": "data",
     "Free": "memory",
     "Stash": "memory",
 }
-_ARGS = ("segment", "microbatch", "ops", "lines", "op", "axis", "bytes", "serves", "why")
+_ARGS = (
+    "action",
+    "peer",
+    "segment",
+    "microbatch",
+    "ops",
+    "lines",
+    "op",
+    "axis",
+    "bytes",
+    "serves",
+    "why",
+)
 
 
 def write_trace(folder: Path) -> Path | None:

@@ -27,6 +27,8 @@ KINDS = (
 _CLASSES = {
     "Start": "part-communication",
     "Wait": "part-communication",
+    "Send": "part-communication",
+    "Recv": "part-communication",
     "Agree": "part-communication",
     "Load": "part-data",
     "Free": "part-other",
