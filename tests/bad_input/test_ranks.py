@@ -57,17 +57,26 @@ def test_an_exception_on_one_rank_is_told_once(shell, folder, where):
 
 @pytest.mark.mp
 @pytest.mark.timeout(120)
-def test_a_killed_rank_is_named_and_the_others_end(shell, folder):
-    extra = """
+@pytest.mark.parametrize(
+    ("plan", "dies"),
+    [
+        ("data=2", "True"),
+        pytest.param(  # whose ranks all read the same samples
+            "pipeline=2,schedule=1f1b,microbatches=4", "int(RANK) == 1", marks=pytest.mark.matrix
+        ),
+    ],
+)
+def test_a_killed_rank_is_named_and_the_others_end(plan, dies, shell, folder):
+    extra = f"""
     class Data(Data):
         def __getitem__(self, index):
-            if index == 13:
-                Path("killed").write_text(f"{RANK} {os.getpid()} {time.time()}")
+            if index == 13 and {dies}:
+                Path("killed").write_text(f"{{RANK}} {{os.getpid()}} {{time.time()}}")
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__getitem__(index)
     """
     write_job(folder / "job.py", extra, steps="8")
-    said = shell("train", "job.py", "-n", 2).fails(75, "exit status 75")
+    said = shell("train", "job.py", "--plan", plan).fails(75, "exit status 75")
     rank, pid, killed = (folder / "killed").read_text().split()
     assert f"rank {rank} (pid {pid}) was killed by SIGKILL rank {1 - int(rank)}: PeerLost" in said
     left = json.loads((folder / f"runs/job-001/failures/rank{1 - int(rank)}.json").read_text())

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meshwright.plan.plan import Plan
 from meshwright.program.explain import collectives
 from meshwright.program.instruction import InstructionList
 from meshwright.program.placing import forward_end
 from meshwright.program.program import Program
 from meshwright.run.build import Build, Micro
-from meshwright.schedule.bubble import bubble, endless, pipeline_notes
-from meshwright.schedule.named import SCHEDULES
+from meshwright.schedule.bubble import bubble, endless, idle, pipeline_notes
 
 __all__ = ["describe_pipeline", "most_moved"]
 
@@ -49,7 +47,8 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
         "schedule": plan.order,
         "microbatches": plan.microbatches,
         "remat": plan.remat,
-        "bubble": _bubble(plan),
+        "bubble": None if pipe is not None else bubble(plan),
+        "estimated bubble": None if pipe is not None else idle(schedule, stages.seconds()),
         "notes": list(pipeline_notes(plan, build.job.batch_size)),
         "stages": found,
         "traffic": [{"rank": p, **_traffic(build, r, micros)} for p, r in enumerate(firsts)],
@@ -72,10 +71,6 @@ def _traffic(build: Build, rank: int, micros: Sequence[Micro]) -> dict[str, int]
     compiled = build.lowered(rank, micros).compiled
     moved = sum(row.bytes for row in collectives(compiled, build.lines(rank)))
     return {"moved": moved, **_sent(compiled.instructions)}
-
-
-def _bubble(plan: Plan) -> float | None:
-    return bubble(plan) if plan.order in SCHEDULES else None
 
 
 def _ends(program: Program, stages: Sequence[int | None], stage: int) -> tuple[str, str]:

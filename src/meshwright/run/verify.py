@@ -252,6 +252,7 @@ class Trial:
         return {
             "passed": report.passed,
             "plan": self.build.plan.label,
+            "recurrence": self.build.plan.asynchronous,
             "ranks": self.build.mesh.size,
             "steps": steps,
             "dtype": "bf16"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.plan.plan import Plan
+from meshwright.schedule.action import Schedule
 from meshwright.schedule.named import SCHEDULES, schedule_of
 from meshwright.schedule.pipedream import Asynchronous, asynchronous_of
-from meshwright.schedule.simulate import account, timeline, uniform
+from meshwright.schedule.simulate import Seconds, account, timeline, uniform
 
-__all__ = ["bubble", "endless", "pipeline_notes"]
+__all__ = ["bubble", "endless", "idle", "pipeline_notes"]
 
 _ENOUGH = 4
 """Micro-batches for each stage, with which bubbles are small (Huang et al. 2019, section 3)."""
@@ -21,7 +22,12 @@ def bubble(plan: Plan) -> float:
     Forwards and both parts of backwards take equal times too; transfers take none.
     """
     schedule = schedule_of(plan.order, plan.pipeline, plan.microbatches, plan.virtual)
-    return account(timeline(schedule, uniform(schedule.stages))).fraction
+    return idle(schedule, uniform(schedule.stages))
+
+
+def idle(schedule: Schedule, seconds: Seconds) -> float:
+    """The share of a step in which ranks stand idle, if stages take so long."""
+    return account(timeline(schedule, seconds)).fraction
 
 
 def pipeline_notes(plan: Plan, batch_size: int) -> tuple[str, ...]:

@@ -179,8 +179,9 @@ def verification_finding(folder: Folder) -> str:
 def verification_text(result: Verification) -> str:
     """The verdict in a sentence."""
     worst = max((error for _, error in result.errors), default=0.0)
+    of = "its own recurrence on one device" if result.recurrence else "one device"
     if not result.passed:
-        return f"Not the numbers of one device: worst relative error {error_text(worst)}"
+        return f"Not the numbers of {of}: worst relative error {error_text(worst)}"
     if worst == 0:
-        return "The numbers of one device, bit for bit"
-    return f"The numbers of one device: worst relative error {error_text(worst)}"
+        return f"The numbers of {of}, bit for bit"
+    return f"The numbers of {of}: worst relative error {error_text(worst)}"

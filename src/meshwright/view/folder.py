@@ -19,7 +19,10 @@ __all__ = ["Folder", "Verification", "parse_verification", "read_folder"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify.json` says: `errors` are the worst relative error of each kind of tensor."""
+    """What `verify.json` says: `errors` are the worst relative error of each kind of tensor.
+
+    With `recurrence` they are against what an asynchronous pipeline computes, by its paper.
+    """
 
     passed: bool
     plan: str
@@ -29,6 +32,7 @@ class Verification:
     errors: tuple[tuple[str, float], ...]
     laws: tuple[tuple[str, float], ...]
     worst_tensor: str
+    recurrence: bool = False
 
     def law(self, kind: str) -> float | None:
         """The bound that `kind` is held to."""
@@ -83,6 +87,7 @@ def parse_verification(verify: Mapping[str, Any]) -> Verification:
         errors=_errors(verify.get("worst_relative_error")),
         laws=numbers(law) if single is None else (("", single),),
         worst_tensor=text(verify.get("worst_tensor")),
+        recurrence=verify.get("recurrence") is True,
     )
 
 

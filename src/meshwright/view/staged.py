@@ -57,6 +57,9 @@ def _head(piped: Mapping[str, Any]) -> str:
     share = finite(piped.get("bubble"))
     if share is not None:
         words.append(f"bubble {percent_text(share)} at equal stages")
+    guess = finite(piped.get("estimated bubble"))
+    if guess is not None:
+        words[-1] += f", about {percent_text(guess)} at these"
     return f"{', '.join(words)}; a rank sends at most {bytes_text(_most_sent(piped))} a step"
 
 
