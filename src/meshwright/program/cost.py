@@ -21,7 +21,8 @@ def op_costs(program: Program) -> tuple[float, ...]:
 def _seconds(op: Op, program: Program) -> float:
     if op.base in VIEWS:
         return 0.0
-    moved = sum(program.values[value].bytes for value in (*op.inputs, *op.results))
+    read = op.inputs[1:] if op.base == "aten.embedding" else op.inputs  # not the whole table
+    moved = sum(program.values[value].bytes for value in (*read, *op.results))
     return flops(op, program) / _FLOPS + moved / _BYTES
 
 
@@ -31,9 +32,11 @@ def flops(op: Op, program: Program) -> float:
     made = [program.values[value].shape for value in op.results]
     name = op.base.partition(".")[2]
     if "attention" in name:
-        query, key = shapes[0], shapes[1]
-        times = 5 if "backward" in name else 2
-        return 2.0 * times * math.prod(query) * key[-2]
+        backward = "backward" in name  # which has the gradient of its result first
+        query, key = shapes[backward], shapes[backward + 1]
+        return 2.0 * (5 if backward else 2) * math.prod(query) * key[-2]
+    if name == "expert_mm_weight":
+        return 2.0 * math.prod(shapes[0]) * made[0][-1]
     if name.startswith("convolution"):
         weight = shapes[2] if "backward" in name else shapes[1]
         spread = shapes[0] if "backward" in name else made[0]
