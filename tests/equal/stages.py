@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright import Job
-from tests.equal.odd import CLASSES, TIMES, TOKENS, Batch, Plain, Tied, job, masked
+from tests.equal.odd import CLASSES, Batch, Plain, Tied, job, masked
 from tests.equal.parts import WIDTH, Counting
 
 
@@ -121,6 +121,12 @@ class Shared(nn.Module):
         return found
 
 
+def counted_twice() -> nn.Module:
+    """One part that changes its buffers, applied at two stages."""
+    again = Counting()
+    return Chain(linear(WIDTH, 32), again, linear(32, 32), again, nn.Linear(32, CLASSES))
+
+
 def early(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """A metric of what the first part makes, one of the batch alone, one of the end."""
     assert isinstance(model, Plain)
@@ -186,4 +192,4 @@ STAGED: dict[str, tuple[Callable[[], Job], tuple[str, ...]]] = {
 }
 """Job and the modules at which stages begin."""
 
-__all__ = ["STAGED", "TIMES", "TOKENS"]
+__all__ = ["STAGED", "counted_twice"]

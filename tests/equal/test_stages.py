@@ -11,7 +11,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.plan import Plan
 from tests.equal import odd
 from tests.equal.harness import Case, assert_equal
-from tests.equal.stages import STAGED, middle
+from tests.equal.stages import STAGED, counted_twice, middle
 
 STEPS = 2
 ORDERS = ("schedule=1f1b,microbatches=3", "schedule=zb-h1,microbatches=2")
@@ -71,3 +71,13 @@ def test_a_check_refuses(name):
     plan_, model, why = REFUSED[name]
     with pytest.raises(PlanError, match=why):
         Case(odd.job(model)).verify(plan_, 1)
+
+
+def test_a_module_that_changes_its_buffers_at_two_stages_is_refused():
+    made = Case(odd.job(counted_twice))
+    asked = Plan.parse("pipeline=2,schedule=1f1b,microbatches=2")
+    with pytest.raises(
+        PlanError, match=r"updates buffer parts\.1\.\w+, which stages \[0, 1\] share"
+    ):
+        made.verify(replace(asked, cuts=("parts.2",)), 1)
+    assert_equal(made.verify(replace(asked, cuts=("parts.4",)), STEPS))

@@ -75,6 +75,35 @@ def test_state_that_nobody_reads_lives_with_its_module():
     assert homes["model/elsewhere.w"] == (0,)
 
 
+def counting(*layers):
+    """A chain whose layers read a buffer that the first of them updates."""
+    program = chain(0, 1, 2)
+    count = len(program.values)
+    values = (*program.values, *[Value("float32", (SIZE, SIZE))] * 2)
+    made = program.ops[layers[0]].results[0]
+    update = Op("aten.add.Tensor", (Ref(count), Ref(made)), (), (count + 1,))
+    ops = list(program.ops)
+    for layer in layers[1:]:
+        reader = ops[layer]
+        ops[layer] = replace(reader, args=(*reader.args, Ref(count)))
+    ops.insert(layers[0] + 1, replace(update, module=f"layers.{layers[0]}"))
+    inputs = (*program.inputs, ("buffer/seen", count))
+    return replace(
+        program, values=values, inputs=inputs, ops=tuple(ops),
+        outputs=(*program.outputs, ("next/seen", count + 1)),
+    )  # fmt: skip
+
+
+def test_a_buffer_lives_where_it_changes():
+    assert placed(counting(1), 1, 2).homes["buffer/seen"] == (1,)
+    assert placed(counting(0, 1), 2).homes["buffer/seen"] == (0,)
+
+
+def test_a_buffer_that_one_stage_updates_and_another_reads_is_refused():
+    with pytest.raises(PlanError, match=r"updates buffer seen, which stages \[0, 1\] share"):
+        placed(counting(0, 1), 1, 2)
+
+
 def test_what_is_cheap_of_the_batch_is_in_no_stage():
     """A mask is made wherever it is read; a product of the batch is too much work for that."""
     program = chain(0, 1)

@@ -125,10 +125,37 @@ class _Placing:
             else:
                 self.stages.append(self._forward(number, op, end))
         self._to_readers()
+        self._updated()
         homes = {name: tuple(sorted(self.homes[value])) for value, name in self.state.items()}
         near = self._by_module()
         homes |= {n: (near.get(_module(n), 0),) for n, stages in homes.items() if not stages}
         return Placement(tuple(self.stages), homes, self.last + 1)
+
+    def _updated(self) -> None:
+        """A buffer that changes lives where it does: each micro-batch reads what the last one left.
+
+        Raises:
+            PlanError: another stage would have to read it too.
+        """
+        inputs = dict(self.program.inputs)
+        for name, value in self.program.outputs:
+            before = (
+                inputs.get(name.replace("next/", "buffer/", 1))
+                if name.startswith("next/")
+                else None
+            )
+            if before is None or value == before:
+                continue
+            read, stage = self.homes[before], self.made.get(value)
+            everywhere = read | ({stage} if stage is not None else set())
+            if len(everywhere) > 1:
+                raise PlanError(
+                    f"the pipeline cannot be cut there: the forward updates buffer "
+                    f"{name.removeprefix('next/')}, which stages {sorted(everywhere)} share, and a "
+                    "micro-batch would read it before the one ahead has updated it; cut so that "
+                    "one stage has all that uses it, by cuts"
+                )
+            self.homes[before] = everywhere
 
     def _by_module(self) -> dict[str, int]:
         """The first stage that computes in each module."""
