@@ -106,7 +106,7 @@ def deepest(say: Say) -> Measured:
             Result(
                 reach.DEEPEST, f"deepest-{stages}", what, f"{more.layers} layers",
                 f"paper: {theirs:.2f}", f"{more.needed / MB:.0f} MiB",
-                Estimate(ratio, ratio, ratio, 1), 0.9 * theirs, "at least",
+                Estimate(ratio, ratio, ratio, 1), round(0.9 * theirs, 2), "at least",
                 HOLDS if ratio >= 0.9 * theirs else MISSES,
             )
         )  # fmt: skip
