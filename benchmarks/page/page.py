@@ -98,8 +98,8 @@ def _explained(section: str) -> str:
         reach.TENSOR: "Ours under `tensor=2`, each rank on the batches of both; DTensor is torch's"
         " `parallelize_module` with Megatron's layouts, over gloo.",
         reach.PIPELINE: "Speed-up over one process on the same micro-batches, as a share of the"
-        " ideal one: `p m / (m + (p - 1) / v)` for p ranks of v stages each and m = 8 micro-batches of one"
-        " sequence, with all stages alike; 2 without bubbles. Torch's are in the table below.",
+        " ideal: `p m / (m + (p - 1) / v)` for p ranks of v stages each and m = 8 micro-batches of"
+        " one sequence, all stages alike; 2 without bubbles. Torch's are in the table below.",
         reach.PIPELINE_PEERS: "Our speed over theirs under the same schedule, or the nearest.",
         reach.PIPELINE_ORDER: "Speeds over each other. Two ranks share each core, so that bubbles"
         " cost nothing, and waiting does.",
