@@ -87,8 +87,12 @@ class Head(nn.Module):
 
 
 def model(name: str, dropout: float = 0.0) -> nn.Sequential:
-    """A model of `SHAPES`, a flat list of layers."""
-    shape = SHAPES[name]
+    """A model of `SHAPES`."""
+    return of(SHAPES[name], dropout)
+
+
+def of(shape: Shape, dropout: float = 0.0) -> nn.Sequential:
+    """A GPT, a flat list of layers."""
     blocks = [Block(shape, dropout) for _ in range(shape.depth)]
     return nn.Sequential(Embed(shape, dropout), *blocks, Head(shape))
 

@@ -20,6 +20,7 @@ TENSOR = "Tensor parallel, 2 ranks"
 PIPELINE = "Pipelines: share of the ideal speed-up"
 PIPELINE_PEERS = "Pipelines against peers"
 PIPELINE_ORDER = "Pipelines of 4 stages on 2 cores, for the order only"
+DEEPEST = "The deepest GPT in 52 MiB a rank, after GPipe's Table 1"
 SCHEDULING = "Schedules and their execution"
 BYTES = "Bytes beside JAX's compiler, 8 ranks"
 DEVICE = "One device, traced against eager"
@@ -39,6 +40,7 @@ SECTIONS = (
     PIPELINE,
     PIPELINE_PEERS,
     PIPELINE_ORDER,
+    DEEPEST,
     SCHEDULING,
     BYTES,
     DEVICE,

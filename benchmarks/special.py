@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import loss_curve, reach, scheduling
+from benchmarks import largest, loss_curve, reach, scheduling
 from benchmarks.first_step import compare as first_step
 from benchmarks.gspmd import compare as gspmd
 from benchmarks.harness.lines import Line, judged
@@ -86,6 +87,30 @@ def scheduled(say: Say, rounds: int) -> Measured:
     times = {"ours": found.seconds, "30 us": [30e-6] * len(found.seconds)}
     results.append(timed(reach.SCHEDULING, line, times, 1e6, "us"))
     return Measured(results, {"schedules": made, "overhead": found.seconds, "kinds": found.kinds})
+
+
+def deepest(say: Say) -> Measured:
+    """How many layers fit, by stages and by what is computed again, beside GPipe's Table 1."""
+    found = {name: largest.largest(plan, say) for name, plan in largest.CASES.items()}
+    alone, again, *staged = found.values()
+    paper = [*largest.PAPER.values()]
+    rows = [("1 stage: layers when computed again, over not", again, alone, paper[1] / paper[0])]
+    rows += [
+        (f"{n} stages: layers of a stage over those of 1", most, again, paper[2] / 8 / paper[1])
+        for n, most in zip((2, 4), staged, strict=True)
+    ]
+    results = []
+    for stages, (what, more, less, theirs) in zip((1, 2, 4), rows, strict=True):
+        ratio = more.layers / less.layers / stages
+        results.append(
+            Result(
+                reach.DEEPEST, f"deepest-{stages}", what, f"{more.layers} layers",
+                f"paper: {theirs:.2f}", f"{more.needed / MB:.0f} MiB",
+                Estimate(ratio, ratio, ratio, 1), round(0.9 * theirs, 2), "at least",
+                HOLDS if ratio >= 0.9 * theirs else MISSES,
+            )
+        )  # fmt: skip
+    return Measured(results, {"layers": {name: asdict(one) for name, one in found.items()}})
 
 
 def collectives(say: Say, rounds: int, *, quick: bool) -> Measured:
