@@ -192,7 +192,7 @@ class Shown(nn.Module):
         return mw.watch("hidden", x * 2) / 2
 
 
-@pytest.mark.parametrize("plan", ["data=2", "zero3,data=3"])
+@pytest.mark.parametrize("plan", ["data=2", "zero3,data=3", "pipeline=2"])
 def test_a_watched_tensor_is_the_global_one(plan, monkeypatch):
     from tests.run.jobs import Net
 

@@ -34,6 +34,7 @@ def crew(plan: str) -> tuple[Build, list[Worker]]:
         "zero3,data=3",
         "data=2,microbatches=2",
         "pipeline=2,microbatches=3",
+        "pipeline=2,replicas=2-1,microbatches=2",
         "zero3,data=2,pipeline=2,schedule=zb-v,microbatches=2,remat=full,gather=step",
     ],
 )

@@ -62,7 +62,7 @@ def everything(model, batch):
     }
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=3,microbatches=2", "zero3,data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "data=3,microbatches=2", "zero3,data=2", "pipeline=2"])
 def test_metrics_are_of_the_global_batch(plan):
     made = job(loss=everything)
     model, data = fresh(made), alone(made).worker.source
@@ -144,7 +144,9 @@ def global_batch(step):
     return alone(MEAN).worker.source.fetch(step, 0, 12, (0, 12)).tree
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2,microbatches=5", "zero3,data=5"])
+@pytest.mark.parametrize(
+    "plan", ["data=1", "data=2,microbatches=5", "zero3,data=5", "pipeline=2,microbatches=5"]
+)
 def test_pushed_batches_are_as_good_as_the_jobs(plan):
     want = losses(alone(MEAN), 4)
     batches = [global_batch(k) for k in range(4)]

@@ -48,7 +48,7 @@ def test_clipping_is_torchs(plan, limit):
     assert (norms[0] > limit) == (limit < 1)
 
 
-@pytest.mark.parametrize("plan", ["data=2", *ZERO])
+@pytest.mark.parametrize("plan", ["data=2", "pipeline=2", *ZERO])
 def test_what_the_optimizer_does_not_hold_stays_and_counts_in_the_norm(plan):
     made = job(clip_norm=1e-3, optimizer=lambda m: torch.optim.SGD(m.down.parameters(), lr=1.0))
     model = fresh(made)
@@ -84,7 +84,7 @@ def test_frozen_parameters_stay(plan, only_trained):
     assert torch.equal(found["up.weight"], before["up.weight"])
 
 
-@pytest.mark.parametrize("plan", ["data=1", "zero3,data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "zero3,data=2", "pipeline=2"])
 def test_groups_keep_their_settings(plan):
     def optimizer(model):
         return torch.optim.AdamW(
@@ -154,7 +154,7 @@ def _step_with_nan(made):
     return next(k for k, loss in enumerate(losses(session, 2)) if math.isnan(loss))
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2", "zero3,data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "data=2", "zero3,data=2", "pipeline=2"])
 def test_a_loss_that_is_not_finite_raises_and_leaves_the_weights(plan):
     made = job(data=Blowing)
     bad = _step_with_nan(made)

@@ -35,7 +35,7 @@ from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
 from meshwright.run.optimizer import Recipe
-from meshwright.run.staged import Staged, schedule_name
+from meshwright.run.staged import Staged
 from meshwright.schedule.assemble import assemble_stages
 from meshwright.schedule.locals import Micro as StageMicro
 from meshwright.schedule.locals import open_unit
@@ -293,7 +293,7 @@ class Build:
         """The list of a rank of a pipeline."""
         assert self.stages is not None
         place = self.place(rank)
-        name = schedule_name(self.plan) if training else "fill-drain"
+        name = self.plan.order if training else "fill-drain"
         schedule = self.stages.schedule(name, len(programs))
         homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
         pipeline, replica, _ = self.within(rank)

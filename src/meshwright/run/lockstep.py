@@ -118,7 +118,10 @@ def _stages(
     given: Sequence[Mapping[str, Tensor]],
     state: Mapping[str, Tensor],
 ) -> Iterator[_Played]:
-    """One micro-batch forward through all stages and back; what stages send lies at all of them."""
+    """The first micro-batch forward through all stages and back, which first replicas take.
+
+    What a stage sends lies at all of them.
+    """
     assert build.stages is not None
     placement = build.stages.schedule("fill-drain", 1).placement
     sent: list[dict[str, Tensor]] = [{} for _ in workers]
@@ -131,7 +134,7 @@ def _stages(
     forward: list[Key] = [(stage, "F") for stage in range(len(placement))]
     back: list[Key] = [(stage, "B") for stage in reversed(range(len(placement)))]
     for key in [*forward, *(back if micros[0].tasks.trains else [])]:
-        mine = [w for w in workers if build.mesh.coordinates(w.rank)[0] == placement[key[0]]]
+        mine = [w for w in workers if build.within(w.rank)[:2] == (placement[key[0]], 0)]
         sums = frozenset(micros[0].tasks.sums)
         locals_ = [micros[w.rank].local(key, sums, sums)[0] for w in mine]
         inputs = [
@@ -159,8 +162,12 @@ def _working(
 
 def _reads_first(worker: Worker) -> bool:
     """Whether no rank before it reads the same samples."""
-    stage, here = worker.build.mesh.coordinates(worker.rank)
-    return not stage and all(k == 0 for axis, k in here.items() if axis not in SAMPLE_AXES)
+    stage, replica, here = worker.build.within(worker.rank)
+    return (
+        not stage
+        and not replica
+        and all(k == 0 for axis, k in here.items() if axis not in SAMPLE_AXES)
+    )
 
 
 def _single(exchange: Any) -> None:

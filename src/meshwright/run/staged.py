@@ -22,12 +22,10 @@ from meshwright.schedule.replicated import replicated
 from meshwright.schedule.search import search
 from meshwright.schedule.simulate import Seconds
 
-__all__ = ["Staged", "schedule_name", "staged"]
+__all__ = ["Staged", "staged"]
 
 _SECONDS_PER_BYTE = 1e-9
 """Of what crosses a cut: memory's order of magnitude, enough to prefer a narrow cut."""
-
-_PAIRED = ("zb-v", "dualpipe-v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +75,13 @@ def searched(seconds: Seconds, plan: Plan, microbatches: int) -> Schedule:
     return search(placement, microbatches, seconds, memory, effort=2_000).schedule
 
 
-def schedule_name(plan: Plan) -> str:
-    """The schedule that a plan asks for."""
-    return plan.schedule or ("interleaved" if plan.virtual > 1 else "1f1b")
-
-
 def staged(program: Program, plan: Plan) -> Staged:
     """Cut a traced micro-batch as a plan says: where its modules begin, or by cost.
 
     Raises:
         PlanError: it cannot be cut so.
     """
-    schedule = _schedule(plan, schedule_name(plan), plan.microbatches)
+    schedule = _schedule(plan, plan.order, plan.microbatches)
     stages = schedule.stages
     if plan.cuts and len(plan.cuts) != stages - 1:
         raise PlanError(
@@ -122,7 +115,7 @@ def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
     made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)
     if name != "fill-drain":
         return made
-    training = _schedule(plan, schedule_name(plan), 1)
+    training = _schedule(plan, plan.order, 1)
     return _forward_only(training, microbatches)
 
 

@@ -10,7 +10,8 @@ from meshwright.program.instruction import InstructionList
 from meshwright.program.placing import forward_end
 from meshwright.program.program import Program
 from meshwright.run.build import Build, Micro
-from meshwright.schedule.bubble import bubble, endless, idle, pipeline_notes
+from meshwright.schedule.bubble import endless, idle, pipeline_notes
+from meshwright.schedule.simulate import uniform
 
 __all__ = ["describe_pipeline", "most_moved"]
 
@@ -22,6 +23,7 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
         return None
     schedule = stages.schedule(plan.order, plan.microbatches)
     values, pipe = build.values(), endless(plan)
+    simple = pipe is None and plan.replicas is None  # what the simulation knows
     found = []
     for stage, rank in enumerate(schedule.placement):
         begins, ends = _ends(stages.program, stages.placement.stages, stage)
@@ -47,8 +49,8 @@ def describe_pipeline(build: Build, micros: Sequence[Micro]) -> dict[str, Any] |
         "schedule": plan.order,
         "microbatches": plan.microbatches,
         "remat": plan.remat,
-        "bubble": None if pipe is not None else bubble(plan),
-        "estimated bubble": None if pipe is not None else idle(schedule, stages.seconds()),
+        "bubble": idle(schedule, uniform(schedule.stages)) if simple else None,
+        "estimated bubble": idle(schedule, stages.seconds()) if simple else None,
         "notes": list(pipeline_notes(plan, build.job.batch_size)),
         "stages": found,
         "traffic": [{"rank": p, **_traffic(build, r, micros)} for p, r in enumerate(firsts)],

@@ -60,7 +60,7 @@ def _staleness(plan: Plan) -> str:
 
 def _bubble_notes(plan: Plan, batch_size: int) -> tuple[str, ...]:
     """A warning where a step has fewer micro-batches than its schedule can keep ranks busy with."""
-    if plan.pipeline == 1 or plan.order not in SCHEDULES:
+    if plan.pipeline == 1 or plan.order not in SCHEDULES or plan.replicas is not None:
         return ()
     if plan.microbatches >= _least(plan):
         return ()
