@@ -16,7 +16,7 @@ from meshwright.predict.antichain import State, antichains, members
 from meshwright.predict.layers import LayerGraph
 from meshwright.predict.partition import Partition, solved
 from meshwright.predict.profile import computing
-from meshwright.predict.recurrence import Level, Recurrence
+from meshwright.predict.recurrence import Level, solve
 
 __all__ = ["artifact"]
 
@@ -41,8 +41,8 @@ def artifact(
     """
     graph = computing(graph)
     states = _published(graph, antichains(graph))
-    rule = _Rule(states, levels, compression)
-    return solved(Recurrence(states, levels, rule, straight=straight), states, levels)
+    found = solve(states, levels, lambda s: _Rule(s, levels, compression), straight=straight)
+    return solved(found, states, levels)
 
 
 @dataclass(frozen=True, slots=True)

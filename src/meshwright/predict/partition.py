@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from meshwright.errors import PlanError
 from meshwright.predict.antichain import State, antichains, members
 from meshwright.predict.layers import LayerGraph
-from meshwright.predict.recurrence import Level, Memory, Recurrence
+from meshwright.predict.recurrence import Level, Memory, Recurrence, solve
 
 __all__ = ["Level", "Memory", "Partition", "Stage", "partition", "solved"]
 
@@ -97,7 +97,7 @@ def partition(
     if not levels:
         raise PlanError("the machine has no levels; give one, with its units and bandwidth")
     states = antichains(graph) if states is None else states
-    found = Recurrence(states, levels, _Paper(states, levels), straight=straight, memory=memory)
+    found = solve(states, levels, lambda s: _Paper(s, levels), straight=straight, memory=memory)
     return solved(found, states, levels, memory)
 
 

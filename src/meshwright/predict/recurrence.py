@@ -12,14 +12,14 @@ so with a bound on memory `A` is told that too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from meshwright.predict.antichain import State
 
-__all__ = ["Level", "Memory", "Recurrence", "Rule", "Span"]
+__all__ = ["Level", "Memory", "Recurrence", "Rule", "Span", "solve"]
 
 _UNDER = 1 - 1e-12
 """A bound is taken this much lower, so that rounding never makes it cut off the best."""
@@ -97,6 +97,28 @@ class _Cell:
     units: int
 
 
+def solve(
+    states: Sequence[State],
+    levels: Sequence[Level],
+    rule: Callable[[Sequence[State]], Rule],
+    *,
+    straight: bool = False,
+    memory: Memory | None = None,
+) -> Recurrence:
+    """The recurrence of states. First it tries a chain of them only, so as to know a bound."""
+    chain = [states[0]]
+    for state in states[1:]:
+        if not chain[-1].mask & ~state.mask:
+            chain.append(state)
+    limit = math.inf
+    if len(chain) < len(states):
+        quick = Recurrence(chain, levels, rule(chain), straight=straight, memory=memory)
+        limit = quick.seconds / _UNDER
+    return Recurrence(
+        states, levels, rule(states), straight=straight, memory=memory, limit=limit
+    )
+
+
 class Recurrence:
     """`A`, each entry computed once, when it is asked for."""
 
@@ -108,8 +130,12 @@ class Recurrence:
         *,
         straight: bool = False,
         memory: Memory | None = None,
+        limit: float = math.inf,
     ) -> None:
-        """Of states in an order in which each comes after those within it."""
+        """Of states in an order in which each comes after those within it.
+
+        What takes `limit` seconds or more is not found.
+        """
         self._states = states
         self._levels = levels
         self._rule = rule
@@ -118,6 +144,8 @@ class Recurrence:
         self._cells: dict[tuple[int, int, int, int, Fraction], _Cell] = {}
         self._workers = [math.prod(level.units for level in levels[:k]) for k in range(len(levels))]
         self._within: dict[int, list[int]] = {}
+        above = [math.prod(level.units for level in levels[k + 1 :]) for k in range(len(levels))]
+        self._limits = [limit * units for units in above]
 
     @property
     def seconds(self) -> float:
@@ -168,41 +196,53 @@ class Recurrence:
 
     def _cell(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
         key = (level, first, last, units, after)
-        if key not in self._cells:
-            self._cells[key] = self._best(*key)
-        return self._cells[key]
+        found = self._cells.get(key)
+        if found is None:
+            found = self._cells[key] = self._best(*key)
+        return found
 
     def _best(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
+        best = _Cell(self._limits[level], -1, units)
         beyond = self._levels[level].units - units
-        best = _Cell(math.inf, first, units)
         if units == 1 or not self._straight:
             own = self._after(level, beyond, after, units)
             alone = self._stage(level, first, last, units, own, alone=True)
-            best = _Cell(alone, first, units)
-        ends = self._states[last].seconds
-        for own_units in range(1, 2 if self._straight else units):
-            rest = units - own_units
-            if not rest:
+            if alone < best.seconds:
+                best = _Cell(alone, first, units)
+        for width in range(1, min(units, 2) if self._straight else units):
+            own = self._after(level, beyond, after, width)
+            best = self._split(level, first, last, units, after, own, width, best)
+        return best if best.split >= 0 else _Cell(math.inf, -1, units)
+
+    def _split(  # noqa: PLR0913 - the recurrence has that many indices
+        self,
+        level: int,
+        first: int,
+        last: int,
+        units: int,
+        after: Fraction,
+        own: Fraction,
+        width: int,
+        best: _Cell,
+    ) -> _Cell:
+        """The better of `best` and what ends in a stage of `width` units."""
+        # No stage is faster than its compute on all its workers, nor are some than their mean.
+        latter = width * self._workers[level] / _UNDER
+        former = (units - width) * self._workers[level] / _UNDER
+        begin, end = self._states[first].seconds, self._states[last].seconds
+        for split in self._between(first, last):
+            cut = self._states[split].seconds
+            if end - cut >= best.seconds * latter:
+                break  # those that follow leave the last stage even more
+            if cut - begin >= best.seconds * former:
                 continue
-            workers = own_units * self._workers[level] / _UNDER
-            rested = rest * self._workers[level] / _UNDER
-            begins = self._states[first].seconds
-            own = self._after(level, beyond, after, own_units)
-            for split in self._between(first, last):
-                cut = self._states[split].seconds
-                if (ends - cut) >= best.seconds * workers:
-                    break  # those that follow cut off even more
-                if (cut - begins) >= best.seconds * rested:
-                    continue
-                cost = self._rule.sent(level, split, last, own_units)
-                if cost >= best.seconds:
-                    continue
-                cost = max(cost, self._stage(level, split, last, own_units, own, alone=False))
-                if cost >= best.seconds:
-                    continue
-                cost = max(cost, self._cell(level, first, split, rest, after).seconds)
-                if cost < best.seconds:
-                    best = _Cell(cost, split, own_units)
+            cost = self._rule.sent(level, split, last, width)
+            if cost < best.seconds:
+                cost = max(cost, self._stage(level, split, last, width, own, alone=False))
+            if cost < best.seconds:
+                cost = max(cost, self._cell(level, first, split, units - width, after).seconds)
+            if cost < best.seconds:
+                best = _Cell(cost, split, width)
         return best
 
     def _between(self, first: int, last: int) -> Iterator[int]:
