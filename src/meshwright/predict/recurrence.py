@@ -1,0 +1,274 @@
+"""Recurrence: the best pipeline between two states, on the units of each level of a machine.
+
+    A(k, i..j, m) = min of  T(k, i..j, m)                                         one stage
+                            min over s, r of max(A(k, i..s, m - r), C(k, s), T(k, s..j, r))
+
+Level k has units that are whole machines of level k - 1; `T(k, i..j, m)` is m of these side by
+side, each of which runs `A(k - 1, i..j)` on all that it has; `C(k, s)` sends what crosses at s. How
+long T and C are is the rule's to say. What a stage holds depends on how many workers come after it,
+so with a bound on memory `A` is told that too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+from meshwright.predict.antichain import State
+
+__all__ = ["Level", "Memory", "Recurrence", "Rule", "Span", "solve"]
+
+_UNDER = 1 - 1e-12
+"""A bound is taken this much lower, so that rounding never makes it cut off the best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """`units` of what the level below makes (workers, then machines), joined at `bandwidth`.
+
+    Attributes:
+        units: how many.
+        bandwidth: bytes per second between two of them.
+    """
+
+    units: int
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a worker may hold.
+
+    A stage with w workers from it to the end of the pipeline, r of them its own, has ceil(w / r)
+    mini-batches in flight; it holds the activations of each, and the weights that each began with.
+
+    Attributes:
+        capacity: bytes.
+        versions: of weights, at most; None is one for each mini-batch in flight, 1 is a pipeline
+            that is flushed at each step, 2 is double buffering.
+        beside: bytes beside the versions, per byte of weights: gradients, the optimizer's state.
+        microbatches: in flight at most; None is as many as the pipeline takes.
+    """
+
+    capacity: float
+    versions: int | None = None
+    beside: float = 0.0
+    microbatches: int | None = None
+
+    def need(self, weights: float, activations: float, after: Fraction) -> float:
+        """Bytes that a worker of a stage holds; `after` is workers after it, per one of its own."""
+        flying = math.ceil(1 + after)
+        if self.microbatches is not None:
+            flying = min(flying, self.microbatches)
+        versions = flying if self.versions is None else min(flying, self.versions)
+        return (versions + self.beside) * weights + flying * activations
+
+
+class Rule(Protocol):
+    """How long stages and transfers take, in seconds per mini-batch."""
+
+    def stage(self, level: int, inner: float, weights: float, units: int, *, alone: bool) -> float:
+        """`units` side by side that each take `inner`; `alone` if no stage is before it."""
+        ...
+
+    def sent(self, level: int, split: int, last: int, units: int) -> float:
+        """What crosses at `split` to the `units` that go on until `last`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stage: from one state's number to another's; of each level, outermost first, its units."""
+
+    first: int
+    last: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """The best of `A`: its seconds, where its last stage begins, and that stage's units."""
+
+    seconds: float
+    split: int
+    units: int
+
+
+def solve(
+    states: Sequence[State],
+    levels: Sequence[Level],
+    rule: Callable[[Sequence[State]], Rule],
+    *,
+    straight: bool = False,
+    memory: Memory | None = None,
+) -> Recurrence:
+    """The recurrence of states. First it tries a chain of them only, so as to know a bound."""
+    chain = [states[0]]
+    for state in states[1:]:
+        if not chain[-1].mask & ~state.mask:
+            chain.append(state)
+    limit = math.inf
+    if len(chain) < len(states):
+        quick = Recurrence(chain, levels, rule(chain), straight=straight, memory=memory)
+        limit = quick.seconds / _UNDER
+    return Recurrence(
+        states, levels, rule(states), straight=straight, memory=memory, limit=limit
+    )
+
+
+class Recurrence:
+    """`A`, each entry computed once, when it is asked for."""
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        levels: Sequence[Level],
+        rule: Rule,
+        *,
+        straight: bool = False,
+        memory: Memory | None = None,
+        limit: float = math.inf,
+    ) -> None:
+        """Of states in an order in which each comes after those within it.
+
+        What takes `limit` seconds or more is not found.
+        """
+        self._states = states
+        self._levels = levels
+        self._rule = rule
+        self._straight = straight
+        self._memory = memory
+        self._cells: dict[tuple[int, int, int, int, Fraction], _Cell] = {}
+        self._workers = [math.prod(level.units for level in levels[:k]) for k in range(len(levels))]
+        self._within: dict[int, list[int]] = {}
+        above = [math.prod(level.units for level in levels[k + 1 :]) for k in range(len(levels))]
+        self._limits = [limit * units for units in above]
+
+    @property
+    def seconds(self) -> float:
+        """Of the best pipeline of all layers on all units; infinite where none is possible."""
+        return self._top().seconds
+
+    def spans(self) -> Iterator[Span]:
+        """The stages of the best pipeline, in order."""
+        top = len(self._levels) - 1
+        yield from self._spans(top, 0, len(self._states) - 1, Fraction(0), ())
+
+    def side_by_side(self) -> float:
+        """Seconds of all layers on all units with no cut at all: data parallelism."""
+        last = len(self._states) - 1
+        found = self._states[last].seconds
+        for level, of in enumerate(self._levels):
+            weights = self._states[last].weights
+            found = self._rule.stage(level, found, weights, of.units, alone=True)
+        return found
+
+    def _top(self) -> _Cell:
+        top = len(self._levels) - 1
+        return self._cell(top, 0, len(self._states) - 1, self._levels[top].units, Fraction(0))
+
+    def _unit(self, level: int, first: int, last: int, after: Fraction) -> float:
+        """What one unit of a level takes for what lies between two states."""
+        if level:
+            return self._cell(level - 1, first, last, self._levels[level - 1].units, after).seconds
+        begin, end = self._states[first], self._states[last]
+        if self._memory is not None:
+            weights, kept = end.weights - begin.weights, end.activations - begin.activations
+            if self._memory.need(weights, kept, after) > self._memory.capacity:
+                return math.inf
+        return end.seconds - begin.seconds
+
+    def _stage(
+        self, level: int, first: int, last: int, units: int, after: Fraction, *, alone: bool
+    ) -> float:
+        inner = self._unit(level, first, last, after)
+        weights = self._states[last].weights - self._states[first].weights
+        return self._rule.stage(level, inner, weights, units, alone=alone)
+
+    def _after(self, level: int, beyond: int, after: Fraction, units: int) -> Fraction:
+        """Workers after a stage of `units`, per copy of it, with `beyond` units after it."""
+        if self._memory is None:
+            return after
+        return (beyond * self._workers[level] + after) / units
+
+    def _cell(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
+        key = (level, first, last, units, after)
+        found = self._cells.get(key)
+        if found is None:
+            found = self._cells[key] = self._best(*key)
+        return found
+
+    def _best(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
+        best = _Cell(self._limits[level], -1, units)
+        beyond = self._levels[level].units - units
+        if units == 1 or not self._straight:
+            own = self._after(level, beyond, after, units)
+            alone = self._stage(level, first, last, units, own, alone=True)
+            if alone < best.seconds:
+                best = _Cell(alone, first, units)
+        for width in range(1, min(units, 2) if self._straight else units):
+            own = self._after(level, beyond, after, width)
+            best = self._split(level, first, last, units, after, own, width, best)
+        return best if best.split >= 0 else _Cell(math.inf, -1, units)
+
+    def _split(  # noqa: PLR0913 - the recurrence has that many indices
+        self,
+        level: int,
+        first: int,
+        last: int,
+        units: int,
+        after: Fraction,
+        own: Fraction,
+        width: int,
+        best: _Cell,
+    ) -> _Cell:
+        """The better of `best` and what ends in a stage of `width` units."""
+        # No stage is faster than its compute on all its workers, nor are some than their mean.
+        latter = width * self._workers[level] / _UNDER
+        former = (units - width) * self._workers[level] / _UNDER
+        begin, end = self._states[first].seconds, self._states[last].seconds
+        for split in self._between(first, last):
+            cut = self._states[split].seconds
+            if end - cut >= best.seconds * latter:
+                break  # those that follow leave the last stage even more
+            if cut - begin >= best.seconds * former:
+                continue
+            cost = self._rule.sent(level, split, last, width)
+            if cost < best.seconds:
+                cost = max(cost, self._stage(level, split, last, width, own, alone=False))
+            if cost < best.seconds:
+                cost = max(cost, self._cell(level, first, split, units - width, after).seconds)
+            if cost < best.seconds:
+                best = _Cell(cost, split, width)
+        return best
+
+    def _between(self, first: int, last: int) -> Iterator[int]:
+        """The states within `last` that `first` is within, the largest first."""
+        if last not in self._within:
+            mask = self._states[last].mask
+            within = [n for n in range(last - 1, -1, -1) if not self._states[n].mask & ~mask]
+            self._within[last] = within
+        mask = self._states[first].mask
+        for split in self._within[last]:
+            if split <= first:
+                return
+            if not mask & ~self._states[split].mask:
+                yield split
+
+    def _spans(
+        self, level: int, first: int, last: int, after: Fraction, shape: tuple[int, ...]
+    ) -> Iterator[Span]:
+        if level < 0:
+            yield Span(first, last, shape)
+            return
+        units, found = self._levels[level].units, []
+        while units:
+            cell = self._cell(level, first, last, units, after)
+            own = self._after(level, self._levels[level].units - units, after, cell.units)
+            found.append((cell.split, last, own, cell.units))
+            units, last = units - cell.units, cell.split
+        for begin, end, own, width in reversed(found):
+            yield from self._spans(level - 1, begin, end, own, (*shape, width))
