@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from meshwright.plan.plan import Plan
 from meshwright.run.describe import describe_run, explain, facts_of, nearby
 from meshwright.run.prepare import prepare
 from tests.laws.source import ROOT
 from tests.program.accounted import gpt
-from tests.run.jobs import alone, job, on_ranks, step, weighted_loss
+from tests.run.jobs import Net, alone, job, on_ranks, step, weighted_loss
 
 
 def test_every_rank_says_the_same():
@@ -172,14 +174,15 @@ def test_what_a_rank_saves_is_what_its_schedule_has_in_flight():
     """GPipe has all micro-batches alive at the turn, 1F1B as many as stages from there on."""
 
     def saved(text):
-        told = explain(gpt(), Plan.parse(f"pipeline=2,microbatches=8,{text}"), 2)
+        deep = job(model=lambda: Net(nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)))))
+        told = explain(replace(deep, batch_size=48), Plan.parse(f"{text},microbatches=8"), 2)
         return [bill["parts"]["saved activations"] for bill in told["memory"]]
 
-    (first, last), (more, most) = saved("schedule=1f1b"), saved("schedule=gpipe")
+    (first, last), (more, most) = saved("pipeline=2"), saved("pipeline=2,schedule=gpipe")
     each, other = (more - first) / (8 - 2), (most - last) / (8 - 1)
-    assert 2 * each < first < 3 * each
-    assert other < last < 2 * other
-    assert saved("schedule=gpipe,remat=full")[0] < more / 2
+    assert 2 * each <= first < 4 * each  # and what is on its way
+    assert other <= last < 3 * other
+    assert saved("pipeline=2,schedule=gpipe,remat=full")[0] < more / 2
 
 
 def test_few_micro_batches_are_warned_of():
