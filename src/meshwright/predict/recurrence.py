@@ -114,9 +114,7 @@ def solve(
     if len(chain) < len(states):
         quick = Recurrence(chain, levels, rule(chain), straight=straight, memory=memory)
         limit = quick.seconds / _UNDER
-    return Recurrence(
-        states, levels, rule(states), straight=straight, memory=memory, limit=limit
-    )
+    return Recurrence(states, levels, rule(states), straight=straight, memory=memory, limit=limit)
 
 
 class Recurrence:

@@ -106,13 +106,15 @@ class _Walk:
         base = bases(segment)
         given = {v: name for (_, v), name in zip(segment.inputs, instruction.inputs, strict=True)}
         made: dict[int, int] = {}
-        for (_, value), name in zip(segment.outputs, instruction.outputs, strict=True):
+        outputs = list(zip(segment.outputs, instruction.outputs, strict=True))
+        summed = {base[value] for (_, value), name in outputs if name in self.sums}
+        for (_, value), name in outputs:
             root = base[value]
             if root in given:
                 self._name(name, self.held.get(given[root]))
                 continue
             if root not in made:
-                kind = "gradient" if name in self.sums else "activation"
+                kind = "gradient" if root in summed else "activation"
                 made[root] = self._new(kind, segment.values[root].bytes)
             self._name(name, made[root])
 
