@@ -21,8 +21,7 @@ SAMPLE = {
     "gpt zero3,data=2,microbatches=3": GPT,
     "digits zero1,data=2": ("examples/digits.py", "width=8"),
     "gpt tensor=2": GPT,
-    "piped pipeline=2,schedule=zb-v,microbatches=3": (*PIPED, "model=gpt"),
-    "piped data=2,pipeline=2,schedule=1f1b,microbatches=3": (*PIPED, "model=unet"),
+    "piped pipeline=2,schedule=zb-v,microbatches=3": (*PIPED, "model=unet"),
 }
 MORE = {
     "mixtral expert=2": (f"{MIXTURES}:mixtral",),
@@ -48,9 +47,12 @@ MORE = {
     "vit tensor=2": (f"{FAMILIES}:vit",),
     "vit zero3,data=4,shard=2": (f"{FAMILIES}:vit",),
     **{
-        f"piped {plan},microbatches={micro}": (*PIPED, f"model={model}", f"microbatches={micro}")
+        f"{model} {plan},microbatches={micro}": (*PIPED, f"model={model}", f"microbatches={micro}")
         for model, plan, micro in (
             ("gpt", "pipeline=4,schedule=1f1b", 8),
+            ("gpt", "pipeline=2,schedule=zb-v", 3),
+            ("resnet", "pipeline=2,schedule=1f1b", 3),
+            ("unet", "data=2,pipeline=2,schedule=1f1b", 3),
             ("gpt", "pipeline=3,schedule=gpipe", 3),
             ("gpt", "zero3,data=2,pipeline=2,schedule=zb-h1", 3),
             ("gpt", "tensor=2,pipeline=2,schedule=dualpipe-v", 3),

@@ -46,6 +46,22 @@ def test_an_odd_model_equals_one_device_over_other_axes(name, order, beside):
     assert_equal(case(name).verify(plan(name, text(name, order, beside)), STEPS))
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "plan_",
+    [
+        "pipeline=2,schedule=zb-h1",
+        "zero2,data=2,pipeline=2,schedule=1f1b",
+        "pipeline=3,schedule=gpipe,remat=full",
+    ],
+)
+@pytest.mark.parametrize("name", sorted(set(odd.ODD) - {"batch norm 1d, cumulative"}))
+def test_other_odd_models_equal_one_device(name, plan_):
+    """Cut by cost."""
+    micros = 1 if "batch norm" in name else 2
+    assert_equal(Case(odd.ODD[name]()).verify(f"{plan_},microbatches={micros}", STEPS))
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 @pytest.mark.parametrize("microbatches", [3, 8])
 def test_micro_batches_that_do_not_divide_the_batch(schedule, microbatches):
