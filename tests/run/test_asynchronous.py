@@ -119,7 +119,10 @@ class Endless:
         self.place = state["place"]
 
 
-@pytest.mark.parametrize("plan", ["pipeline=3,schedule=pipedream", PLANS[1]])
+@pytest.mark.parametrize(
+    "plan",
+    ["pipeline=3,schedule=pipedream", pytest.param(PLANS[1], marks=pytest.mark.matrix)],
+)
 def test_what_a_stream_has_read_ahead_is_read_again_after_a_resume(plan: str, tmp_path: Path):
     def body(comm: Any) -> Any:
         session = opened(plan, comm, data=Endless)

@@ -12,8 +12,9 @@ from typing_extensions import override
 from meshwright.comm.base import Group
 from meshwright.compile.lower import Segment
 from meshwright.errors import PlanError, UsageError
-from meshwright.program.instruction import Instruction
-from meshwright.run.build import Build
+from meshwright.program.assemble import Compiled
+from meshwright.program.instruction import Instruction, InstructionList
+from meshwright.run.build import Build, Lowered
 from meshwright.run.data import Source
 from meshwright.run.executor import Machine, interpret
 from meshwright.run.stale import StaleWork, Versions, mean, riders
@@ -104,6 +105,7 @@ class AsyncWorker(Worker):
         self.functions: list[Segment] = []
         self.machine = Machine(self.functions, self.state.values, self.place, dtype=build.dtype)
         self.endless: Endless | None = None
+        self.lists: dict[tuple[Instruction, ...], Lowered] = {}  # of steps that are traced
         self.paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         if source is not None:
             source.keep(self.pipe.ahead(0) + max(self.pipe.replicas))
@@ -167,11 +169,23 @@ class AsyncWorker(Worker):
         parts += self._body(step, work)
         self._learn()
         self._read_ahead()
-        committed = yield from interpret(self.machine, received_ahead(parts), work)
+        body = tuple(received_ahead(parts))
+        committed = yield from interpret(self.machine, body, work)
+        if self.observer is not None:
+            self.observer(step, self._listed(body), committed)
         self.done = step + 1
         self.batches.pop(step, None)
         self.ahead = None if upcoming is None else Fetched(upcoming, (), (), (), 0)
         return committed.result, committed.timing
+
+    def _listed(self, body: tuple[Instruction, ...]) -> Lowered:
+        """A step's instructions as a list; equal ones are one."""
+        assert self.endless is not None
+        if body not in self.lists:
+            table = self.endless.table
+            told = (tuple(table.segments), tuple(table.calls), tuple(self.endless.told))
+            self.lists[body] = Lowered(Compiled(InstructionList((), body, (), *told), (), ()), ())
+        return self.lists[body]
 
     def _read_ahead(self) -> None:
         """Begin to read the next minibatch whose forward this rank does."""
