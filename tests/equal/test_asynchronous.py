@@ -114,7 +114,13 @@ def test_running_statistics_go_by_minibatches_in_their_order(plan: str):
     assert_exact(report)
 
 
-@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pipeline=3,schedule=pipedream",
+        *(pytest.param(plan, marks=pytest.mark.matrix) for plan in PLANS[:3]),
+    ],
+)
 def test_sends_that_wait_for_their_receiver_do_not_lock_a_chain_up(plan: str):
     """What skips stages, and replicas, need room for one message of each pair of ranks."""
     case = Case(job(model=lambda: Skipping(skips=False)))

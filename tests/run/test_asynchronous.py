@@ -97,6 +97,47 @@ def test_every_rank_is_told_the_same_loss_and_the_flags_at_the_same_step(plan: s
     assert flagged[0] == 4 if "replicas" not in plan else flagged[0] in (6, 7)
 
 
+class Endless:
+    """Global batches that depend on where the stream is."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Any:
+        while True:
+            generator = torch.Generator().manual_seed(self.place)
+            self.place += 1
+            yield (
+                torch.randn(12, 6, generator=generator),
+                torch.randint(0, 3, (12,), generator=generator),
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["pipeline=3,schedule=pipedream", pytest.param(PLANS[1], marks=pytest.mark.matrix)],
+)
+def test_what_a_stream_has_read_ahead_is_read_again_after_a_resume(plan: str, tmp_path: Path):
+    def body(comm: Any) -> Any:
+        session = opened(plan, comm, data=Endless)
+        for _ in range(4):
+            session.run_step()
+        session.save(tmp_path)
+        straight = [session.run_step(until=8).metrics.loss for _ in range(4)]
+        again = opened(plan, comm, data=Endless)
+        again.resume(tmp_path)
+        return straight, [again.run_step(until=8).metrics.loss for _ in range(4)]
+
+    for straight, resumed in crew(ranks(plan), body):
+        assert straight == resumed
+
+
 def test_a_pipe_that_has_ended_is_filled_again():
     plan = PLANS[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from typing_extensions import override
 from meshwright.comm.base import Group
 from meshwright.compile.lower import Segment
 from meshwright.errors import PlanError, UsageError
-from meshwright.program.instruction import Instruction
-from meshwright.run.build import Build
+from meshwright.program.assemble import Compiled
+from meshwright.program.instruction import Instruction, InstructionList
+from meshwright.run.build import Build, Lowered
 from meshwright.run.data import Source
 from meshwright.run.executor import Machine, interpret
 from meshwright.run.stale import StaleWork, Versions, mean, riders
@@ -103,6 +105,10 @@ class AsyncWorker(Worker):
         self.functions: list[Segment] = []
         self.machine = Machine(self.functions, self.state.values, self.place, dtype=build.dtype)
         self.endless: Endless | None = None
+        self.lists: dict[tuple[Instruction, ...], Lowered] = {}  # of steps that are traced
+        self.paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        if source is not None:
+            source.keep(self.pipe.ahead(0) + max(self.pipe.replicas))
 
     def _beside(self) -> Group:
         """The ranks that split this rank's minibatches with it."""
@@ -162,11 +168,30 @@ class AsyncWorker(Worker):
             parts += [self._forward(action.microbatch, work) for action in prologue]
         parts += self._body(step, work)
         self._learn()
-        committed = yield from interpret(self.machine, received_ahead(parts), work)
+        self._read_ahead()
+        body = tuple(received_ahead(parts))
+        committed = yield from interpret(self.machine, body, work)
+        if self.observer is not None:
+            self.observer(step, self._listed(body), committed)
         self.done = step + 1
         self.batches.pop(step, None)
         self.ahead = None if upcoming is None else Fetched(upcoming, (), (), (), 0)
         return committed.result, committed.timing
+
+    def _listed(self, body: tuple[Instruction, ...]) -> Lowered:
+        """A step's instructions as a list; equal ones are one."""
+        assert self.endless is not None
+        if body not in self.lists:
+            table = self.endless.table
+            told = (tuple(table.segments), tuple(table.calls), tuple(self.endless.told))
+            self.lists[body] = Lowered(Compiled(InstructionList((), body, (), *told), (), ()), ())
+        return self.lists[body]
+
+    def _read_ahead(self) -> None:
+        """Begin to read the next minibatch whose forward this rank does."""
+        following = max(self.batches, default=self.done) + self.pipe.replicas[self.seat.stage]
+        if self.limit is None or following < self.limit:
+            self.reading.begin(following)
 
     def _begin(self, step: int) -> Generator[Any, Any, None]:
         """Fill the pipe from the newest weights."""
@@ -213,20 +238,18 @@ class AsyncWorker(Worker):
         assert self.endless is not None
         assert self.base is not None
         minibatch, k = divmod(number, self.pipe.microbatches)
-        fetched = self.fetch(minibatch)
+        if minibatch not in self.batches:
+            self.reading.finish(minibatch)
+        fetched = self.batches[minibatch]
         work.order.loads.append(number)
         if k == self.pipe.microbatches - 1:
             work.order.finished.append(minibatch)
-        peers = self._peers(minibatch)
-        others = set(range(self.build.mesh.size)) - self._path(minibatch)
-        alike = {r for r in others if self._alike(r)}
         turn = Turn(
             self._slot(number),
             self.place_of(minibatch),
             k == 0,
             k == self.pipe.microbatches - 1,
-            peers,
-            tuple(sorted(alike)) if self.seat.stage == self.pipe.stages - 1 else (),
+            *self._path(minibatch),
         )
         stage, base = self.seat.stage, self.base
         seen = self.pipe.seen(stage, minibatch, base)
@@ -238,20 +261,17 @@ class AsyncWorker(Worker):
         self.passings[number] = self.endless.passing(self._micro(fetched, k), turn, *ages)
         return self.passings[number].forward
 
-    def _peers(self, minibatch: int) -> tuple[int, ...]:
-        """By stage, the rank that takes this rank's part of a minibatch."""
-        seats = (self.pipe.seat_of(stage, minibatch) for stage in range(self.pipe.stages))
-        return tuple(self.build.peer(self.rank, seat.stage, seat.replica) for seat in seats)
-
-    def _path(self, minibatch: int) -> set[int]:
-        """All ranks that take part in a minibatch."""
-        seats = {self.pipe.seat_of(stage, minibatch) for stage in range(self.pipe.stages)}
-        every = range(self.build.mesh.size)
-        return {r for r in every if Seat(*self.build.within(r)[:2]) in seats}
-
-    def _alike(self, rank: int) -> bool:
-        """Whether a rank lies in its replica as this one does."""
-        return self.build.within(rank)[2] == self.build.within(self.rank)[2]
+    def _path(self, minibatch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """By stage, the rank that takes this rank's part of a minibatch; those that take none."""
+        phase = minibatch % math.lcm(*self.pipe.replicas)
+        if phase not in self.paths:
+            seats = [self.pipe.seat_of(stage, minibatch) for stage in range(self.pipe.stages)]
+            peers = tuple(self.build.peer(self.rank, seat.stage, seat.replica) for seat in seats)
+            last = self.seat.stage == self.pipe.stages - 1
+            lie = self.build.within(self.rank)[2]
+            alike = (r for r in range(self.build.mesh.size) if self.build.within(r)[2] == lie)
+            self.paths[phase] = peers, tuple(r for r in alike if last and r not in peers)
+        return self.paths[phase]
 
     def _micro(self, fetched: Fetched, k: int) -> Micro:
         micro = fetched.micros[k]
@@ -274,8 +294,14 @@ class AsyncWorker(Worker):
         self.factor = 1.0
 
     @override
+    def restart(self) -> None:
+        """What was read before is of another place in the data."""
+        self.batches.clear()
+
+    @override
     def drain(self) -> Generator[Any, Any, None]:
         """Throw away the forwards in flight; what replicas still owe is applied; an exchange."""
+        self.reading.close()
         if self.base is None:
             return
         work = StaleWork(self, self.done)

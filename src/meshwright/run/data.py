@@ -54,6 +54,9 @@ class Source(Protocol):
     def steps(self, epochs: int) -> int:
         """How many steps `epochs` passes take."""
 
+    def keep(self, ahead: int) -> None:
+        """Where so many steps more are read ahead, the state of each stays known."""
+
     def state(self, step: int) -> dict[str, Any]:
         """JSON-able: how to go on with `step` as the next one."""
 
@@ -118,6 +121,9 @@ class MapSource:
     def steps(self, epochs: int) -> int:
         """How many steps `epochs` passes take; the last may reach into the next epoch."""
         return order.steps_in(epochs, self._reader.length, self._reader.batch_size)
+
+    def keep(self, ahead: int) -> None:
+        """A step's samples depend on nothing else."""
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-able: how to go on with `step` as the next one."""
@@ -220,6 +226,10 @@ class StreamSource:
             f"the job asks for epochs={epochs}, but its data is an iterable of batches, whose "
             "length is not known; give the job steps instead"
         )
+
+    def keep(self, ahead: int) -> None:
+        """Where so many steps more are read ahead, the state of each stays known."""
+        self._stream.kept += ahead
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-able: how to go on with `step` as the next one."""

@@ -192,6 +192,7 @@ class Session:
         if found.path is None:
             return None
         with open_checkpoint(found.path) as checkpoint:
+            self.worker.restart()
             self.extra = persist.restore(self.worker, checkpoint)
             self.step = checkpoint.step
         self.fetched = None

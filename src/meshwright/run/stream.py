@@ -36,6 +36,7 @@ class Stream:
 
     def __init__(self, data: Iterable[Any], batch_size: int, *, training: bool) -> None:
         self.notes: list[str] = []
+        self.kept = _KEPT  # steps that stay readable
         self._data, self._batch_size, self._training = data, batch_size, training
         self._iterator: Iterator[Any] | None = None
         self._next = 0  # the step whose batch is read next
@@ -111,7 +112,7 @@ class Stream:
             self._batches[step] = (checked(batch[0], size), size)
         self._next = step + 1
         for kept in (self._batches, self._states):
-            kept.pop(step - _KEPT, None)
+            kept.pop(step - self.kept, None)
 
     def _samples(self, step: int, batch: Any) -> int:
         size = rows(batch)

@@ -240,6 +240,9 @@ class Worker:
         """Leave nothing in flight between steps; an exchange."""
         yield from ()
 
+    def restart(self) -> None:
+        """The state is another's, of another step."""
+
     def same_program(self, fetched: Fetched) -> Generator[Any, Any, None]:
         """When batches take a new form, compare the traced programs of all ranks.
 
