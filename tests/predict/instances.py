@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from meshwright.predict.layers import Layer, graph_of
 from meshwright.predict.partition import Level, Memory
@@ -52,7 +52,7 @@ def compositions(total, parts):
     """Every way to give `total` units to `parts` stages, one or more each."""
     for cuts in combinations(range(1, total), parts - 1):
         ends = (0, *cuts, total)
-        yield tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+        yield tuple(b - a for a, b in pairwise(ends))
 
 
 def chains(begin, end, states, stages):

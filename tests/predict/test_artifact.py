@@ -51,7 +51,7 @@ def profile(name):
     ("name", "levels", "options", "stages", "single", "slowest", "faster", "parallel", "against"),
     GOLDENS,
 )
-def test_goldens(name, levels, options, stages, single, slowest, faster, parallel, against):  # noqa: PLR0913
+def test_goldens(name, levels, options, stages, single, slowest, faster, parallel, against):
     best = artifact(profile(name), levels, **options)
     assert len(best.stages) == stages
     assert best.single == pytest.approx(single, abs=5e-7)

@@ -67,5 +67,5 @@ def test_counts_that_cannot_be(count):
 
 @pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
 def test_costs_that_are_none(cost):
-    with pytest.raises(PlanError, match="layer 1 costs .*measure it again"):
+    with pytest.raises(PlanError, match=r"layer 1 costs .*measure it again"):
         blocks([1.0, cost], 1)

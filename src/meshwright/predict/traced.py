@@ -89,9 +89,7 @@ def traced_layers(
     return TracedLayers(graph_of(layers, edges), tuple(run.begin for run in runs))
 
 
-def measured(
-    traced: TracedLayers, seconds: Mapping[str, tuple[float, float]]
-) -> TracedLayers:
+def measured(traced: TracedLayers, seconds: Mapping[str, tuple[float, float]]) -> TracedLayers:
     """The layers with measured seconds, (forward, backward) by layer.
 
     Those of a layer that runs several times are split evenly.
