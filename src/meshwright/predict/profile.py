@@ -1,11 +1,11 @@
-r"""Profile: a graph of layers as PipeDream's profiler writes it.
+"""Profile: a graph of layers as PipeDream's profiler writes it.
 
-    node4 -- Linear(2, 3) -- forward_compute_time=0.5, backward_compute_time=1.0, \
-activation_size=24.0, parameter_size=36.0
-    	node1 -- node4
+    layer       node4 -- Linear(2, 3) -- forward_compute_time=0.5, backward_compute_time=1.0,
+                activation_size=24.0, parameter_size=36.0     (all in one line)
+    edge        node1 -- node4                                (the line begins with a tab)
 
-One line a layer (milliseconds and bytes; several results are `[24.0; 8.0]`), then one line an edge,
-which begins with a tab. A fourth field, `stage_id=1`, says in which stage a layer is.
+Times are milliseconds, sizes bytes; those of several results are `[24.0; 8.0]`. A fourth field of
+a layer, `stage_id=1`, says in which stage it is.
 """
 
 from __future__ import annotations

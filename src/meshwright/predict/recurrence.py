@@ -212,7 +212,7 @@ class Recurrence:
             best = self._split(level, first, last, units, after, own, width, best)
         return best if best.split >= 0 else _Cell(math.inf, -1, units)
 
-    def _split(  # noqa: PLR0913 - the recurrence has that many indices
+    def _split(
         self,
         level: int,
         first: int,
