@@ -146,10 +146,14 @@ def pipeline_finding(step: Pipelined) -> str:
 
 def traffic_finding(measures: Measures) -> str:
     """How much a rank moves in a step."""
+    sent, messages = measures.sent
+    between = f"send up to {bytes_text(sent)} a step to other stages, in {messages:,} messages"
     if not measures.calls:
-        return "Nothing is moved: a rank alone needs no collective"
+        alone = "Nothing is moved: a rank alone needs no collective"
+        return f"Ranks {between}; no collective is needed" if messages else alone
     calls = f"{measures.calls:,} collective{'s' if measures.calls > 1 else ''}"
-    return f"Each rank moves {bytes_text(measures.moved)} a step, in {calls}"
+    moved = f"Each rank moves {bytes_text(measures.moved)} a step, in {calls}"
+    return f"{moved}; ranks {between}" if messages else moved
 
 
 def memory_finding(setup: Setup) -> str:

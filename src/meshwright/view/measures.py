@@ -27,6 +27,7 @@ class Measures:
     time: StepTime | None
     moved: int
     calls: int
+    sent: tuple[int, int]
     memory: int | None
 
 
@@ -48,6 +49,7 @@ def measure(folder: Folder) -> Measures:
         time=mean_time(timed) if any(step.time for step in timed) else None,
         moved=sum(entry.bytes for entry in setup.collectives),
         calls=sum(entry.count for entry in setup.collectives),
+        sent=setup.sent,
         memory=max((entry.total for entry in setup.memory), default=None),
     )
 

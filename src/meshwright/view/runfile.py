@@ -63,7 +63,11 @@ class RankMemory:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The facts of a run that do not change with its steps."""
+    """The facts of a run that do not change with its steps.
+
+    Attributes:
+        sent: by a stage to others in a step: bytes and messages, of the one that sends most.
+    """
 
     file: str
     name: str
@@ -80,6 +84,7 @@ class Setup:
     parameters: tuple[Parameter, ...]
     collectives: tuple[Collective, ...]
     messages: int
+    sent: tuple[int, int]
     fallbacks: tuple[Fallback, ...]
     conflicts: tuple[Conflict, ...]
     attention: tuple[Attention, ...]
@@ -106,12 +111,19 @@ def parse_setup(run: Mapping[str, Any]) -> Setup:
         parameters=tuple(_parameter(entry) for entry in mappings(run.get("parameters"))),
         collectives=tuple(map(parse_collective, mappings(run.get("collectives")))),
         messages=integer(mapping(run.get("traffic")).get("messages")),
+        sent=_sent(run.get("pipeline")),
         fallbacks=tuple(map(parse_fallback, mappings(run.get("fallbacks")))),
         conflicts=tuple(map(parse_conflict, mappings(run.get("conflicts")))),
         attention=tuple(map(parse_attention, mappings(run.get("attention")))),
         block=parse_block(run.get("block")),
         memory=tuple(_memory(entry) for entry in mappings(run.get("memory"))),
     )
+
+
+def _sent(pipeline: Any) -> tuple[int, int]:
+    entries = mappings(mapping(pipeline).get("traffic"))
+    each = ((integer(entry.get("sent")), integer(entry.get("messages"))) for entry in entries)
+    return max(each, default=(0, 0))
 
 
 def _command(value: Any) -> str:
