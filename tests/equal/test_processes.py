@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.mp, pytest.mark.slow, pytest.mark.timeout(240)]
 
 GPT = ("examples/gpt.py", "depth=1", "width=32", "context=16", "batch=12", "dropout=0.1")
 PIPED = ("tests/equal/pipelines.py:for_processes",)
+DEEP = (GPT[0], "depth=2", *GPT[2:])
 FAMILIES = "tests/equal/families.py"
 MIXTURES = "tests/equal/mixtures.py"
 SAMPLE = {
@@ -42,9 +43,9 @@ MORE = {
     "mixtral zero2,data=2,expert=2": (f"{MIXTURES}:mixtral",),
     "mixtral expert=3": (f"{MIXTURES}:mixtral",),
     "mixtral expert=2,tensor=2": (f"{MIXTURES}:mixtral",),
-    "gpt pipeline=2,schedule=pipedream": (*GPT, "depth=2"),
-    "gpt pipeline=2,schedule=pipedream,replicas=2-1": (*GPT, "depth=2"),
-    "gpt pipeline=2,schedule=pipedream-2bw,microbatches=3": (*GPT, "depth=2"),
+    "gpt pipeline=2,schedule=pipedream": DEEP,
+    "gpt pipeline=2,schedule=pipedream,replicas=2-1": DEEP,
+    "gpt pipeline=2,schedule=pipedream-2bw,microbatches=3": DEEP,
     "digits tensor=2": ("examples/digits.py", "width=8"),
     "digits zero3,data=2,tensor=2": ("examples/digits.py", "width=8"),
     "vit tensor=2": (f"{FAMILIES}:vit",),
