@@ -8,7 +8,7 @@ from functools import cache
 from itertools import combinations, pairwise
 
 from meshwright.predict.layers import Layer, graph_of
-from meshwright.predict.partition import Level, Memory
+from meshwright.predict.machine import Level, Memory
 
 
 def layer(name, rng):

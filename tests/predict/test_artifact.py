@@ -13,7 +13,7 @@ import pytest
 
 from meshwright.predict.antichain import antichains
 from meshwright.predict.artifact import artifact
-from meshwright.predict.partition import Level
+from meshwright.predict.machine import Level
 from meshwright.predict.profile import computing, read_profile
 
 PROFILES = Path(__file__).parent / "profiles"

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from meshwright import Job
 from meshwright.errors import UsageError
 from meshwright.plan.plan import Plan
-from meshwright.predict.partition import Level
+from meshwright.predict.machine import Level
 from meshwright.predict.profile import read_profile, write_profile
 from meshwright.predict.traced import measured, traced_layers
 from meshwright.program.cost import op_costs

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 from meshwright.predict.antichain import State, antichains, members
 from meshwright.predict.layers import LayerGraph
+from meshwright.predict.machine import Level
 from meshwright.predict.partition import Partition, solved
 from meshwright.predict.profile import computing
-from meshwright.predict.recurrence import Level, solve
+from meshwright.predict.recurrence import solve
 
 __all__ = ["artifact"]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from meshwright.errors import PlanError
 from meshwright.predict.antichain import State, antichains, members
 from meshwright.predict.layers import LayerGraph
-from meshwright.predict.recurrence import Level, Memory, Recurrence, solve
+from meshwright.predict.machine import Level, Memory
+from meshwright.predict.recurrence import Recurrence, solve
 
-__all__ = ["Level", "Memory", "Partition", "Stage", "partition", "solved"]
+__all__ = ["Partition", "Stage", "partition", "solved"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,56 +15,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from meshwright.predict.antichain import State
+from meshwright.predict.machine import Level, Memory
 
-__all__ = ["Level", "Memory", "Recurrence", "Rule", "Span", "solve"]
+__all__ = ["Recurrence", "Rule", "Span", "solve"]
 
 _UNDER = 1 - 1e-12
 """A bound is taken this much lower, so that rounding never makes it cut off the best."""
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """`units` of what the level below makes (workers, then machines), joined at `bandwidth`.
-
-    Attributes:
-        units: how many.
-        bandwidth: bytes per second between two of them.
-    """
-
-    units: int
-    bandwidth: float
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What a worker may hold.
-
-    A stage with w workers from it to the end of the pipeline, r of them its own, has ceil(w / r)
-    mini-batches in flight; it holds the activations of each, and the weights that each began with.
-
-    Attributes:
-        capacity: bytes.
-        versions: of weights, at most; None is one for each mini-batch in flight, 1 is a pipeline
-            that is flushed at each step, 2 is double buffering.
-        beside: bytes beside the versions, per byte of weights: gradients, the optimizer's state.
-        microbatches: in flight at most; None is as many as the pipeline takes.
-    """
-
-    capacity: float
-    versions: int | None = None
-    beside: float = 0.0
-    microbatches: int | None = None
-
-    def need(self, weights: float, activations: float, after: Fraction) -> float:
-        """Bytes that a worker of a stage holds; `after` is workers after it, per one of its own."""
-        flying = math.ceil(1 + after)
-        if self.microbatches is not None:
-            flying = min(flying, self.microbatches)
-        versions = flying if self.versions is None else min(flying, self.versions)
-        return (versions + self.beside) * weights + flying * activations
 
 
 class Rule(Protocol):
@@ -86,6 +45,16 @@ class Span:
     first: int
     last: int
     shape: tuple[int, ...]
+
+
+class _Ask(NamedTuple):
+    """An entry of `A`: a level, the states i and j, units, workers after these per copy of them."""
+
+    level: int
+    first: int
+    last: int
+    units: int
+    after: Fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +82,7 @@ def solve(
     limit = math.inf
     if len(chain) < len(states):
         quick = Recurrence(chain, levels, rule(chain), straight=straight, memory=memory)
-        limit = quick.seconds / _UNDER
+        limit = math.nextafter(quick.seconds / _UNDER, math.inf)
     return Recurrence(states, levels, rule(states), straight=straight, memory=memory, limit=limit)
 
 
@@ -139,7 +108,7 @@ class Recurrence:
         self._rule = rule
         self._straight = straight
         self._memory = memory
-        self._cells: dict[tuple[int, int, int, int, Fraction], _Cell] = {}
+        self._cells: dict[_Ask, _Cell] = {}
         self._workers = [math.prod(level.units for level in levels[:k]) for k in range(len(levels))]
         self._within: dict[int, list[int]] = {}
         above = [math.prod(level.units for level in levels[k + 1 :]) for k in range(len(levels))]
@@ -166,12 +135,14 @@ class Recurrence:
 
     def _top(self) -> _Cell:
         top = len(self._levels) - 1
-        return self._cell(top, 0, len(self._states) - 1, self._levels[top].units, Fraction(0))
+        last = len(self._states) - 1
+        return self._cell(_Ask(top, 0, last, self._levels[top].units, Fraction(0)))
 
     def _unit(self, level: int, first: int, last: int, after: Fraction) -> float:
         """What one unit of a level takes for what lies between two states."""
         if level:
-            return self._cell(level - 1, first, last, self._levels[level - 1].units, after).seconds
+            units = self._levels[level - 1].units
+            return self._cell(_Ask(level - 1, first, last, units, after)).seconds
         begin, end = self._states[first], self._states[last]
         if self._memory is not None:
             weights, kept = end.weights - begin.weights, end.activations - begin.activations
@@ -186,44 +157,35 @@ class Recurrence:
         weights = self._states[last].weights - self._states[first].weights
         return self._rule.stage(level, inner, weights, units, alone=alone)
 
-    def _after(self, level: int, beyond: int, after: Fraction, units: int) -> Fraction:
-        """Workers after a stage of `units`, per copy of it, with `beyond` units after it."""
+    def _own(self, ask: _Ask, width: int) -> Fraction:
+        """Workers after a last stage of `width` units, per copy of it."""
         if self._memory is None:
-            return after
-        return (beyond * self._workers[level] + after) / units
+            return ask.after
+        beyond = self._levels[ask.level].units - ask.units
+        return (beyond * self._workers[ask.level] + ask.after) / width
 
-    def _cell(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
-        key = (level, first, last, units, after)
-        found = self._cells.get(key)
+    def _cell(self, ask: _Ask) -> _Cell:
+        found = self._cells.get(ask)
         if found is None:
-            found = self._cells[key] = self._best(*key)
+            found = self._cells[ask] = self._best(ask)
         return found
 
-    def _best(self, level: int, first: int, last: int, units: int, after: Fraction) -> _Cell:
+    def _best(self, ask: _Ask) -> _Cell:
+        level, first, last, units, _ = ask
         best = _Cell(self._limits[level], -1, units)
-        beyond = self._levels[level].units - units
         if units == 1 or not self._straight:
-            own = self._after(level, beyond, after, units)
+            own = self._own(ask, units)
             alone = self._stage(level, first, last, units, own, alone=True)
             if alone < best.seconds:
                 best = _Cell(alone, first, units)
         for width in range(1, min(units, 2) if self._straight else units):
-            own = self._after(level, beyond, after, width)
-            best = self._split(level, first, last, units, after, own, width, best)
+            best = self._split(ask, width, best)
         return best if best.split >= 0 else _Cell(math.inf, -1, units)
 
-    def _split(
-        self,
-        level: int,
-        first: int,
-        last: int,
-        units: int,
-        after: Fraction,
-        own: Fraction,
-        width: int,
-        best: _Cell,
-    ) -> _Cell:
+    def _split(self, ask: _Ask, width: int, best: _Cell) -> _Cell:
         """The better of `best` and what ends in a stage of `width` units."""
+        level, first, last, units, after = ask
+        own = self._own(ask, width)
         # No stage is faster than its compute on all its workers, nor are some than their mean.
         latter = width * self._workers[level] / _UNDER
         former = (units - width) * self._workers[level] / _UNDER
@@ -238,7 +200,8 @@ class Recurrence:
             if cost < best.seconds:
                 cost = max(cost, self._stage(level, split, last, width, own, alone=False))
             if cost < best.seconds:
-                cost = max(cost, self._cell(level, first, split, units - width, after).seconds)
+                rest = _Ask(level, first, split, units - width, after)
+                cost = max(cost, self._cell(rest).seconds)
             if cost < best.seconds:
                 best = _Cell(cost, split, width)
         return best
@@ -264,9 +227,9 @@ class Recurrence:
             return
         units, found = self._levels[level].units, []
         while units:
-            cell = self._cell(level, first, last, units, after)
-            own = self._after(level, self._levels[level].units - units, after, cell.units)
-            found.append((cell.split, last, own, cell.units))
+            ask = _Ask(level, first, last, units, after)
+            cell = self._cell(ask)
+            found.append((cell.split, last, self._own(ask, cell.units), cell.units))
             units, last = units - cell.units, cell.split
         for begin, end, own, width in reversed(found):
             yield from self._spans(level - 1, begin, end, own, (*shape, width))

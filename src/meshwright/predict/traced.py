@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from meshwright.errors import UsageError, nearest
 from meshwright.predict.antichain import prefixes
 from meshwright.predict.layers import Layer, LayerGraph, graph_of
-from meshwright.predict.partition import Level, Memory, Partition, partition
+from meshwright.predict.machine import Level, Memory
+from meshwright.predict.partition import Partition, partition
 from meshwright.program.placing import forward_end, repeatable
 from meshwright.program.program import Op, Program
 from meshwright.program.repeat import layer_of
