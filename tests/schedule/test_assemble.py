@@ -10,7 +10,7 @@ import pytest
 from meshwright.plan.mesh import Axis
 from meshwright.schedule.assemble import assemble_stages
 from meshwright.schedule.named import schedule_of
-from meshwright.schedule.seat import Seat, tied_axis
+from meshwright.schedule.post import Post, tied_axis
 from tests.program.chains import chain
 from tests.schedule.test_locals import micro, states
 
@@ -31,7 +31,7 @@ def compiled(program, layers, name="1f1b", microbatches=3, axes=(), zero=0):
     laid = states(program, axes, zero)
     width = prod(axis.size for axis in axes)
     peers = tuple((rank * width,) for rank in range(ranks))
-    seats = [Seat(r, 0, peers, axes, {a.name: 0 for a in axes}, homes) for r in range(ranks)]
+    seats = [Post(r, 0, peers, axes, {a.name: 0 for a in axes}, homes) for r in range(ranks)]
     return [assemble_stages(schedule, [made] * microbatches, laid, s).instructions for s in seats]
 
 

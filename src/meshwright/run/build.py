@@ -39,7 +39,7 @@ from meshwright.run.staged import Staged
 from meshwright.schedule.assemble import assemble_stages
 from meshwright.schedule.locals import Micro as StageMicro
 from meshwright.schedule.locals import open_unit
-from meshwright.schedule.seat import Seat, tied_axis
+from meshwright.schedule.post import Post, tied_axis
 
 __all__ = ["Build", "Lowered", "Micro", "has_batch_norm", "mesh_of", "micro_ranges", "values_of"]
 
@@ -297,9 +297,9 @@ class Build:
         schedule = self.stages.schedule(name, len(programs))
         homes = {n.removeprefix("model/"): h for n, h in self.homes.items() if "model/" in n}
         pipeline, replica, _ = self.within(rank)
-        seat = Seat(pipeline, replica, self.seats(rank), self.axes, place.coordinates, homes)
+        post = Post(pipeline, replica, self.seats(rank), self.axes, place.coordinates, homes)
         each = [self.staged_micro(rank, program) for program in programs]
-        return assemble_stages(schedule, each, self.states, seat)
+        return assemble_stages(schedule, each, self.states, post)
 
     def staged_micro(self, rank: int, program: Program) -> StageMicro:
         """A traced micro-batch cut into tasks, as ranks with this one's coordinates run them."""

@@ -26,7 +26,7 @@ from meshwright.schedule.action import Action, Schedule
 from meshwright.schedule.check import least_ahead
 from meshwright.schedule.locals import Micro
 from meshwright.schedule.messages import Sent, messages
-from meshwright.schedule.seat import Seat
+from meshwright.schedule.post import Post
 from meshwright.schedule.ties import ties
 
 __all__ = ["assemble_stages"]
@@ -39,17 +39,17 @@ _EVERYWHERE = ("output/", "watch/")
 
 
 def assemble_stages(
-    schedule: Schedule, micros: Sequence[Micro], states: Mapping[str, StateLayouts], seat: Seat
+    schedule: Schedule, micros: Sequence[Micro], states: Mapping[str, StateLayouts], post: Post
 ) -> Compiled:
-    """The instruction list of the rank in `seat`.
+    """The instruction list of the rank in `post`.
 
     Args:
         schedule: of a step.
         micros: the micro-batches, in order; equal ones may be one object.
         states: layouts by parameter.
-        seat: the rank's.
+        post: the rank's.
     """
-    assembler = _Assembler(schedule, micros, seat, ahead=_ahead(schedule))
+    assembler = _Assembler(schedule, micros, post, ahead=_ahead(schedule))
     body = assembler.whole_weights(states)
     body += assembler.actions()
     body += [*assembler.unneeded(), *assembler.ties(states)]
@@ -78,7 +78,7 @@ def _ahead(schedule: Schedule) -> int:
 class _Assembler:
     schedule: Schedule
     micros: Sequence[Micro]
-    seat: Seat
+    post: Post
     ahead: int
     table: Table = field(default_factory=Table)
     told: list[Message] = field(default_factory=list)
@@ -96,8 +96,8 @@ class _Assembler:
     @property
     def mine(self) -> tuple[Action, ...]:
         """This rank's actions."""
-        everything = self.schedule.ranks[self.seat.pipeline]
-        return tuple(action for action in everything if self.seat.takes(action.microbatch))
+        everything = self.schedule.ranks[self.post.pipeline]
+        return tuple(action for action in everything if self.post.takes(action.microbatch))
 
     def actions(self) -> list[Instruction]:
         """Every action with what it needs and sends."""
@@ -105,14 +105,14 @@ class _Assembler:
         incoming: dict[int, list[Sent]] = defaultdict(list)
         needed: dict[Action, list[tuple[int, Sent]]] = defaultdict(list)
         tasks = [micro.tasks for micro in self.micros]
-        for sent in messages(self.schedule, tasks, self.seat.pipeline):
+        for sent in messages(self.schedule, tasks, self.post.pipeline):
             k = sent.action.microbatch
-            if not self.seat.takes(k):
+            if not self.post.takes(k):
                 continue
-            if sent.source == self.seat.pipeline:
+            if sent.source == self.post.pipeline:
                 outgoing[sent.action].append(sent)
             else:
-                peer = self.seat.peer(sent.source, k)
+                peer = self.post.peer(sent.source, k)
                 needed[sent.needed].append((len(incoming[peer]), sent))
                 incoming[peer].append(sent)
         last = self._last_sums()
@@ -128,16 +128,16 @@ class _Assembler:
 
     def whole_weights(self, states: Mapping[str, StateLayouts]) -> list[Instruction]:
         """Gather the weights that micro-batches take as they are at work, once for the step."""
-        program, here = self.micros[0].program, self.seat.pipeline
+        program, here = self.micros[0].program, self.post.pipeline
         held = dict(program.inputs)
         moves = {}
-        for name, homes in self.seat.homes.items():
+        for name, homes in self.post.homes.items():
             taken = self.micros[0].states[name].weights
             if here in homes and f"model/{name}" in held and taken != states[name].weights:
                 value = program.values[held[f"model/{name}"]]
                 moves[f"model/{name}"] = (value, states[name].weights, taken)
                 self.gathered.add(name)
-        local = move_program(moves, self.seat.axes, self.seat.coordinates)
+        local = move_program(moves, self.post.axes, self.post.coordinates)
         self.moved.append(local)
         return move_instructions(local.program, self.table, "whole", "model/", "whole/")
 
@@ -162,7 +162,7 @@ class _Assembler:
     ) -> list[Instruction]:
         """Receive what an action needs, what was sent before that, and some more."""
         for place, sent in needed:
-            peer = self.seat.peer(sent.source, sent.action.microbatch)
+            peer = self.post.peer(sent.source, sent.action.microbatch)
             self.read[peer] = max(self.read[peer], place + 1)
         found = []
         for peer, waiting in incoming.items():
@@ -179,7 +179,7 @@ class _Assembler:
         names = tuple(f"{k}:{named(value)}" for value in sent.values)
         return Instruction(
             "Wait", self._told(sent), k, 0, (f"~{self._name(sent)}",), names,
-            peer=self.seat.peer(sent.source, k),
+            peer=self.post.peer(sent.source, k),
         )  # fmt: skip
 
     def _name(self, sent: Sent) -> str:
@@ -191,7 +191,7 @@ class _Assembler:
         values = []
         for value in sent.values:
             whole, layout = micro.tasks.whole.values[value], micro.landing(value)
-            shape = local_shape(whole.shape, layout, self.seat.axes, self.seat.coordinates)
+            shape = local_shape(whole.shape, layout, self.post.axes, self.post.coordinates)
             values.append(Value(whole.dtype, shape))
         return self._number(Message(sent.label, tuple(values)))
 
@@ -204,7 +204,7 @@ class _Assembler:
     def _sent(self, sent: Sent) -> list[Instruction]:
         """Send, once what was sent there before has been taken."""
         k = sent.action.microbatch
-        peer = self.seat.peer(sent.target, k)
+        peer = self.post.peer(sent.target, k)
         names = tuple(f"{k}:{named(value)}" for value in sent.values)
         found = self._gone(peer)
         pending = self.sending[peer] = f"~{self._name(sent)}"
@@ -301,8 +301,8 @@ class _Assembler:
         """Outputs that every rank is given go from the stage that makes them to the others."""
         found: list[Instruction] = []
         last = len(self.micros) - 1
-        tasks, here = self.micros[last].tasks, self.seat.pipeline
-        me = self.seat.peers[here][self.seat.replica]
+        tasks, here = self.micros[last].tasks, self.post.pipeline
+        me = self.post.peers[here][self.post.replica]
         for stage in range(self.schedule.stages):
             made = dict(tasks.task((stage, "F")).program.outputs)
             names = tuple(name for name in made if name.startswith(_EVERYWHERE))
@@ -310,13 +310,13 @@ class _Assembler:
                 continue
             values = tuple(tasks.whole.values[made[name]] for name in names)
             number = self._number(Message(f"outputs of stage {stage}", values))
-            source = self.seat.peer(self.schedule.placement[stage], last)
+            source = self.post.peer(self.schedule.placement[stage], last)
             if source != me:
                 pending = (f"~outputs {stage}",)
                 found.append(Instruction("Recv", number, None, 0, (), pending, peer=source))
                 found.append(Instruction("Wait", number, None, 0, pending, names, peer=source))
                 continue
-            for peer in sorted({peer for peers in self.seat.peers for peer in peers} - {me}):
+            for peer in sorted({peer for peers in self.post.peers for peer in peers} - {me}):
                 found += self._gone(peer)
                 self.sending[peer] = f"~outputs {stage}>{peer}"
                 gone = (self.sending[peer],)
@@ -327,7 +327,7 @@ class _Assembler:
         """Sum the gradients of parameters that several ranks hold, once a step."""
         given = {n for n in self.assigned if n.startswith("gradient/")}
         found: list[Instruction] = []
-        for number, program in enumerate(ties(self.micros[0], given, states, self.seat)):
+        for number, program in enumerate(ties(self.micros[0], given, states, self.post)):
             self.moved.append(Local(program, ((-1, Layout()),) * len(program.values)))
             names, prefix = {n: n for n, _ in program.inputs}, f"tie{number}"
             found += run_pieces(program, self.table, None, names, prefix)
@@ -339,12 +339,12 @@ class _Assembler:
         """Updated weights to where they rest."""
         program = self.micros[0].program
         held = dict(program.inputs)
-        here = self.seat.pipeline
+        here = self.post.pipeline
         trained = self.micros[0].tasks.trained()
         moves = {}
-        for name, homes in self.seat.homes.items():
+        for name, homes in self.post.homes.items():
             state = states[name]
             if here in homes and name in trained and state.optimizer != state.weights:
                 value = program.values[held[f"model/{name}"]]
                 moves[f"model/{name}"] = (value, state.optimizer, state.weights)
-        return move_program(moves, self.seat.axes, self.seat.coordinates)
+        return move_program(moves, self.post.axes, self.post.coordinates)

@@ -13,13 +13,13 @@ from meshwright.program.layout import local_shape
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.zero import StateLayouts
 from meshwright.schedule.locals import Micro
-from meshwright.schedule.seat import Seat, tied_axis
+from meshwright.schedule.post import Post, tied_axis
 
 __all__ = ["ties"]
 
 
 def ties(
-    micro: Micro, given: Collection[str], states: Mapping[str, StateLayouts], seat: Seat
+    micro: Micro, given: Collection[str], states: Mapping[str, StateLayouts], post: Post
 ) -> list[Program]:
     """The programs that sum what this rank and others hold, by who holds it.
 
@@ -27,14 +27,14 @@ def ties(
         micro: any micro-batch of the step.
         given: the gradients that this rank has; of others that it holds, it brings zeros.
         states: layouts by parameter.
-        seat: the rank's.
+        post: the rank's.
     """
     shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
     trained = micro.tasks.trained()
-    for name, homes in sorted(seat.homes.items()):
-        if seat.pipeline in homes and seat.holders(name) > 1 and name in trained:
+    for name, homes in sorted(post.homes.items()):
+        if post.pipeline in homes and post.holders(name) > 1 and name in trained:
             shared[homes].append(name)
-    return [_tie(micro, names, given, states, seat) for _, names in sorted(shared.items())]
+    return [_tie(micro, names, given, states, post) for _, names in sorted(shared.items())]
 
 
 def _tie(
@@ -42,20 +42,20 @@ def _tie(
     names: Sequence[str],
     given: Collection[str],
     states: Mapping[str, StateLayouts],
-    seat: Seat,
+    post: Post,
 ) -> Program:
     values = list[Value]()
     inputs: list[tuple[str, int]] = []
     zeros: list[Op] = []
     sums: list[Op] = []
     outputs: list[tuple[str, int]] = []
-    axis = tied_axis(seat.homes[names[0]])
+    axis = tied_axis(post.homes[names[0]])
 
     def new(name: str, *, at_rest: bool) -> int:
         """A value for this rank's part: of the weight as it rests, or as the optimizer has it."""
         whole = micro.program.values[micro.program.input(f"model/{name}")]
         layout = states[name].weights if at_rest else states[name].optimizer
-        shape = local_shape(whole.shape, layout, seat.axes, seat.coordinates)
+        shape = local_shape(whole.shape, layout, post.axes, post.coordinates)
         values.append(Value(whole.dtype, shape))
         return len(values) - 1
 

@@ -1,4 +1,4 @@
-"""Seat: where a rank sits in a pipeline, and whom it meets there."""
+"""Post: where a rank stands in a pipeline, and whom it meets there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from meshwright.plan.mesh import Axis
 
-__all__ = ["Seat", "tied_axis"]
+__all__ = ["Post", "tied_axis"]
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """Where a rank sits.
+class Post:
+    """Where a rank stands.
 
     Attributes:
         pipeline: its pipeline rank.
