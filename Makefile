@@ -2,6 +2,7 @@
 # module), make and the network. No compiler is needed.
 
 PYTHON ?= python3.11
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -23,8 +24,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## train a small model on two ranks, verify it, write a report
 	$(BIN)/mw demo
 
-test: $(STAMP) ## every test but the full matrix
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## every test but the full matrix, a file at a time in each of JOBS processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
