@@ -10,6 +10,7 @@ from torch import nn
 
 import meshwright as mw
 from meshwright.errors import PlanError
+from meshwright.plan.plan import Plan
 from tests.equal import families, odd
 from tests.equal.harness import Case, assert_equal
 
@@ -115,3 +116,30 @@ def test_how_often_weights_are_gathered(gather, times):
 @pytest.mark.parametrize("plan", ["pipeline=2,microbatches=4", "pipeline=3,microbatches=5"])
 def test_a_searched_order(plan):
     assert_equal(gpt2().verify(f"{plan},schedule=search", STEPS))
+
+
+OWN = ("0F0,0F1,0B0,0F2,0I1,0B2,0W1", "1F0,1B0,1F1,1I1,1F2,1B2,1W1")
+
+
+def own(actions, microbatches=3):
+    return Plan(pipeline=2, data=1, microbatches=microbatches, actions=actions)
+
+
+def test_a_schedule_of_ones_own():
+    assert_equal(gpt2().verify(own(OWN), STEPS))
+
+
+WRONG = {
+    "a ring of waits": (("0F0,0B0,0F1,0B1", "1F1,1F0,1B0,1B1"), 2, "deadlocks: rank 0 waits"),
+    "a backward left out": (("0F0,0B0", "1F0"), 1, "1B0"),
+    "no action": (("0F0,0X0", "1F0,1B0"), 1, "line 1, item 2: '0X0' is not an action"),
+    "other micro-batches": (OWN, 4, "use microbatches=3"),
+    "a line for each rank": (OWN[:1], 3, "actions of 1 line, but pipeline=2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_schedule_that_cannot_run_is_refused(name):
+    actions, microbatches, message = WRONG[name]
+    with pytest.raises(PlanError, match=message):
+        gpt2().build(own(actions, microbatches))

@@ -10,6 +10,7 @@ from typing import Final
 from meshwright.errors import PlanError
 from meshwright.plan.facts import Check, Facts, Problem
 from meshwright.plan.piped import (
+    actions_are_of_ranks,
     cuts_make_the_stages,
     old_gradients_are_used_as_they_come,
     pipeline_has_stages,
@@ -249,6 +250,7 @@ CHECKS: Final[dict[str, Check]] = {
     "samples": microbatches_hold_samples,
     "pipeline": pipeline_has_stages,
     "schedule": schedule_holds_the_stages,
+    "actions": actions_are_of_ranks,
     "cuts": cuts_make_the_stages,
     "replicas": replicas_are_of_stages,
     "asynchronous": old_gradients_are_used_as_they_come,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["ASYNCHRONOUS", "CHUNKED", "PAIRED", "PRESETS", "REPLICATED", "SCHEDULES"]
+__all__ = ["ASYNCHRONOUS", "CHUNKED", "OWN", "PAIRED", "PRESETS", "REPLICATED", "SCHEDULES"]
 
 # ZeRO stages (Rajbhandari et al. 2020, section 5): 1 shards the optimizer state over the data axis,
 # 2 the gradients too, 3 the weights too.
@@ -16,6 +16,9 @@ PRESETS: Final[dict[str, dict[str, int | str]]] = {
 }
 
 ASYNCHRONOUS: Final = ("pipedream", "pipedream-vertical", "pipedream-2bw")
+
+# What a schedule that the user wrote is called.
+OWN: Final = "own"
 
 # Whose stages may have several ranks each that take turns.
 REPLICATED: Final = ("gpipe", "1f1b", *ASYNCHRONOUS)

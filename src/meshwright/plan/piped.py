@@ -10,6 +10,7 @@ from meshwright.plan.named import CHUNKED, PAIRED, REPLICATED, SCHEDULES
 from meshwright.plan.plan import Plan
 
 __all__ = [
+    "actions_are_of_ranks",
     "cuts_make_the_stages",
     "old_gradients_are_used_as_they_come",
     "pipeline_has_stages",
@@ -28,9 +29,10 @@ def pipeline_has_stages(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
         "virtual": f"virtual={plan.virtual}" if plan.virtual > 1 else None,
         "replicas": plan.replicas and f"replicas={plan.replicas}",
         "cuts": f"cuts {list(plan.cuts)}" if plan.cuts else None,
+        "actions": "actions of its own" if plan.actions else None,
     }
     count = plan.replicas.count("-") + 1 if plan.replicas else 0
-    ranks = {"replicas": count, "cuts": len(plan.cuts) + 1}
+    ranks = {"replicas": count, "cuts": len(plan.cuts) + 1, "actions": len(plan.actions)}
     return tuple(
         Problem(
             f"plan asks for {text}, but pipeline=1 is one stage, with nothing to cut or order",
@@ -72,6 +74,29 @@ def schedule_holds_the_stages(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
             ),
         )
     return ()
+
+
+def actions_are_of_ranks(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """A schedule of the user's own has a line for each pipeline rank, and no other beside it."""
+    del facts
+    if not plan.actions or plan.pipeline == 1:
+        return ()
+    lines = _count(len(plan.actions), "line")
+    beside = {"schedule": plan.schedule, "replicas": plan.replicas}
+    beside["virtual"] = str(plan.virtual) if plan.virtual > 1 else None
+    found = [
+        Problem(f"plan has actions and {key}={value}, but its actions say that", f"drop {key}")
+        for key, value in beside.items()
+        if value
+    ]
+    if len(plan.actions) != plan.pipeline:
+        found.append(
+            Problem(
+                f"plan has actions of {lines}, but pipeline={plan.pipeline}",
+                f"write one line for each pipeline rank, or use pipeline={len(plan.actions)}",
+            )
+        )
+    return tuple(found)
 
 
 def cuts_make_the_stages(plan: Plan, facts: Facts) -> tuple[Problem, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Final, Literal, cast, get_args
 
 from meshwright.errors import PlanError, UsageError, nearest
-from meshwright.plan.named import ASYNCHRONOUS, PAIRED, PRESETS
+from meshwright.plan.named import ASYNCHRONOUS, OWN, PAIRED, PRESETS
 
 __all__ = ["AXES", "COUNTS", "KEYS", "Attention", "Plan"]
 
@@ -78,6 +78,8 @@ class Plan:
             computed whole; more is refused.
         layouts: (parameter name pattern, mesh axis or None for each dim) pairs.
         cuts: module paths at which pipeline stages begin.
+        actions: a schedule of one's own in place of `schedule`: of each pipeline rank, its stages'
+            forwards and backwards in order, as in `0F0,0F1,0B0,0B1`.
 
     Raises:
         PlanError: a field has a type or value that no plan can have.
@@ -106,12 +108,14 @@ class Plan:
     max_fallback: int = 64
     layouts: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     cuts: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in KEYS:
             _require(key, self.value(key))
         _require_layouts(self.layouts)
         _require_names("cuts", self.cuts)
+        _require_names("actions", self.actions)
 
     def value(self, key: str) -> int | str | None:
         """The value of one of `KEYS`."""
@@ -145,11 +149,14 @@ class Plan:
     @property
     def order(self) -> str:
         """The name of the schedule, its default filled in; of a plan with a pipeline."""
-        return self.schedule or ("interleaved" if self.virtual > 1 else "1f1b")
+        usual = "interleaved" if self.virtual > 1 else "1f1b"
+        return OWN if self.actions else self.schedule or usual
 
     @property
     def stages(self) -> int:
         """How many stages the model is cut into, over all pipeline ranks."""
+        if self.actions:
+            return len(set(re.findall(r"([0-9]+)[FBIW]", ",".join(self.actions))))
         return self.pipeline * (2 if self.schedule in PAIRED else self.virtual)
 
     @property
@@ -182,9 +189,10 @@ class Plan:
         """The shortest text that `parse` reads back as this plan.
 
         Raises:
-            UsageError: the plan has `layouts` or `cuts`, which only TOML can write.
+            UsageError: the plan has `layouts`, `cuts` or `actions`, which only TOML can write.
         """
-        for name, value in (("layouts", self.layouts), ("cuts", self.cuts)):
+        lists = {"layouts": self.layouts, "cuts": self.cuts, "actions": self.actions}
+        for name, value in lists.items():
             if value:
                 raise UsageError(f"a plan with {name} has no one-line text; write it as TOML")
         set_keys = [key for key in KEYS if self.value(key) != _DEFAULTS[key]]
@@ -198,7 +206,8 @@ class Plan:
         """The plan for people to read: its text, and how many layouts and cuts it has beside."""
         listed = (("layout", len(self.layouts)), ("cut", len(self.cuts)))
         beside = [f"{n} {name}{'s' * (n > 1)}" for name, n in listed if n]
-        return " + ".join([replace(self, layouts=(), cuts=()).text(), *beside])
+        beside += ["actions of its own"] * bool(self.actions)
+        return " + ".join([replace(self, layouts=(), cuts=(), actions=()).text(), *beside])
 
     @classmethod
     def parse(cls, text: str) -> Plan:

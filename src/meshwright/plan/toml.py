@@ -1,4 +1,4 @@
-"""Plans as TOML, the form that can also write `layouts` and `cuts`; and plans from any text.
+"""Plans as TOML, which can also write `layouts`, `cuts` and `actions`; and plans from any text.
 
 data = 2
 zero = 3
@@ -21,6 +21,7 @@ from meshwright.plan.plan import KEYS, Plan, from_values
 __all__ = ["AUTO", "from_toml", "parse_plan", "to_toml"]
 
 AUTO: Final = "auto"
+_LISTS: Final = ("cuts", "actions")
 _NO_AXIS: Final = "none"  # TOML has no null
 
 
@@ -34,6 +35,8 @@ def to_toml(plan: Plan) -> str:
     ]
     if plan.cuts:
         lines.append(f"cuts = {_literal(plan.cuts)}")
+    if plan.actions:
+        lines.append(f"actions = {_literal(plan.actions)}")
     if plan.layouts:
         lines += ["", "[layouts]"]
     for pattern, dims in plan.layouts:
@@ -49,12 +52,13 @@ def from_toml(text: str, name: str = "plan") -> Plan:
         UsageError: not TOML (a key twice included), an unknown key, a value of the wrong kind.
     """
     values = _loaded(text, name)
-    known = (*KEYS, "layouts", "cuts")
+    known = (*KEYS, "layouts", *_LISTS)
     for key in values:
         if key not in known:
             raise UsageError(f"{name} has an unknown key {key!r}; {nearest(key, known)}")
-    if "cuts" in values:
-        values["cuts"] = _names("cuts", values["cuts"], name)
+    for key in _LISTS:
+        if key in values:
+            values[key] = _names(key, values[key], name)
     if "layouts" in values:
         values["layouts"] = _layouts(values["layouts"], name)
     try:

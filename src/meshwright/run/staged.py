@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from meshwright.errors import PlanError
-from meshwright.plan.named import ASYNCHRONOUS
+from meshwright.plan.named import ASYNCHRONOUS, OWN
 from meshwright.plan.plan import Plan
 from meshwright.program.cost import op_costs
 from meshwright.program.cut import at_modules, cheapest
 from meshwright.program.placing import Placement, placed_by, placed_like
 from meshwright.program.program import Program
 from meshwright.schedule.action import Schedule
+from meshwright.schedule.check import check
 from meshwright.schedule.estimate import estimated
 from meshwright.schedule.named import schedule_of
 from meshwright.schedule.placement import looped
@@ -21,6 +22,7 @@ from meshwright.schedule.problem import Memory
 from meshwright.schedule.replicated import replicated
 from meshwright.schedule.search import search
 from meshwright.schedule.simulate import Seconds
+from meshwright.schedule.text import from_text
 
 __all__ = ["Staged", "staged"]
 
@@ -83,12 +85,6 @@ def staged(program: Program, plan: Plan) -> Staged:
     """
     schedule = _schedule(plan, plan.order, plan.microbatches)
     stages = schedule.stages
-    if plan.cuts and len(plan.cuts) != stages - 1:
-        raise PlanError(
-            f"plan has {len(plan.cuts)} cuts, which make {len(plan.cuts) + 1} stages, but "
-            f"pipeline={plan.pipeline} with schedule={schedule.name} has {stages}; name the first "
-            f"module of every stage but the first: {stages - 1} of them"
-        )
     if plan.cuts:
         positions = at_modules(program, plan.cuts)
     elif stages == 1:
@@ -109,14 +105,32 @@ def _schedule(plan: Plan, name: str, microbatches: int) -> Schedule:
 
     Asynchronous ones have the stages of 1f1b; their order goes beyond a step (`pipedream.py`).
     """
+    if name == OWN:
+        return own(plan)
     if plan.replicas is not None and name not in (*ASYNCHRONOUS, "gpipe", "fill-drain"):
         return replicated(plan.widths, microbatches)
     name = "1f1b" if name in ASYNCHRONOUS else name
     made = schedule_of(name, plan.pipeline, microbatches, plan.virtual)
     if name != "fill-drain":
         return made
-    training = _schedule(plan, plan.order, 1)
+    training = own(plan) if plan.order == OWN else _schedule(plan, plan.order, 1)
     return _forward_only(training, microbatches)
+
+
+def own(plan: Plan) -> Schedule:
+    """The schedule that a plan's actions write.
+
+    Raises:
+        PlanError: they are not actions, not all that a step needs, or no order in which ranks run.
+    """
+    schedule = from_text("\n".join(plan.actions), "of the plan")
+    check(schedule)
+    if schedule.microbatches != plan.microbatches:
+        raise PlanError(
+            f"plan's actions are of {schedule.microbatches} micro-batches, but it has "
+            f"microbatches={plan.microbatches}; use microbatches={schedule.microbatches}"
+        )
+    return schedule
 
 
 def _forward_only(training: Schedule, microbatches: int) -> Schedule:
