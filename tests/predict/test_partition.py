@@ -247,6 +247,16 @@ def test_many_workers():
     assert best.replicas == "-".join(["1"] * 200)
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("straight", [False, True])
+def test_more_stages_than_python_recurses(straight):
+    count = 320
+    graph = graph_of([Layer(f"l{k}", "", 1.0, 2.0, 1.0, 1e12) for k in range(count)])
+    best = partition(graph, [Level(count, 1.0)], straight=straight)
+    assert best.seconds == 3.0
+    assert len(best.stages) == count
+
+
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -266,3 +276,9 @@ def test_no_partition_fits():
 def test_levels_that_make_no_sense(levels):
     with pytest.raises(PlanError, match=r"level"):
         partition(chain(random.Random(0), 3), levels)
+
+
+@pytest.mark.parametrize("memory", [Memory(1e9, versions=0), Memory(1e9, microbatches=-1)])
+def test_memories_that_make_no_sense(memory):
+    with pytest.raises(PlanError, match=r"(versions=0|microbatches=-1); a worker holds one"):
+        partition(chain(random.Random(0), 3), [Level(2, 1.0)], memory=memory)

@@ -25,6 +25,9 @@ __all__ = ["Recurrence", "Rule", "Span", "solve"]
 _UNDER = 1 - 1e-12
 """A bound is taken this much lower, so that rounding never makes it cut off the best."""
 
+_DEEP = 200
+"""Stages beyond which a recursion through all of them would be too deep for Python."""
+
 
 class Rule(Protocol):
     """How long stages and transfers take, in seconds per mini-batch."""
@@ -172,6 +175,8 @@ class Recurrence:
 
     def _best(self, ask: _Ask) -> _Cell:
         level, first, last, units, _ = ask
+        if units == self._levels[level].units and min(units, len(self._states)) > _DEEP:
+            self._fill(ask)
         best = _Cell(self._limits[level], -1, units)
         if units == 1 or not self._straight:
             own = self._own(ask, units)
@@ -181,6 +186,12 @@ class Recurrence:
         for width in range(1, min(units, 2) if self._straight else units):
             best = self._split(ask, width, best)
         return best if best.split >= 0 else _Cell(math.inf, -1, units)
+
+    def _fill(self, ask: _Ask) -> None:
+        """Compute the entries that `ask` may need, those of fewer units first."""
+        for units in range(1, ask.units):
+            for split in self._between(ask.first, ask.last):
+                self._cell(ask._replace(last=split, units=units))
 
     def _split(self, ask: _Ask, width: int, best: _Cell) -> _Cell:
         """The better of `best` and what ends in a stage of `width` units."""
