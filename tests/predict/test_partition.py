@@ -247,14 +247,20 @@ def test_many_workers():
     assert best.replicas == "-".join(["1"] * 200)
 
 
+def deep(count):
+    return graph_of([Layer(f"l{k}", "", 1.0, 2.0, 1.0, 1e12) for k in range(count)])
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("straight", [False, True])
-def test_more_stages_than_python_recurses(straight):
-    count = 320
-    graph = graph_of([Layer(f"l{k}", "", 1.0, 2.0, 1.0, 1e12) for k in range(count)])
-    best = partition(graph, [Level(count, 1.0)], straight=straight)
+def test_straight_with_more_stages_than_python_recurses():
+    best = partition(deep(320), [Level(320, 1.0)], straight=True)
     assert best.seconds == 3.0
-    assert len(best.stages) == count
+    assert len(best.stages) == 320
+
+
+def test_replicated_with_more_stages_than_python_recurses():
+    with pytest.raises(PlanError, match=r"1200 layers.*too deep a search; ask for a straight one"):
+        partition(deep(1200), [Level(1200, 1.0)])
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────

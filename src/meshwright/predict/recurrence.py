@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
+from meshwright.errors import PlanError
 from meshwright.predict.antichain import State
 from meshwright.predict.machine import Level, Memory
 
@@ -119,8 +120,19 @@ class Recurrence:
 
     @property
     def seconds(self) -> float:
-        """Of the best pipeline of all layers on all units; infinite where none is possible."""
-        return self._top().seconds
+        """Of the best pipeline of all layers on all units; infinite where none is possible.
+
+        Raises:
+            PlanError: it has more stages, of many workers, than can be searched through.
+        """
+        try:
+            return self._top().seconds
+        except RecursionError:
+            raise PlanError(
+                f"a pipeline of {len(self._states) - 1} layers with replicated stages may have "
+                "hundreds of stages, which is too deep a search; ask for a straight one, or join "
+                "layers that belong together"
+            ) from None
 
     def spans(self) -> Iterator[Span]:
         """The stages of the best pipeline, in order."""
@@ -175,7 +187,7 @@ class Recurrence:
 
     def _best(self, ask: _Ask) -> _Cell:
         level, first, last, units, _ = ask
-        if units == self._levels[level].units and min(units, len(self._states)) > _DEEP:
+        if self._straight and units == self._levels[level].units > _DEEP:
             self._fill(ask)
         best = _Cell(self._limits[level], -1, units)
         if units == 1 or not self._straight:
