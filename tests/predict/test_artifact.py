@@ -13,12 +13,15 @@ import pytest
 
 from meshwright.predict.antichain import antichains
 from meshwright.predict.artifact import artifact
+from meshwright.predict.layers import Layer, graph_of
 from meshwright.predict.machine import Level
 from meshwright.predict.profile import computing, read_profile
 
 PROFILES = Path(__file__).parent / "profiles"
 ONE_4, ONE_16 = [Level(4, 1.25e9)], [Level(16, 1.25e9)]
 TWO = [Level(4, 8e9), Level(4, 1.25e9)]
+FINER, SLOWER = [Level(2, 8e9), Level(4, 1.25e9)], [Level(8, 2e10), Level(2, 1e10)]
+THREE = [Level(2, 2e10), Level(2, 1e10), Level(3, 5e9)]
 
 # published/pipedream_goldens.csv: model, levels, options, stages, t_single, t_stage, speedup_vs_1,
 # dp_speedup_vs_1, speedup_vs_dp
@@ -59,6 +62,31 @@ def test_goldens(name, levels, options, stages, single, slowest, faster, paralle
     assert best.single / best.seconds == pytest.approx(faster, abs=6e-6)
     assert best.single / best.side_by_side == pytest.approx(parallel, abs=6e-6)
     assert best.side_by_side / best.seconds == pytest.approx(against, abs=6e-6)
+
+
+# The same optimizer, run for these settings by us: t_stage, dp_speedup_vs_1.
+MORE = [
+    ("resnet50", FINER, {}, 0.05591500000000002, 4.966029824486568),
+    ("alexnet", SLOWER, {"compression": 2}, 0.005558500888888891, 7.713841706039128),
+    ("vgg16", SLOWER, {"compression": 2}, 0.04765563900000001, 12.226918210341944),
+    ("alexnet", THREE, {}, 0.008982146, 2.44158588231736),
+    ("vgg16", THREE, {}, 0.059070509599999974, 5.648036172705023),
+]
+
+
+@pytest.mark.parametrize(("name", "levels", "options", "slowest", "parallel"), MORE)
+def test_more_levels(name, levels, options, slowest, parallel):
+    best = artifact(profile(name), levels, **options)
+    assert best.seconds == pytest.approx(slowest, rel=1e-12)
+    assert best.single / best.side_by_side == pytest.approx(parallel, rel=1e-12)
+
+
+def test_only_a_stage_that_is_alone_shares_its_all_reduce_among_the_units_below():
+    """The published optimizer says 2.5 of this; with both shared it would say 2.25."""
+    layers = [Layer("a", "", 4.0, 0, 0, 10.0), Layer("b", "", 8.0, 0, 0, 0.5)]
+    best = artifact(graph_of(layers), [Level(2, 1e12), Level(3, 1.0)])
+    assert best.seconds == pytest.approx(2.5)
+    assert [stage.shape for stage in best.stages] == [(1, 2), (2, 2)]
 
 
 def ends(partition):

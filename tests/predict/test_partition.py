@@ -247,6 +247,22 @@ def test_many_workers():
     assert best.replicas == "-".join(["1"] * 200)
 
 
+def deep(count):
+    return graph_of([Layer(f"l{k}", "", 1.0, 2.0, 1.0, 1e12) for k in range(count)])
+
+
+@pytest.mark.matrix
+def test_straight_with_more_stages_than_python_recurses():
+    best = partition(deep(320), [Level(320, 1.0)], straight=True)
+    assert best.seconds == 3.0
+    assert len(best.stages) == 320
+
+
+def test_replicated_with_more_stages_than_python_recurses():
+    with pytest.raises(PlanError, match=r"1200 layers.*too deep a search; ask for a straight one"):
+        partition(deep(1200), [Level(1200, 1.0)])
+
+
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -266,3 +282,9 @@ def test_no_partition_fits():
 def test_levels_that_make_no_sense(levels):
     with pytest.raises(PlanError, match=r"level"):
         partition(chain(random.Random(0), 3), levels)
+
+
+@pytest.mark.parametrize("memory", [Memory(1e9, versions=0), Memory(1e9, microbatches=-1)])
+def test_memories_that_make_no_sense(memory):
+    with pytest.raises(PlanError, match=r"(versions=0|microbatches=-1); a worker holds one"):
+        partition(chain(random.Random(0), 3), [Level(2, 1.0)], memory=memory)

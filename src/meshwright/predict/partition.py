@@ -87,16 +87,9 @@ def partition(
 
     Raises:
         PlanError: there are fewer places to cut at than the stages need, no partition fits the
-            memory, or a level makes no sense.
+            memory, or a level or the memory makes no sense.
     """
-    for level in levels:
-        if level.units < 1 or not level.bandwidth > 0:
-            raise PlanError(
-                f"a level of the machine has {level.units} units at {level.bandwidth} bytes/s; it "
-                "needs one unit or more and a bandwidth above 0"
-            )
-    if not levels:
-        raise PlanError("the machine has no levels; give one, with its units and bandwidth")
+    _check(levels, memory)
     states = antichains(graph) if states is None else states
     found = solve(states, levels, lambda s: _Paper(s, levels), straight=straight, memory=memory)
     return solved(found, states, levels, memory)
@@ -137,6 +130,25 @@ def solved(
         layers = tuple(members(end.mask & ~begin.mask))
         stages.append(Stage(layers, span.shape, end.seconds - begin.seconds))
     return Partition(tuple(stages), seconds, states[-1].seconds, recurrence.side_by_side())
+
+
+def _check(levels: Sequence[Level], memory: Memory | None) -> None:
+    if not levels:
+        raise PlanError("the machine has no levels; give one, with its units and bandwidth")
+    for level in levels:
+        if level.units < 1 or not level.bandwidth > 0:
+            raise PlanError(
+                f"a level of the machine has {level.units} units at {level.bandwidth} bytes/s; it "
+                "needs one unit or more and a bandwidth above 0"
+            )
+    if memory is None:
+        return
+    for what, count in (("versions", memory.versions), ("microbatches", memory.microbatches)):
+        if count is not None and count < 1:
+            raise PlanError(
+                f"the memory counts {what}={count}; a worker holds one at least: give 1 or more, "
+                "or None for as many as the pipeline takes"
+            )
 
 
 def _none(places: int, workers: int, memory: Memory | None) -> PlanError:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
+from meshwright.errors import PlanError
 from meshwright.predict.antichain import State
 from meshwright.predict.machine import Level, Memory
 
@@ -24,6 +25,9 @@ __all__ = ["Recurrence", "Rule", "Span", "solve"]
 
 _UNDER = 1 - 1e-12
 """A bound is taken this much lower, so that rounding never makes it cut off the best."""
+
+_DEEP = 200
+"""Stages beyond which a recursion through all of them would be too deep for Python."""
 
 
 class Rule(Protocol):
@@ -116,8 +120,19 @@ class Recurrence:
 
     @property
     def seconds(self) -> float:
-        """Of the best pipeline of all layers on all units; infinite where none is possible."""
-        return self._top().seconds
+        """Of the best pipeline of all layers on all units; infinite where none is possible.
+
+        Raises:
+            PlanError: it has more stages, of many workers, than can be searched through.
+        """
+        try:
+            return self._top().seconds
+        except RecursionError:
+            raise PlanError(
+                f"a pipeline of {len(self._states) - 1} layers with replicated stages may have "
+                "hundreds of stages, which is too deep a search; ask for a straight one, or join "
+                "layers that belong together"
+            ) from None
 
     def spans(self) -> Iterator[Span]:
         """The stages of the best pipeline, in order."""
@@ -172,6 +187,8 @@ class Recurrence:
 
     def _best(self, ask: _Ask) -> _Cell:
         level, first, last, units, _ = ask
+        if self._straight and units == self._levels[level].units > _DEEP:
+            self._fill(ask)
         best = _Cell(self._limits[level], -1, units)
         if units == 1 or not self._straight:
             own = self._own(ask, units)
@@ -181,6 +198,12 @@ class Recurrence:
         for width in range(1, min(units, 2) if self._straight else units):
             best = self._split(ask, width, best)
         return best if best.split >= 0 else _Cell(math.inf, -1, units)
+
+    def _fill(self, ask: _Ask) -> None:
+        """Compute the entries that `ask` may need, those of fewer units first."""
+        for units in range(1, ask.units):
+            for split in self._between(ask.first, ask.last):
+                self._cell(ask._replace(last=split, units=units))
 
     def _split(self, ask: _Ask, width: int, best: _Cell) -> _Cell:
         """The better of `best` and what ends in a stage of `width` units."""
