@@ -236,20 +236,32 @@ sizes = st.integers(1, 40)
             ("plan asks for replicas=2-1 x tensor=2 = 6 ranks, but the world has 4; start 6 ranks"),
         ),
         (
-            Plan(pipeline=2, replicas="2-1"),
+            Plan(pipeline=2, replicas="2-1", schedule="zb-h1"),
             Facts(3),
             (
-                "plan asks for replicas=2-1, but under schedule=1f1b all stages share every "
-                "micro-batch; use data, which is the same for all stages, or schedule=pipedream, "
-                "whose replicas take turns"
+                "plan asks for replicas=2-1, but schedule=zb-h1 has the same ranks at every stage; "
+                "use schedule=1f1b, or data=2 in place of replicas"
             ),
         ),
         (
-            Plan(pipeline=2, replicas="2-2", schedule="gpipe"),
+            Plan(pipeline=2, replicas="2-2", schedule="gpipe", zero=1),
             Facts(4),
             (
-                "plan asks for replicas=2-2, but under schedule=gpipe all stages share every "
-                "micro-batch; use data=2 in place of replicas"
+                "plan asks for replicas=2-2 with zero=1, but replicas of a stage take turns and "
+                "share nothing; drop zero, or use data in place of replicas, which ZeRO shards over"
+            ),
+        ),
+        (
+            Plan(pipeline=3, actions=("0F0,0B0", "1F0,1B0"), schedule="gpipe"),
+            Facts(3),
+            ("plan has actions and schedule=gpipe, but its actions say that; drop schedule"),
+        ),
+        (
+            Plan(pipeline=3, actions=("0F0,0B0", "1F0,1B0")),
+            Facts(3),
+            (
+                "plan has actions of 2 lines, but pipeline=3; write one line for each pipeline "
+                "rank, or use pipeline=2"
             ),
         ),
         (
