@@ -56,6 +56,11 @@ def test_a_reduction_starts_when_its_bucket_is_made():
     ]  # fmt: skip
 
 
+def test_a_sum_of_what_is_made_of_nothing_stays_with_its_maker():
+    ops = [compute(0, 0, result=1), compute(result=2), reduce(2, 3), compute(1, 3, result=4)]
+    assert [op.results[0] for op in overlapped(program(ops, 5, 1, (4,))).ops] == [1, 2, 3, 4]
+
+
 def test_a_bucket_does_not_wait_for_what_comes_after_a_reader():
     ops = [compute(0, 0, result=1), reduce(1, 2), compute(2, 2, result=3), reduce(3, 4)]
     made = program(ops, 5, 1, (4,))

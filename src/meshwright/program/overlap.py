@@ -79,19 +79,24 @@ def _of_batch(
 def _made_of(
     batch: frozenset[int], program: Program, made: Mapping[int, int], number: int
 ) -> set[int] | None:
-    """The few ops that make an operand; None if they are many, or read more than the batch."""
+    """The few ops that make an operand; None if they are many, or read more than the batch.
+
+    What is made of nothing stays where it stands.
+    """
     found: set[int] = set()
+    touched = False
     values = list(program.ops[number].inputs)
     while values:
         value = values.pop()
         if value in batch:
+            touched = True
             continue
         producer = made.get(value)
         if producer is None or program.ops[producer].name in COLLECTIVES or len(found) == _FEW:
             return None
         found.add(producer)
         values += program.ops[producer].inputs
-    return found
+    return found if touched else None
 
 
 def _ahead(
