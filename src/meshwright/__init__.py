@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from meshwright.api import Run, explain, train, verify, watch
     from meshwright.compile.annotate import annotate, cut
+    from meshwright.compile.deferred import deferred_batch_norm
     from meshwright.errors import MeshwrightError
     from meshwright.job import Job
     from meshwright.plan import presets
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "annotate",
     "cut",
+    "deferred_batch_norm",
     "explain",
     "presets",
     "rule",
@@ -49,6 +51,7 @@ _HOMES: Final = {
     "Run": "meshwright.api",
     "annotate": "meshwright.compile.annotate",
     "cut": "meshwright.compile.annotate",
+    "deferred_batch_norm": "meshwright.compile.deferred",
     "explain": "meshwright.api",
     "rule": "meshwright.program.rules.user",
     "train": "meshwright.api",

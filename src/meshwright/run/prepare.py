@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from meshwright.compile.deferred import DeferredBatchNorm
 from meshwright.compile.init import blueprint
 from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError
@@ -57,6 +59,7 @@ def prepare(
     norms = has_batch_norm(model.module)
     over = job.normalize_over if norms else None
     require(plan, replace(known, normalize_over=over, normalizes=norms))
+    _require_whole_batches(plan, model.module)
     made = recipe(model, job.optimizer)
     values = values_of(model.parameters, dtype)
     moved = {n for n in made.names if model.parameters[n].requires_grad}
@@ -78,6 +81,17 @@ def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:
         return {}
     program = build.unit(first_micros(build, data)[0]).program
     return fused_work_layouts(program, build.axes, chosen)
+
+
+def _require_whole_batches(plan: Plan, model: nn.Module) -> None:
+    """Statistics that wait for a batch's micro-batches wait for as many as there are."""
+    for name, part in model.named_modules():
+        if isinstance(part, DeferredBatchNorm) and part.microbatches != plan.microbatches:
+            raise PlanError(
+                f"{name or 'the model'} defers its running statistics over {part.microbatches} "
+                f"micro-batches, but a batch has microbatches={plan.microbatches}; write "
+                f"deferred_batch_norm(model, microbatches={plan.microbatches}) in the job"
+            )
 
 
 def _require_elementwise(plan: Plan, made: Recipe) -> None:
