@@ -163,3 +163,12 @@ def test_every_part_of_the_explanation_is_in_the_json(mw):
     assert [s["module"] for s in found["block"]["stations"]] == ["up", "", "down", ""]
     (up,) = [entry for entry in found["layouts"] if entry["name"] == "up.weight"]
     assert (up["count"], up["weights"]) == (1, "sharded(0) over tensor")
+
+
+def test_measured_cuts_are_a_plan_file_that_is_read_back(mw, folder):
+    words = ("--plan", "data=1,pipeline=2,microbatches=2", "--set", "width=64")
+    found = explained(mw, *words, "--measure")
+    assert len(found["measured"]["seconds"]) == 2
+    (folder / "cut.toml").write_text(found["measured"]["toml"])
+    again = explained(mw, "--plan", "cut.toml", "--set", "width=64")
+    assert again["pipeline"]["stages"] == found["pipeline"]["stages"]

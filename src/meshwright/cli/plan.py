@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -47,6 +47,7 @@ class _Wanted:
     max_bytes: str | None
     memory: str | None
     json: bool
+    measure: bool
 
 
 def plan(
@@ -71,13 +72,20 @@ def plan(
         ),
     ] = None,
     memory: Memory = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Cut the pipeline by what a micro-batch takes here, which holds the whole model.",
+        ),
+    ] = False,
     seed: Seed = None,
     settings: Settings = None,
     json: AsJson = False,
 ) -> Task:
     """Explain a plan: layouts, collectives with bytes and source lines, memory per rank."""
     which = Which(file, tuple(settings or ()), seed)
-    return partial(_plan, _Wanted(which, plan, n, explain, max_bytes, memory, json))
+    return partial(_plan, _Wanted(which, plan, n, explain, max_bytes, memory, json, measure))
 
 
 def _plan(wanted: _Wanted) -> int:
@@ -88,7 +96,9 @@ def _plan(wanted: _Wanted) -> int:
         raise UsageError("mw plan needs no ranks: it works every rank out in one process")
     max_bytes, memory = _size("--max-bytes", wanted.max_bytes), _size("--memory", wanted.memory)
     with user_output(aside=wanted.json):
-        job, laid, record = _laid_out(wanted.which, wanted.plan, wanted.ranks)
+        job, laid, record = _laid_out(
+            wanted.which, wanted.plan, wanted.ranks, measure=wanted.measure
+        )
     if wanted.json:
         print_json(record)
     with user_output(aside=True):
@@ -113,9 +123,13 @@ def explained(which: Which, given: str | None, n: int | None) -> dict[str, Any]:
     return _laid_out(which, given, n)[2]
 
 
-def _laid_out(which: Which, given: str | None, n: int | None) -> tuple[Job, Plan, dict[str, Any]]:
+def _laid_out(
+    which: Which, given: str | None, n: int | None, *, measure: bool = False
+) -> tuple[Job, Plan, dict[str, Any]]:
     """The job, the plan that was asked for or chosen, and what it means."""
     from meshwright import api
+    from meshwright.plan.toml import to_toml
+    from meshwright.run.clocked import clocked
 
     text = plan_text(given)
     asked = read_plan(text)
@@ -125,7 +139,12 @@ def _laid_out(which: Which, given: str | None, n: int | None) -> tuple[Job, Plan
     laid = api.plan_of(text, job, ranks)
     if asked is None:
         log(f"auto takes {laid.text()}: its state fits this host's memory; time was not compared")
-    return job, laid, {"file": which.path, "name": which.name, **api.explain(job, laid)}
+    told: dict[str, Any] = {"file": which.path, "name": which.name}
+    if measure:
+        found = clocked(job, laid)
+        laid = found.plan
+        told["measured"] = {"seconds": list(found.seconds), "toml": to_toml(laid)}
+    return job, laid, {**told, **api.explain(job, laid)}
 
 
 def _shown(record: Mapping[str, Any], *, everything: bool) -> Iterator[RenderableType]:
@@ -142,4 +161,16 @@ def _shown(record: Mapping[str, Any], *, everything: bool) -> Iterator[Renderabl
     if record["fallbacks"]:
         yield Text()
         yield fallback_table(parse_setup(record).fallbacks)
+    if measured := record.get("measured"):
+        yield Text()
+        yield Text(_measured(measured["seconds"]))
+        yield Text(measured["toml"].strip(), "cyan")
     yield Text("\n--explain adds every collective, the mesh, a block and all parameters", "dim")
+
+
+def _measured(seconds: Sequence[float]) -> str:
+    """`a micro-batch takes the stages 1.20, 1.30 ms here; the plan with these cuts, as a file:`."""
+    from meshwright.view.units import seconds_text
+
+    told = ", ".join(map(seconds_text, seconds))
+    return f"a micro-batch takes the stages {told} here; the plan with these cuts, as a file:"

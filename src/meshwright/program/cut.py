@@ -7,19 +7,32 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from meshwright.errors import PlanError
 from meshwright.program.placing import forward_end, repeatable
 from meshwright.program.program import Program
 
-__all__ = ["MARK", "at_modules", "cheapest", "cuttable", "marked"]
+__all__ = [
+    "MARK",
+    "at_modules",
+    "cheapest",
+    "cuttable",
+    "marked",
+    "named_places",
+    "stage_seconds",
+]
 
 MARK = "pipeline"
 """The axis over which a marked value is annotated: no stage has it, so that it lies as it comes."""
 
 
 def cheapest(
-    program: Program, stages: int, costs: Sequence[float], seconds_per_byte: float
+    program: Program,
+    stages: int,
+    costs: Sequence[float],
+    seconds_per_byte: float,
+    among: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Where stages begin so that the slowest is as fast as can be, and little is sent.
 
@@ -30,12 +43,13 @@ def cheapest(
         stages: how many.
         costs: seconds of each op; a backward op counts for the module of its forward.
         seconds_per_byte: of what crosses a cut.
+        among: the places to choose from, instead of those.
 
     Raises:
         PlanError: there are fewer places to cut at than the stages need.
     """
-    marks = marked(program)
-    places = marks or cuttable(program)
+    marks = marked(program) if among is None else ()
+    places = (marks or cuttable(program)) if among is None else among
     if len(places) < stages - 1:
         raise PlanError(
             f"plan asks for {stages} stages, but the traced model "
@@ -99,6 +113,33 @@ def at_modules(program: Program, cuts: Sequence[str]) -> tuple[int, ...]:
             )
         found.append(mine[0])
     return tuple(found)
+
+
+def named_places(program: Program) -> dict[int, str]:
+    """The places to cut at that `at_modules` finds by a module's name, and the shortest such."""
+    found: dict[int, str] = {}
+    first: dict[str, int] = {}
+    repeats = repeatable(program)
+    for number, op in enumerate(program.ops[: forward_end(program)]):
+        if number in repeats:
+            continue
+        parts = op.module.split(".") if op.module else []
+        for length in range(1, len(parts) + 1):
+            first.setdefault(".".join(parts[:length]), number)
+    begin = min(first.values(), default=0)
+    places = set(cuttable(program)) - {begin}
+    for name, number in sorted(first.items(), key=lambda item: item[0].count(".")):
+        if number in places:
+            found.setdefault(number, name)
+    return dict(sorted(found.items()))
+
+
+def stage_seconds(
+    program: Program, positions: Sequence[int], costs: Sequence[float]
+) -> tuple[float, ...]:
+    """Seconds of each stage, forward and backward, if stages begin at these forward ops."""
+    before = _loads(program, positions, costs)
+    return tuple(after - here for here, after in pairwise(before))
 
 
 def _loads(program: Program, places: Sequence[int], costs: Sequence[float]) -> list[float]:

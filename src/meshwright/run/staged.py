@@ -24,9 +24,9 @@ from meshwright.schedule.search import search
 from meshwright.schedule.simulate import Seconds
 from meshwright.schedule.text import from_text
 
-__all__ = ["Staged", "staged"]
+__all__ = ["SECONDS_PER_BYTE", "Staged", "staged"]
 
-_SECONDS_PER_BYTE = 1e-9
+SECONDS_PER_BYTE = 1e-9
 """Of what crosses a cut: memory's order of magnitude, enough to prefer a narrow cut."""
 
 
@@ -64,7 +64,7 @@ class Staged:
             self.program,
             self.placement,
             op_costs(self.program),
-            _SECONDS_PER_BYTE,
+            SECONDS_PER_BYTE,
             remat=self.plan.remat == "full",
         )
 
@@ -90,7 +90,7 @@ def staged(program: Program, plan: Plan) -> Staged:
     elif stages == 1:
         positions = ()
     else:
-        positions = cheapest(program, stages, op_costs(program), _SECONDS_PER_BYTE)
+        positions = cheapest(program, stages, op_costs(program), SECONDS_PER_BYTE)
     placement = placed_by(program, positions)
     homes = {
         name: tuple(sorted({schedule.placement[stage] for stage in stages_})) or (0,)
