@@ -106,10 +106,10 @@ def begins(program: Program, *layers: int) -> tuple[int, ...]:
     return tuple(names.index(f"layers.{layer}") for layer in layers)
 
 
-def tasks(program: Program, *layers: int, remat: bool = False) -> Tasks:
+def tasks(program: Program, *layers: int, kept: frozenset[int] | None = None) -> Tasks:
     """The tasks of a chain whose stages begin at these layers, and at the first."""
     placement = placed_by(program, begins(program, *layers))
-    return Tasks(accumulated(program, first=False), placement, remat=remat)
+    return Tasks(accumulated(program, first=False), placement, kept=kept)
 
 
 def told(program: Program) -> list[str]:

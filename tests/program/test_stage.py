@@ -21,9 +21,9 @@ CHAINS = {
 }
 
 
-def made(name, *, remat=False):
+def made(name, *, kept=None):
     weight, skip, layers = CHAINS[name]
-    return tasks(chain(*weight, skip=skip), *layers, remat=remat)
+    return tasks(chain(*weight, skip=skip), *layers, kept=kept)
 
 
 def keys(cut, halves):
@@ -55,10 +55,10 @@ def played(cut, halves):
 
 
 @pytest.mark.parametrize("halves", ["B", "IW"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kept", [None, frozenset()])
 @pytest.mark.parametrize("name", CHAINS)
-def test_tasks_together_are_the_whole(name, remat, halves):
-    cut = made(name, remat=remat)
+def test_tasks_together_are_the_whole(name, kept, halves):
+    cut = made(name, kept=kept)
     (want,) = run_local([interpret(cut.whole, tensors(cut.whole))])
     found, _ = played(cut, halves)
     for output, tensor in want.items():
@@ -155,7 +155,7 @@ def test_sums_begin_anew_where_told():
 
 def test_remat_keeps_what_crosses_and_makes_the_rest_again():
     weight, layers = (0, 1, 2, 3), (2,)
-    plain, again = (tasks(chain(*weight), *layers, remat=r) for r in (False, True))
+    plain, again = (tasks(chain(*weight), *layers, kept=k) for k in (None, frozenset()))
     first, second = plain.task((0, "F")), again.task((0, "F"))
     assert len(first.gives) == 2
     assert len(second.gives) == 1

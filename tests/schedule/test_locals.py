@@ -19,7 +19,7 @@ def states(program, axes, zero):
     return zero_layouts(zero, dict.fromkeys(names, Value("float32", (1024, 1024))), axes)
 
 
-def micro(program, layers, axes=(), *, zero=0, remat=False, rank=0):
+def micro(program, layers, axes=(), *, zero=0, kept=None, rank=0):
     """The micro-batch on one rank, its stages beginning at these layers and at the first."""
     return Micro.of(
         program,
@@ -29,7 +29,7 @@ def micro(program, layers, axes=(), *, zero=0, remat=False, rank=0):
         {axis.name: rank for axis in axes},
         states(program, axes, zero),
         sequence=False,
-        remat=remat,
+        kept=kept,
     )
 
 

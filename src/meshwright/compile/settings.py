@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-__all__ = ["default_dtype", "in_dtype", "recast", "straight_checkpoint", "unvalidated"]
+__all__ = [
+    "checkpoint_region",
+    "default_dtype",
+    "in_dtype",
+    "recast",
+    "straight_checkpoint",
+    "unvalidated",
+]
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
@@ -44,21 +52,52 @@ def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_REGION: ContextVar[tuple[int, int]] = ContextVar("region", default=(0, 0))
+"""The checkpoint region that runs now, and how many there were."""
+
+
+def checkpoint_region() -> int:
+    """The number of the `torch.utils.checkpoint` region that runs now; 0 outside of all."""
+    return _REGION.get()[0]
+
+
+@contextlib.contextmanager
+def _region() -> Iterator[None]:
+    """A region, numbered in the order of a trace; one inside another is part of that."""
+    inside, seen = _REGION.get()
+    if inside:
+        yield
+        return
+    _REGION.set((seen + 1, seen + 1))
+    try:
+        yield
+    finally:
+        _REGION.set((0, seen + 1))
+
+
 @contextlib.contextmanager
 def straight_checkpoint() -> Iterator[None]:
-    """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business."""
+    """`torch.utils.checkpoint` in user code runs straight through: remat is the plan's business.
+
+    Its regions are numbered meanwhile, for `remat=marks`.
+    """
 
     def around(*_: Any, **__: Any) -> Iterator[None]:
         """What torch steps once before the function and once after it."""
-        yield
+        with _region():
+            yield
 
     # User code has imported `checkpoint` by name; what it calls inside is looked up at each call.
     inside = torch.utils.checkpoint
-    with (
-        mock.patch.object(inside, "_checkpoint_without_reentrant_generator", around),
-        mock.patch.object(inside, "CheckpointFunction", _Straight),
-    ):
-        yield
+    token = _REGION.set((0, 0))
+    try:
+        with (
+            mock.patch.object(inside, "_checkpoint_without_reentrant_generator", around),
+            mock.patch.object(inside, "CheckpointFunction", _Straight),
+        ):
+            yield
+    finally:
+        _REGION.reset(token)
 
 
 def unvalidated() -> contextlib.AbstractContextManager[object]:
@@ -71,4 +110,5 @@ class _Straight:
 
     @staticmethod
     def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - torch's signature
-        return function(*args)
+        with _region():
+            return function(*args)

@@ -2,8 +2,8 @@
 
 `make_fx` runs the user's loss once on fake tensors under functionalisation, so in-place ops, buffer
 updates, custom autograd functions and tied weights come out as plain data flow. Every op is tagged
-with the user's source line, its module and its phase; a backward op takes those of its forward op
-by autograd's sequence number.
+with the user's source line, its module, its checkpoint region and its phase; a backward op takes
+those of its forward op by autograd's sequence number.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from meshwright.compile import decompose, strided
 from meshwright.compile.consecutive import with_slices
+from meshwright.compile.settings import checkpoint_region
 from meshwright.errors import NotTraceable
 from meshwright.program.program import Arg, Op, Phase, Program, Ref, Symbol, Value, without_dead_ops
 
@@ -52,6 +53,7 @@ class Places:
     module: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     phase: dict[str, Phase] = field(default_factory=dict)
+    region: dict[str, int] = field(default_factory=dict)
 
 
 _CHECKS = {torch.ops.aten._linalg_check_errors.default}
@@ -67,7 +69,7 @@ class Tagger(TorchDispatchMode):
         self.places = places
         self.stack: list[str] = []
         self.phase: Phase = "forward"
-        self.by_sequence: dict[int, tuple[str, str]] = {}
+        self.by_sequence: dict[int, tuple[str, str, int]] = {}
 
     @override
     def __torch_dispatch__(
@@ -81,19 +83,20 @@ class Tagger(TorchDispatchMode):
         graph = mode.tracer.graph
         before = graph._root._prev
         result = func(*args, **(kwargs or {}))
-        module, source = self._where()
+        module, source, region = self._where()
         node = graph._root._prev
         while node is not before and node is not graph._root:
             self.places.module[node.name] = module
             self.places.source[node.name] = source
             self.places.phase[node.name] = self.phase
+            self.places.region[node.name] = region
             node = node._prev
         return result
 
-    def _where(self) -> tuple[str, str]:
+    def _where(self) -> tuple[str, str, int]:
         if self.phase == "backward":
-            return self.by_sequence.get(_backward_sequence(), ("", ""))
-        found = (self.stack[-1] if self.stack else "", user_line())
+            return self.by_sequence.get(_backward_sequence(), ("", "", 0))
+        found = (self.stack[-1] if self.stack else "", user_line(), checkpoint_region())
         made = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         if made >= 0:  # ops without a gradient come after one with it, under the same number
             self.by_sequence.setdefault(made, found)
@@ -305,6 +308,7 @@ class _Reader:
             self.places.phase.get(node.name, "forward"),
             self.places.module.get(node.name, ""),
             self.places.source.get(node.name, ""),
+            self.places.region.get(node.name, 0),
         )
         self.ops.append(_canonical(op, self.values))
 

@@ -18,6 +18,7 @@ from meshwright.plan.piped import (
     schedule_holds_the_stages,
 )
 from meshwright.plan.plan import Plan
+from meshwright.plan.remat import remat_is_known
 
 __all__ = ["CHECKS", "Facts", "Problem", "check", "require"]
 
@@ -202,7 +203,6 @@ def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
-    "remat": ("none", "full"),
     "precision": ("float32", "bf16"),
     "offload": ("none",),
     "regime": ("bsp",),
@@ -259,5 +259,6 @@ CHECKS: Final[dict[str, Check]] = {
     "sequence": sequences_are_split_over_something,
     "attention": attention_has_a_context,
     "batch norm": batch_norm_keeps_its_samples,
+    "remat": remat_is_known,
     "version": version_runs_it,
 }

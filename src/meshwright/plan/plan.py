@@ -34,7 +34,7 @@ _OPTIONAL: Final = (  # None: left to Meshwright
     "data", "shard", "replicas", "schedule", "gather", "attention",
 )  # fmt: skip
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
-_WORD: Final = re.compile(r"[a-z0-9_][a-z0-9_.:()+-]*")
+_WORD: Final = re.compile(r"[a-z0-9_][A-Za-z0-9_.:()+-]*")
 _REPLICAS: Final = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})*")
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
 
@@ -64,7 +64,10 @@ class Plan:
         virtual: stages per pipeline rank.
         microbatches: parts a global batch is split into, run one after another.
         gather: when sharded weights are gathered; None takes the default for `zero`.
-        remat: what is computed again in the backward pass instead of saved.
+        remat: what the backward computes again instead of saving it: `none`; `full`, all but what
+            goes from block to block; `selective`, what is cheap for its bytes; `marks`, the model's
+            `torch.utils.checkpoint` regions; `budget:2GiB`, the least with which a rank's whole
+            bill fits.
         precision: what forward and backward compute in: float32 (every tensor in its own dtype),
             or bf16, with float32 weights, accumulators, reductions and optimizer.
         offload: what is kept in host memory.

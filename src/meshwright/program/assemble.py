@@ -8,7 +8,7 @@ body   for each micro-batch: Load, its pieces, Stash what outlives it; the last 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.plan.mesh import SAMPLE_AXES, Axis
@@ -24,6 +24,7 @@ from meshwright.program.parts import Parts
 from meshwright.program.pieces import Table, run_pieces
 from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
+from meshwright.program.remat import completed_again, rematerialised
 from meshwright.program.sequence import along_sequences
 from meshwright.program.zero import StateLayouts
 
@@ -179,6 +180,7 @@ def assemble(
     states: Mapping[str, StateLayouts],
     *,
     sequence: bool = False,
+    kept: Callable[[Program], frozenset[int] | None] = lambda _: None,
 ) -> Compiled:
     """The instruction list of the rank at `coordinates`.
 
@@ -188,6 +190,8 @@ def assemble(
         coordinates: the rank's.
         states: layouts by parameter.
         sequence: split over `tensor` along the sequence what it would leave whole.
+        kept: of a unit with fused parameters in parts, the forward values that are saved for the
+            backward, which computes others again; None saves what it reads.
     """
     table = Table()
     body: list[Instruction] = []
@@ -203,6 +207,9 @@ def assemble(
         if key not in made:
             program = accumulated(apart[unit.digest], first=first)
             completed = complete_unit(program, axes, each, sequence=sequence)
+            if (saved := kept(apart[unit.digest])) is not None:
+                repeats = rematerialised(program, saved)
+                program, completed = repeats.program, completed_again(completed, repeats)
             wholes[key] = (program, completed)
             outputs = unit_outputs(program, axes, each, last=last)
             local = partition(program, completed, axes, coordinates, outputs)

@@ -78,7 +78,10 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation. `packed` tells that it returns a tuple; unused results are None."""
+    """One operation. `packed` tells that it returns a tuple; unused results are None.
+
+    `region` numbers the user's `torch.utils.checkpoint` region that it is of; 0 is none.
+    """
 
     name: str
     args: tuple[Arg, ...]
@@ -88,6 +91,7 @@ class Op:
     phase: Phase = "forward"
     module: str = ""
     source: str = ""
+    region: int = 0
 
     @property
     def base(self) -> str:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from meshwright.program.placing import Placement
 from meshwright.program.program import Op, Program, Ref
+from meshwright.program.remat import late, roots_of
 
 __all__ = ["Key", "Kind", "Task", "Tasks", "named"]
 
@@ -52,13 +53,16 @@ class Task:
 class Tasks:
     """The tasks of a micro-batch: forward, whole backward and its two parts of every stage."""
 
-    def __init__(self, whole: Program, placement: Placement, *, remat: bool) -> None:
+    def __init__(
+        self, whole: Program, placement: Placement, *, kept: frozenset[int] | None = None
+    ) -> None:
         """Cut a micro-batch.
 
         Args:
             whole: the micro-batch, its sums added to accumulators (`accumulated`).
             placement: of its ops; those that add to accumulators need none.
-            remat: backwards make again what they need of their forward.
+            kept: forward values that backwards may read, beside what comes from other stages; they
+                make others again. None: they read what they need.
         """
         self.whole, self.placement = whole, placement
         self.inputs = {value: name for name, value in whole.inputs}
@@ -72,7 +76,7 @@ class Tasks:
         self.outputs: dict[int, list[tuple[str, int]]] = defaultdict(list)
         self._deliver()
         self.backward = self._backward_ops()
-        self.chosen = self._chosen(remat=remat)
+        self.chosen = self._chosen(kept)
         self.makes = {
             key: {v for n in numbers for v in self.ops[n].results}
             for key, numbers in self.chosen.items()
@@ -120,8 +124,11 @@ class Tasks:
         found = (name for stage in range(self.placement.count) for name in self.gradients(stage))
         return frozenset(name.partition("[")[0] for name in found)  # of a part, the parameter
 
-    def _chosen(self, *, remat: bool) -> dict[Key, set[int]]:
+    def _chosen(self, kept: frozenset[int] | None) -> dict[Key, set[int]]:
         """The ops of every task."""
+        root = roots_of(self.whole)
+        roots = {root[value] for value in kept or ()}
+        there = frozenset(v for v in root if root[v] in roots and v in self.made)
         found: dict[Key, set[int]] = {}
         for stage in range(self.placement.count):
             mine = {n for n in self.ops if self.stage[n] == stage}
@@ -129,7 +136,7 @@ class Tasks:
             found[stage, "F"] = forward
             if not self.backward:
                 continue
-            again = self._again(backward, forward) if remat else set[int]()
+            again = set[int]() if kept is None else self._again(backward, forward, there)
             first = self._first_half(stage, backward)
             found |= {
                 (stage, "B"): backward | again,
@@ -286,16 +293,25 @@ class Tasks:
                 reached[value] |= goals
         return found
 
-    def _again(self, numbers: set[int], forward: set[int]) -> set[int]:
-        """The forward ops to repeat for what `numbers` read."""
+    def _again(
+        self, numbers: set[int], forward: set[int], there: frozenset[int]
+    ) -> set[int]:
+        """The forward ops to repeat for what `numbers` read that is not there."""
         found, waiting = set[int](), list(numbers)
         while waiting:
             for value in self.ops[waiting.pop()].inputs:
                 maker = self.made.get(value)
-                if maker in forward and maker not in found:
+                if maker in forward and maker not in found and value not in there:
                     found.add(maker)
                     waiting.append(maker)
         return found
+
+    def _late(self, key: Key, ops: dict[int, Op]) -> dict[int, Op]:
+        """A task's ops in order, those of the forward that a backward repeats as late as can be."""
+        if key[1] == "F":
+            return dict(sorted(ops.items()))
+        repeated = {n for n in ops if n not in self.backward and self.stage[n] is not None}
+        return dict(late(sorted(ops.items()), frozenset(repeated)))
 
     def _own_outputs(self, key: Key) -> list[tuple[str, int]]:
         """Outputs of the whole that a task gives."""
@@ -325,7 +341,7 @@ class Tasks:
             add = self.whole.ops[self.sums[name]]
             sums[self.sums[name]] = replace(add, args=(add.args[0], Ref(value)))
             told.append((name, add.results[0]))
-        ordered = {**dict(sorted(ops.items())), **sums}
+        ordered = {**self._late(key, ops), **sums}
         used = {v for op in ordered.values() for v in op.inputs}
         used |= {value for _, value in told}
         made = {value for op in ordered.values() for value in op.results}

@@ -35,6 +35,7 @@ from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
 from meshwright.run.optimizer import Recipe
+from meshwright.run.remat import Chosen, kept_by
 from meshwright.run.staged import Staged
 from meshwright.schedule.assemble import assemble_stages
 from meshwright.schedule.locals import Micro as StageMicro
@@ -95,6 +96,7 @@ class Build:
         states: layouts of every parameter's state.
         compiled: segments run compiled by inductor.
         stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
+        chosen: what is saved for the backward, where the plan has a budget.
     """
 
     job: Job
@@ -106,6 +108,7 @@ class Build:
     dtype: torch.dtype | None = None
     compiled: bool = False
     stages: Staged | None = None
+    chosen: Chosen | None = None
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     micros: dict[tuple[Hashable, ...], StageMicro] = field(default_factory=dict)
@@ -267,6 +270,7 @@ class Build:
                     place.coordinates,
                     self.states,
                     sequence=self.plan.sequence == "tensor",
+                    kept=self.kept,
                 )
                 if self.stages is None
                 else self._staged(rank, programs, training=how.get("training", True))
@@ -278,6 +282,10 @@ class Build:
             totals = tuple(dict.fromkeys(name for name in found if name.startswith("total/")))
             self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
+
+    def kept(self, program: Program) -> frozenset[int] | None:
+        """The forward values of a micro-batch, as it is placed, that the backward may read."""
+        return kept_by(self.plan, program, self.chosen)
 
     def lower(self, rank: int, segments: Sequence[Program]) -> tuple[Segment, ...]:
         """What runs a rank's segments."""
@@ -319,7 +327,7 @@ class Build:
                 coordinates,
                 states,
                 sequence=self.plan.sequence == "tensor",
-                remat=self.plan.remat == "full",
+                kept=self.kept(unit),
             )
         return self.micros[key]
 

@@ -66,7 +66,7 @@ def prepare(
     build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
     build.units = {} if units is None else units
     work = _work_layouts(build, data)
-    if plan.pipeline > 1 or plan.remat != "none" or plan.gather is not None:
+    if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
     if any(build.states[name].optimizer.placements for name in moved):

@@ -13,6 +13,7 @@ from meshwright.program.cost import op_costs
 from meshwright.program.cut import at_modules, cheapest
 from meshwright.program.placing import Placement, placed_by, placed_like
 from meshwright.program.program import Program
+from meshwright.run.remat import kept_by
 from meshwright.schedule.action import Schedule
 from meshwright.schedule.check import check
 from meshwright.schedule.estimate import estimated
@@ -65,7 +66,7 @@ class Staged:
             self.placement,
             op_costs(self.program),
             SECONDS_PER_BYTE,
-            remat=self.plan.remat == "full",
+            kept=kept_by(self.plan, self.program, None),
         )
 
 

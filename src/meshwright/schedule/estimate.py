@@ -19,7 +19,7 @@ def estimated(
     costs: Sequence[float],
     seconds_per_byte: float,
     *,
-    remat: bool = False,
+    kept: frozenset[int] | None = None,
 ) -> Seconds:
     """Seconds of every stage's forward, backward and halves, and of what stages send.
 
@@ -28,9 +28,9 @@ def estimated(
         placement: of its ops.
         costs: seconds of each op.
         seconds_per_byte: of what goes to the next stage.
-        remat: backwards make again what they need of their forward.
+        kept: forward values that backwards may read, making others again; None: all they need.
     """
-    tasks = Tasks(accumulated(unit, first=False), placement, remat=remat)
+    tasks = Tasks(accumulated(unit, first=False), placement, kept=kept)
 
     def cost(key: Key) -> float:
         numbers = tasks.task(key).numbers if key in tasks.chosen else ()

@@ -53,7 +53,7 @@ class Micro:
         states: Mapping[str, StateLayouts],
         *,
         sequence: bool,
-        remat: bool,
+        kept: frozenset[int] | None,
     ) -> Micro:
         """Cut and complete a traced micro-batch.
 
@@ -65,13 +65,13 @@ class Micro:
             coordinates: the rank's, in its stage.
             states: layouts by parameter.
             sequence: split over `tensor` along the sequence what it would leave whole.
-            remat: backwards make again what they need of their forward.
+            kept: forward values that backwards may read, making others again; None: all they need.
         """
         each = by_part(states)
         whole = accumulated(unit, first=False)
         completed = complete_unit(whole, axes, each, sequence=sequence)
         fused = fused_of({name: state.work for name, state in states.items()})
-        tasks = Tasks(whole, stages, remat=remat)
+        tasks = Tasks(whole, stages, kept=kept)
         return cls(program, axes, coordinates, states, tasks, completed, fused)
 
     def local(
