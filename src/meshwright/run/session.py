@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,22 @@ class Session:
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
         self._drain()
-        found = self.comm.perform(resume(root, self.everyone, self.worker.rank))
-        self.notes += found.damaged
+        worker = self.worker
+        found = self.comm.perform(
+            resume(
+                root,
+                self.everyone,
+                worker.rank,
+                use=partial(persist.read_state, worker),
+                fits=partial(persist.require_same_job, worker),
+            )
+        )
+        self.notes += [*found.damaged, *found.unfinished]
         if found.path is None:
             return None
         with open_checkpoint(found.path) as checkpoint:
-            self.worker.restart()
-            self.extra = persist.restore(self.worker, checkpoint)
+            worker.restart()
+            self.extra = persist.go_on(worker, checkpoint)
             self.step = checkpoint.step
         self.fetched = None
         return Path(found.path)
