@@ -27,6 +27,7 @@ from meshwright.run.meta import check_meta
 from meshwright.run.match import compare as match
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
+from meshwright.run.saver import Saver
 from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.weights import read
 from meshwright.run.worker import Make, Worker
@@ -39,6 +40,7 @@ __all__ = [
     "require_same_job",
     "restore",
     "save_worker",
+    "stage_worker",
 ]
 
 
@@ -175,17 +177,38 @@ def _kept(key: str, value: Any) -> bool:
 
 
 def save_worker(
-    worker: Worker, root: Path, step: int, extra: Mapping[str, Any], keep: int
+    worker: Worker,
+    root: Path,
+    step: int,
+    extra: Mapping[str, Any],
+    keep: int,
+    trusted: set[str] | None = None,
 ) -> Generator[Any, Any, Path]:
     """Save this rank's part of the checkpoint after `step` steps; an exchange."""
+    meta = yield from _meta(worker, step, extra)
+    group = Group.world(worker.build.mesh.size)
+    path = yield from save(root, step, pieces_of(worker), meta, group, worker.rank, keep, trusted)
+    return path
+
+
+def stage_worker(
+    worker: Worker, saver: Saver, root: Path, step: int, extra: Mapping[str, Any], keep: int
+) -> Generator[Any, Any, str]:
+    """Begin to save the same while training goes on; an exchange, which answers as `stage`."""
+    meta = yield from _meta(worker, step, extra)
+    problem = yield from saver.stage(root, step, pieces_of(worker), meta, keep)
+    return problem
+
+
+def _meta(
+    worker: Worker, step: int, extra: Mapping[str, Any]
+) -> Generator[Any, Any, dict[str, Any]]:
     mesh = worker.build.mesh
     group, plain = Group.world(mesh.size), _plain_state(worker)
     if len(mesh.stages) > 1:  # the first rank, whose account is kept, knows of its stage only
         stages = yield from gather_json(plain, group, "the optimizer's state")
         plain = {name: slots for stage in stages for name, slots in stage.items()}
-    meta = meta_of(worker, step, extra, plain)
-    path = yield from save(root, step, pieces_of(worker), meta, group, worker.rank, keep)
-    return path
+    return meta_of(worker, step, extra, plain)
 
 
 def read_state(worker: Worker, checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.comm.base import Comm, Group
+from meshwright.comm.base import Comm, Exchange, Group
 from meshwright.comm.handshake import agree
 from meshwright.compile.inductor import require_compiler
 from meshwright.compile.init import built
@@ -31,6 +31,7 @@ from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.prepare import prepare
+from meshwright.run.saver import BUSY, Saver
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
 from meshwright.run.weights import export
@@ -69,6 +70,11 @@ class Session:
     notes: list[str] = field(default_factory=list)
     fetched: Fetched | None = None
     evaluation: Source | None = None
+    saver: Saver = field(init=False)
+    _told: int = field(init=False, default=0)  # the first step whose flags are of the oldest save's present phase
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.everyone, self.worker.rank)
 
     @property
     def job(self) -> Job:
@@ -123,10 +129,14 @@ class Session:
         last = until is not None and self.step + 1 >= until
         upcoming = self.step + 1 if fetched is self.fetched and not last else None
         self.worker.ahead, self.worker.until = None, until
+        self.worker.flags = {**self.worker.flags, BUSY: self.saver.busy}
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
         self.fetched = self.worker.ahead
         self.step += 1
+        if self.saver.pending and BUSY not in metrics.flags and metrics.step >= self._told:
+            self._settle(self.saver.advance())
         self._take_notes(self.worker.source)
+        self._tell_of_saves()
         seconds = time.perf_counter() - began
         return Record(metrics, timing, seconds, lr, self.job.batch_size)
 
@@ -180,10 +190,49 @@ class Session:
 
     def save(self, root: Path, keep: int = 3) -> Path:
         """Save a checkpoint of the steps done so far; every rank takes part."""
+        self.settle()
         self._drain()
-        exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep)
+        trusted = self.saver.trusted
+        exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep, trusted)
         path: Path = self.comm.perform(exchange)
+        self.saver.saved = self.step
         return path
+
+    def save_soon(self, root: Path, keep: int = 3) -> None:
+        """Copy the state, and write it while the next steps run; every rank takes part.
+
+        What becomes of it is seen in `saver` and told in `notes`; `settle` waits for it.
+        """
+        self._drain()
+        exchange = persist.stage_worker(self.worker, self.saver, root, self.step, self.extra, keep)
+        problem = self._settle(exchange)
+        if problem == "memory":
+            self.notes.append(
+                f"the checkpoint of step {self.step} was written while training waited: a host has "
+                "no memory for a copy of its ranks' state"
+            )
+            self.save(root, keep)
+        elif problem:
+            steps = " and ".join(map(str, self.saver.pending))
+            self.notes.append(
+                f"the checkpoint of step {self.step} was left out: those of steps {steps} are still"
+                " being written; save less often, or to a faster disk"
+            )
+
+    def settle(self) -> None:
+        """Wait until all checkpoints that were begun are in, or have failed; every rank."""
+        self._settle(self.saver.settle())
+
+    def _settle(self, exchange: Exchange) -> Any:
+        """Perform what takes saves on."""
+        found = self.comm.perform(exchange)
+        self._told = self.step + self.worker.flags_behind
+        self._tell_of_saves()
+        return found
+
+    def _tell_of_saves(self) -> None:
+        self.notes += self.saver.told
+        self.saver.told.clear()
 
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
