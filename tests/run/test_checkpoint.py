@@ -20,8 +20,8 @@ from meshwright.run.checkpoint import (
     open_checkpoint,
     save,
 )
-from meshwright.run.manifest import ITEM_BYTES
 from meshwright.run.header import dtype_of
+from meshwright.run.manifest import ITEM_BYTES
 from tests.run.saving import HEAD, resume_all, rows, save_all, two_ranks
 
 

@@ -41,14 +41,26 @@ def tree():
                 "dtype": "float32",
                 "shape": [4, 8],
                 "pieces": [
-                    {"file": "rank0.safetensors", "start": [0, 0], "shape": [2, 8], "digests": [SUM]},
-                    {"file": "rank1.safetensors", "start": [2, 0], "shape": [2, 8], "digests": [SUM]},
+                    {
+                        "file": "rank0.safetensors",
+                        "start": [0, 0],
+                        "shape": [2, 8],
+                        "digests": [SUM],
+                    },
+                    {
+                        "file": "rank1.safetensors",
+                        "start": [2, 0],
+                        "shape": [2, 8],
+                        "digests": [SUM],
+                    },
                 ],
             },
             "optimizer/step": {
                 "dtype": "int64",
                 "shape": [],
-                "pieces": [{"file": "rank0.safetensors", "start": [], "shape": [], "digests": [SUM]}],
+                "pieces": [
+                    {"file": "rank0.safetensors", "start": [], "shape": [], "digests": [SUM]}
+                ],
             },
             "buffer/none": {"dtype": "bool", "shape": [0, 3], "pieces": []},
         },

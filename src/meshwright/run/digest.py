@@ -12,11 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from meshwright.errors import StorageError
 
-try:
-    import xxhash
-except ImportError:  # the extra `fast` is not installed
-    xxhash = None
-
 __all__ = ["CHUNK", "KINDS", "chunks_of", "digest", "preferred", "usable"]
 
 CHUNK = 1 << 20
@@ -32,9 +27,15 @@ def _crc32(data: _Data) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
-_FUNCTIONS: dict[str, Callable[[_Data], str]] = {"crc32": _crc32}
-if xxhash is not None:
-    _FUNCTIONS["xxh3-128"] = xxhash.xxh3_128_hexdigest
+def _found() -> Mapping[str, Callable[[_Data], str]]:
+    try:
+        from xxhash import xxh3_128_hexdigest
+    except ImportError:  # the extra `fast` is not installed
+        return {"crc32": _crc32}
+    return {"xxh3-128": xxh3_128_hexdigest, "crc32": _crc32}
+
+
+_FUNCTIONS = _found()
 
 
 def preferred() -> str:

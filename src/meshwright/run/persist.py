@@ -23,12 +23,12 @@ from meshwright.program.layout import (
 )
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
-from meshwright.run.meta import check_meta
+from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.match import compare as match
+from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
 from meshwright.run.saver import Saver
-from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.weights import read
 from meshwright.run.worker import Make, Worker
 
@@ -182,22 +182,44 @@ def save_worker(
     step: int,
     extra: Mapping[str, Any],
     keep: int,
-    trusted: set[str] | None = None,
+    saver: Saver | None = None,
 ) -> Generator[Any, Any, Path]:
-    """Save this rank's part of the checkpoint after `step` steps; an exchange."""
-    meta = yield from _meta(worker, step, extra)
+    """Save this rank's part of the checkpoint after `step` steps; an exchange.
+
+    What `saver` has in flight is finished first.
+    """
     group = Group.world(worker.build.mesh.size)
-    path = yield from save(root, step, pieces_of(worker), meta, group, worker.rank, keep, trusted)
+    saver = saver or Saver(group, worker.rank)
+    meta = yield from _meta(worker, step, extra)
+    yield from saver.settle()
+    mine, trusted = pieces_of(worker), saver.trusted
+    path = yield from save(root, step, mine, meta, group, worker.rank, keep, trusted)
+    saver.saved = step
     return path
 
 
 def stage_worker(
     worker: Worker, saver: Saver, root: Path, step: int, extra: Mapping[str, Any], keep: int
-) -> Generator[Any, Any, str]:
-    """Begin to save the same while training goes on; an exchange, which answers as `stage`."""
+) -> Generator[Any, Any, None]:
+    """Begin to save the same while training goes on; an exchange.
+
+    A host without memory for a copy has it saved at once; on a disk that still writes the two
+    before it is left out; either is told in `saver.told`.
+    """
     meta = yield from _meta(worker, step, extra)
     problem = yield from saver.stage(root, step, pieces_of(worker), meta, keep)
-    return problem
+    if problem == "memory":
+        saver.told.append(
+            f"the checkpoint of step {step} was written while training waited: a host has no "
+            "memory for a copy of its ranks' state"
+        )
+        yield from save_worker(worker, root, step, extra, keep, saver)
+    elif problem:
+        steps = " and ".join(map(str, saver.pending))
+        saver.told.append(
+            f"the checkpoint of step {step} was left out: those of steps {steps} are still being "
+            "written; save less often, or to a faster disk"
+        )
 
 
 def _meta(

@@ -277,7 +277,9 @@ class Saver:
         self._pending.popleft()
         if problem:
             step = head.order.step
-            self.told.append(f"checkpoint of step {step} was not saved, training goes on: {problem}")
+            self.told.append(
+                f"checkpoint of step {step} was not saved, training goes on: {problem}"
+            )
         else:
             self.saved = max(self.saved, head.order.step)
 

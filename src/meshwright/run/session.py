@@ -71,7 +71,9 @@ class Session:
     fetched: Fetched | None = None
     evaluation: Source | None = None
     saver: Saver = field(init=False)
-    _told: int = field(init=False, default=0)  # the first step whose flags are of the oldest save's present phase
+    _told: int = field(
+        init=False, default=0
+    )  # the first step whose flags are of the oldest save's present phase
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.everyone, self.worker.rank)
@@ -190,12 +192,11 @@ class Session:
 
     def save(self, root: Path, keep: int = 3) -> Path:
         """Save a checkpoint of the steps done so far; every rank takes part."""
-        self.settle()
         self._drain()
-        trusted = self.saver.trusted
-        exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep, trusted)
-        path: Path = self.comm.perform(exchange)
-        self.saver.saved = self.step
+        worker, step = self.worker, self.step
+        path: Path = self._settle(
+            persist.save_worker(worker, root, step, self.extra, keep, self.saver)
+        )
         return path
 
     def save_soon(self, root: Path, keep: int = 3) -> None:
@@ -204,20 +205,8 @@ class Session:
         What becomes of it is seen in `saver` and told in `notes`; `settle` waits for it.
         """
         self._drain()
-        exchange = persist.stage_worker(self.worker, self.saver, root, self.step, self.extra, keep)
-        problem = self._settle(exchange)
-        if problem == "memory":
-            self.notes.append(
-                f"the checkpoint of step {self.step} was written while training waited: a host has "
-                "no memory for a copy of its ranks' state"
-            )
-            self.save(root, keep)
-        elif problem:
-            steps = " and ".join(map(str, self.saver.pending))
-            self.notes.append(
-                f"the checkpoint of step {self.step} was left out: those of steps {steps} are still"
-                " being written; save less often, or to a faster disk"
-            )
+        saver, step = self.saver, self.step
+        self._settle(persist.stage_worker(self.worker, saver, root, step, self.extra, keep))
 
     def settle(self) -> None:
         """Wait until all checkpoints that were begun are in, or have failed; every rank."""
