@@ -69,6 +69,7 @@ class Run:
         nonfinite: Literal["raise", "skip", "ignore"] = "raise",
         eager: bool = False,
         keep: int = 3,
+        wait_for_saves: bool = False,
         quiet: bool = False,
         compile: bool = False,  # noqa: A002  the command's word
         trace: bool | str = False,
@@ -87,6 +88,8 @@ class Run:
             nonfinite: what to do when the loss is not finite.
             eager: run the code as ordinary PyTorch, untraced; one process or data-parallel.
             keep: checkpoints that stay.
+            wait_for_saves: whether training stands still until a checkpoint that is due is written;
+                otherwise for a copy in memory only, which takes as much room as the state.
             quiet: no progress display.
             compile: run the traced code compiled by torch's inductor; needs a C++ compiler.
             trace: steps to trace, such as `"3-7"`, into the run's trace.json; True takes five,
@@ -106,6 +109,7 @@ class Run:
         self._eager = eager
         self._compiled = compile
         self._keep = keep
+        self._waits = wait_for_saves
         self._quiet = quiet
         self._trace = parse_steps(trace) if isinstance(trace, str) else trace
         self._profiler: Profiler | None = None
@@ -113,7 +117,6 @@ class Run:
         self._stack = ExitStack()
         self._journal = Journal()
         self._saved_at = time.monotonic()
-        self._saved_step = -1
         self._until: int | None = None
         self._session: Session | None = None
         self._contract: Contract | None = None
@@ -157,13 +160,21 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._profiler is not None:
-            self._profiler.close()
-            self._tell()
-        self._journal.close(
-            "ok" if error is None else "stopped" if kind is SystemExit else "failed"
-        )
-        self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            self.session.saver.leave()
+            self._journal.close("stopped" if kind is SystemExit else "failed")
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            try:
+                if self._profiler is not None:
+                    self._profiler.close()
+                self.session.settle()
+                self._tell()
+            except BaseException:
+                self._journal.close("failed")
+                raise
+            self._journal.close("ok")
 
     @property
     def session(self) -> Session:
@@ -220,7 +231,7 @@ class Run:
             session.resume(self.dir / "checkpoints")
         if self.rank == 0:
             self._journal = open_journal(self.dir, session.step, self._loggers, quiet=self._quiet)
-        self._saved_step = session.step
+        session.saver.saved = session.step
 
     def steps(self, until: int | None = None) -> Iterator[int]:
         """Step numbers from the next one up to `until`; ends early when asked to stop."""
@@ -261,7 +272,7 @@ class Run:
             self._note(f"stopped by signal {number} after step {session.step}; saved")
             raise SystemExit(128 + number)
         if "save" in record.metrics.flags:
-            self.save()
+            self.save(wait=self._waits)
         return record.metrics
 
     def _profile(self, total: int | None) -> None:
@@ -308,22 +319,35 @@ class Run:
         """`fn(model, batch)` for every sample of `data`, in order; whole on every rank."""
         return self.session.predict(data, fn)
 
-    def save(self, *, last: bool = False) -> Path | None:
-        """Save a checkpoint; a failure is told and training goes on, unless it is the last one."""
-        session = self.session
-        if self._saved_step == session.step and last:
-            return None
+    def save(self, *, last: bool = False, wait: bool = True) -> Path | None:
+        """Save a checkpoint; a failure is told and training goes on, unless it is the last one.
+
+        Args:
+            last: nothing is done where this step's is in already.
+            wait: until it is written. Otherwise the state is copied and written while the next
+                steps run; the last one is in before the run ends.
+
+        Returns:
+            Its folder, where that is written.
+        """
+        session, path = self.session, None
+        if last:
+            session.settle()
+            self._tell()
+            if session.saver.saved == session.step:
+                return None
         try:
-            path = session.save(self.dir / "checkpoints", self._keep)
+            if wait:
+                path = session.save(self.dir / "checkpoints", self._keep)
+            else:
+                session.save_soon(self.dir / "checkpoints", self._keep)
         except StorageError as error:
             if last:
                 raise
             self._note(
                 f"checkpoint of step {session.step} was not saved, training goes on: {error}"
             )
-            path = None
-        else:
-            self._saved_step = session.step
+        self._tell()
         self._saved_at = time.monotonic()
         return path
 
@@ -463,7 +487,7 @@ def train(
             for function in on_step:
                 function(run, metrics)
             if checkpoint_every and run.step_number % checkpoint_every == 0:
-                run.save()
+                run.save(wait=how.get("wait_for_saves", False))
             if evaluate_every and run.step_number % evaluate_every == 0:
                 evaluation = run.evaluate()
         if job.evaluation is not None and not (

@@ -159,8 +159,8 @@ class Data(Data):
 def test_a_full_disk_warns_while_training_and_fails_the_last_save(start, folder):
     write_job(folder / "job.py", FULL, model="lambda: Model(width=4000)", steps="6")
     words = ("train", "job.py", "--checkpoint-every", 1, "--run-dir")
-    lifted = start(*words, "lifted", environ={"ROOM": "60000", "LIFT": "1"})
-    full = start(*words, "full", environ={"ROOM": "0"})
+    lifted = start(*words, "lifted", "--wait-for-saves", environ={"ROOM": "60000", "LIFT": "1"})
+    full = start(*words, "full", environ={"ROOM": "0"})  # written while training goes on
     done = ended(lifted)
     done.works("checkpoint of step 2 was not saved, training goes on", "File too large", "step 6/6")
     assert (folder / "lifted" / "checkpoints" / "step-00000006").is_dir()
@@ -170,4 +170,5 @@ def test_a_full_disk_warns_while_training_and_fails_the_last_save(start, folder)
     for name in ("full/metrics.jsonl", "full/tensorboard"):
         assert said.count(f"cannot write {name}: File too large") == 1
     assert "step 6/6" in said
-    assert [p.name for p in (folder / "full" / "checkpoints").iterdir()] == ["step-00000001"]
+    kept = [p.name for p in (folder / "full" / "checkpoints").iterdir()]
+    assert kept in ([], ["step-00000001"])  # it may have been on its way when the disk got full

@@ -20,8 +20,8 @@ from meshwright.run.checkpoint import (
     open_checkpoint,
     save,
 )
+from meshwright.run.header import dtype_of
 from meshwright.run.manifest import ITEM_BYTES
-from meshwright.run.shard import dtype_of
 from tests.run.saving import HEAD, resume_all, rows, save_all, two_ranks
 
 
@@ -124,7 +124,11 @@ def test_tensors_that_are_not_dense_or_need_gradients_are_saved_by_value(tmp_pat
 
 def test_a_rank_without_anything_to_write_writes_no_file(tmp_path):
     folder = save_all(tmp_path, 1, [[Piece("w", (4, 8), (0, 0), HEAD)], []])
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rank0.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "commit.json",
+        "manifest.json",
+        "rank0.safetensors",
+    ]
 
 
 def test_saving_copies_one_tensor_at_a_time(tmp_path, monkeypatch):

@@ -18,21 +18,22 @@ from meshwright.run.manifest import (
     File,
     Manifest,
     Stored,
-    check_meta,
     parse,
     pieces_in,
     render,
     seal,
 )
+from meshwright.run.meta import check_meta
 from meshwright.run.region import Region
 
-SHA = "0123456789abcdef" * 4
+SUM = "0123456789abcdef" * 2
+XXH3 = "xxh3-128"
 
 
 def tree():
     """A manifest as JSON, without its digest: one matrix on two ranks, one scalar, one empty."""
     return {
-        "version": 1,
+        "version": 2,
         "step": 20,
         "meta": {"plan": "data=2", "seeds": [1, 2]},
         "entries": {
@@ -40,20 +41,32 @@ def tree():
                 "dtype": "float32",
                 "shape": [4, 8],
                 "pieces": [
-                    {"file": "rank0.safetensors", "start": [0, 0], "shape": [2, 8], "sha256": SHA},
-                    {"file": "rank1.safetensors", "start": [2, 0], "shape": [2, 8], "sha256": SHA},
+                    {
+                        "file": "rank0.safetensors",
+                        "start": [0, 0],
+                        "shape": [2, 8],
+                        "digests": [SUM],
+                    },
+                    {
+                        "file": "rank1.safetensors",
+                        "start": [2, 0],
+                        "shape": [2, 8],
+                        "digests": [SUM],
+                    },
                 ],
             },
             "optimizer/step": {
                 "dtype": "int64",
                 "shape": [],
-                "pieces": [{"file": "rank0.safetensors", "start": [], "shape": [], "sha256": SHA}],
+                "pieces": [
+                    {"file": "rank0.safetensors", "start": [], "shape": [], "digests": [SUM]}
+                ],
             },
             "buffer/none": {"dtype": "bool", "shape": [0, 3], "pieces": []},
         },
         "files": {
-            "rank0.safetensors": {"bytes": 200, "header": SHA},
-            "rank1.safetensors": {"bytes": 120, "header": SHA},
+            "rank0.safetensors": {"bytes": 200, "header": SUM, "digest": XXH3},
+            "rank1.safetensors": {"bytes": 120, "header": SUM, "digest": XXH3},
         },
     }
 
@@ -89,12 +102,12 @@ def manifests(draw):
         parts = draw(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), max_size=3))
         cuts = [[sum(sizes[:i]) for i in range(len(sizes))] for sizes in parts]
         pieces = tuple(
-            Stored(draw(st.sampled_from(files)), Region(tuple(start), tuple(shape)), SHA)
+            Stored(draw(st.sampled_from(files)), Region(tuple(start), tuple(shape)), (SUM,))
             for start, shape in zip(product(*cuts), product(*parts), strict=True)
         )
         used.update(piece.file for piece in pieces)
         entries[name] = Entry(dtype, tuple(map(sum, parts)), pieces)
-    listed = {name: File(draw(st.integers(10**6, 2**63 - 1)), SHA) for name in sorted(used)}
+    listed = {name: File(draw(st.integers(10**6, 2**63 - 1)), SUM, XXH3) for name in sorted(used)}
     meta = draw(st.dictionaries(st.text(), json_values, max_size=3))
     return Manifest(draw(st.integers(0, 2**63 - 1)), meta, entries, listed)
 
@@ -117,7 +130,7 @@ def test_the_pieces_of_a_read_cover_it_exactly_once(data):
         "uint8",
         tuple(map(sum, parts)),
         tuple(
-            Stored("f", Region(tuple(a), tuple(n)), SHA)
+            Stored("f", Region(tuple(a), tuple(n)), (SUM,))
             for a, n in zip(product(*cuts), product(*parts), strict=True)
         ),
     )
@@ -216,8 +229,15 @@ IMPOSSIBLE = [
     (lambda t: head(t).update(pieces=[3]), "must be a JSON object"),
     (lambda t: head(t).update(dtype="float31"), "known: bool"),
     (lambda t: head(t).update(dtype=["float32"]), "known: bool"),
-    (lambda t: head(t)["pieces"][0].update(sha256="00"), "64 hexadecimal digits"),
-    (lambda t: head(t)["pieces"][0].update(sha256=SHA.upper()), "64 hexadecimal digits"),
+    (lambda t: head(t)["pieces"][0].update(digests=["00"]), "32 hexadecimal digits"),
+    (lambda t: head(t)["pieces"][0].update(digests=[SUM.upper()]), "32 hexadecimal digits"),
+    (lambda t: head(t)["pieces"][0].update(digests=[7]), "32 hexadecimal digits"),
+    (lambda t: head(t)["pieces"][0].update(digests=SUM), "digests must be a list"),
+    (lambda t: head(t)["pieces"][0].update(digests=[]), "64 bytes has 0 digests, not 1"),
+    (lambda t: head(t)["pieces"][0].update(digests=[SUM, SUM]), "64 bytes has 2 digests, not 1"),
+    (lambda t: t["files"]["rank0.safetensors"].update(digest="md5"), "known: xxh3-128, crc32"),
+    (lambda t: t["files"]["rank0.safetensors"].update(digest=3), "known: xxh3-128, crc32"),
+    (lambda t: t["files"]["rank0.safetensors"].update(header=SUM[1:]), "32 hexadecimal digits"),
     (lambda t: head(t)["pieces"][0].update(offset=3), "unknown key 'offset'"),
     (lambda t: head(t)["pieces"][0].pop("start"), "has no 'start'"),
     (lambda t: head(t)["pieces"][0].update(file="rank9.safetensors"), "not among the files"),
@@ -230,7 +250,7 @@ IMPOSSIBLE = [
     (lambda t: t.update(meta=[]), "meta must be a JSON object"),
     (lambda t: t.update(extra=1), "unknown key 'extra'"),
     (lambda t: t.pop("meta"), "has no 'meta'"),
-    (lambda t: t.update(version=2), "format version 2, this Meshwright reads version 1"),
+    (lambda t: t.update(version=1), "format version 1, this Meshwright reads version 2"),
     (lambda t: t.update(version=True), "format version True"),
     (lambda t: t.pop("version"), "format version None"),
 ]
@@ -259,10 +279,10 @@ def test_meta_nested_past_the_limit_is_refused():
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"9" * 10_000, "no JSON"),
-        (b'{"version": 1, "version": 1}', "'version' stands twice"),
-        (b'{"version": 1}', "digest does not match"),
-        (b'{"version": 1, "sha256": 5}', "digest does not match"),
-        (b'{"version": 2, "new": "things"}', "load it with the release that wrote it"),
+        (b'{"version": 2, "version": 2}', "'version' stands twice"),
+        (b'{"version": 2}', "digest does not match"),
+        (b'{"version": 2, "sha256": 5}', "digest does not match"),
+        (b'{"version": 3, "new": "things"}', "load it with the release that wrote it"),
     ],
     ids=lambda value: repr(value[:20]),
 )
@@ -314,7 +334,7 @@ def places(value, path=()):
 
 hostile = st.one_of(
     json_values,
-    st.sampled_from([*HOSTILE_NAMES, *WRONG_COUNTS, "rank1.safetensors", SHA, 0, 1, [], {}, [0]]),
+    st.sampled_from([*HOSTILE_NAMES, *WRONG_COUNTS, "rank1.safetensors", SUM, 0, 1, [], {}, [0]]),
     st.floats(),
     st.integers(),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import random
@@ -12,7 +12,8 @@ import torch
 
 from meshwright.errors import StorageError
 from meshwright.run.checkpoint import Piece, newest, open_checkpoint
-from meshwright.run.manifest import seal
+from meshwright.run.digest import digest
+from meshwright.run.manifest import record_of, seal
 from tests.run.saving import HEAD, resume_all, rows, save_all, two_ranks
 
 
@@ -28,9 +29,11 @@ def saved(tmp_path):
 
 
 def flip(path, bit):
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
 
 
 def refused(path):
@@ -62,7 +65,9 @@ def test_a_flipped_bit_names_file_entry_region_and_digests(saved):
     flip(saved / "rank1.safetensors", (saved / "rank1.safetensors").stat().st_size * 8 - 1)
     message = refused(saved)
     assert message.startswith(f"checkpoint {saved} cannot be used: rank1.safetensors does not ")
-    assert "entry 'model/head' at [2, 0], shape [2, 8] (expected " in message
+    assert (
+        "entry 'model/head' at [2, 0], shape [2, 8], bytes 128 to 191 of the file (expec" in message
+    )
 
 
 def test_other_entries_of_a_damaged_checkpoint_can_be_read(saved):
@@ -177,34 +182,158 @@ def test_a_shard_that_is_a_folder_is_refused(saved):
         open_checkpoint(saved)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t["entries"]["model/head"].update(dtype="int32"),
-        lambda t: t["entries"].update(x=t["entries"].pop("model/head")),
-        lambda t: t["files"]["rank0.safetensors"].update(header="0" * 64),
-    ],
-    ids=["dtype", "name", "header"],
-)
-def test_a_manifest_that_tells_another_story_than_its_shards_is_refused(saved, change):
+def forge(saved, change):
+    """Let a stranger who knows all digests change what the manifest says."""
     path = saved / "manifest.json"
     tree = json.loads(path.read_bytes())
     del tree["sha256"]
     change(tree)
-    path.write_bytes(seal(tree))
-    refused(saved)
-
-
-def test_a_shard_that_is_no_safetensors_is_refused_though_its_digest_fits(saved):
-    path = saved / "rank0.safetensors"
-    data = (10**17).to_bytes(8, "little") + b"x" * (path.stat().st_size - 8)
+    data = seal(tree)
     path.write_bytes(data)
-    manifest = saved / "manifest.json"
-    tree = json.loads(manifest.read_bytes())
-    del tree["sha256"]
-    tree["files"]["rank0.safetensors"]["header"] = hashlib.sha256(data).hexdigest()
-    manifest.write_bytes(seal(tree))
-    assert "is no safetensors file" in refused(saved)
+    (saved / "commit.json").write_bytes(record_of(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["entries"]["model/head"].update(dtype="int32"), "expected int32"),
+        (lambda t: t["entries"].update(x=t["entries"].pop("model/head")), "does not hold 'x@0,0'"),
+        (
+            lambda t: t["files"]["rank1.safetensors"].update(
+                header="0" * len(t["files"]["rank1.safetensors"]["header"])
+            ),
+            "rank1.safetensors cannot be used: its header does not match its digest",
+        ),
+        (
+            lambda t: t["files"].update({"rank2.safetensors": t["files"]["rank1.safetensors"]}),
+            "rank2.safetensors cannot be opened",
+        ),
+    ],
+    ids=["dtype", "name", "header", "files"],
+)
+def test_a_manifest_that_tells_another_story_than_its_shards_is_refused(saved, change, message):
+    forge(saved, change)
+    assert message in refused(saved)
+
+
+def test_a_whole_manifest_without_its_own_record_is_refused(saved):
+    record = (saved / "commit.json").read_bytes()
+    forge(saved, lambda t: t["meta"].update(plan="data=4"))
+    (saved / "commit.json").write_bytes(record)
+    assert "manifest.json is not the one that commit.json is the record of" in refused(saved)
+
+
+def places(saved):
+    """The header of a shard of two ranks, as JSON."""
+    data = (saved / "rank0.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+HEAD_KEY, BIAS_KEY = "model/head@0,0", "model/bias@0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[BIAS_KEY].update(data_offsets=[0, 32]), "a gap or overlap"),
+        (lambda t: t[HEAD_KEY].update(data_offsets=[-64, 0]), "sizes that are no numbers"),
+        (lambda t: t[HEAD_KEY].update(data_offsets=[64, 0]), "a gap or overlap"),
+        (lambda t: t[HEAD_KEY].update(data_offsets=[8, 2**70]), "a gap or overlap"),
+        (lambda t: t[HEAD_KEY].update(data_offsets=[8.0, 72]), "sizes that are no numbers"),
+        (lambda t: t[HEAD_KEY].update(data_offsets=[8]), "none of safetensors"),
+        (lambda t: t[HEAD_KEY].update(data_offsets="8"), "none of safetensors"),
+        (lambda t: t[HEAD_KEY].update(shape=[2**40, 2**40]), "expected float32"),
+        (lambda t: t[HEAD_KEY].update(shape=[8, 2]), "expected float32"),
+        (lambda t: t[HEAD_KEY].update(shape=[True, 8]), "sizes that are no numbers"),
+        (lambda t: t[HEAD_KEY].update(dtype="I32"), "is int32 [2, 8] of 64 bytes, expected float"),
+        (lambda t: t[HEAD_KEY].update(dtype="F7"), "none of safetensors"),
+        (lambda t: t[HEAD_KEY].update(dtype=["F32"]), "none of safetensors"),
+        (lambda t: t.update({HEAD_KEY: None}), "none of safetensors"),
+        (lambda t: t.pop(HEAD_KEY), "its header tells of"),
+        (
+            lambda t: t.update(more={"dtype": "F32", "shape": [1], "data_offsets": [104, 108]}),
+            "the f",
+        ),
+        (lambda t: t.update({"n@0,0": t.pop(HEAD_KEY)}), "does not hold 'model/head@0,0'"),
+    ],
+    ids=range(17),
+)
+def test_a_header_that_cannot_be_is_refused_though_its_digest_fits(saved, change, message):
+    table, data = places(saved)
+    change(table)
+    text = json.dumps(table).encode()
+    reshard(saved, len(text).to_bytes(8, "little") + text, data)
+    told = refused(saved)
+    assert message in told
+    assert "rank0.safetensors" in told
+
+
+def reshard(saved, header, data):
+    """Another file for rank 0, with the digests and the length that it has."""
+    (saved / "rank0.safetensors").write_bytes(header + data)
+
+    def change(tree):
+        claim = tree["files"]["rank0.safetensors"]
+        kind = claim["digest"]
+        claim.update(bytes=len(header + data), header=digest(kind, header))
+
+    forge(saved, change)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"1234567", (2).to_bytes(8, "little") + b"[]", (10**17).to_bytes(8, "little"), b"x" * 90],
+    ids=["none", "short", "list", "huge", "letters"],
+)
+def test_a_shard_that_is_no_safetensors_is_refused_though_its_digest_fits(saved, header):
+    size = len(places(saved)[1])
+    path = saved / "rank0.safetensors"
+    path.write_bytes(header + b"x" * size)
+    length = int.from_bytes((header + b"x" * size)[:8], "little")
+    whole = (header + b"x" * size)[: 8 + min(length, 10**8)]
+
+    def change(tree):
+        claim = tree["files"]["rank0.safetensors"]
+        claim.update(bytes=len(header) + size, header=digest(claim["digest"], whole))
+
+    forge(saved, change)
+    assert "rank0.safetensors cannot be used: its header is none of" in refused(saved)
+
+
+def test_a_shard_of_another_save_beside_the_others_is_told(saved):
+    (saved / "rank7.safetensors").write_bytes((saved / "rank1.safetensors").read_bytes())
+    with pytest.raises(
+        StorageError, match=r"'rank7.safetensors' lies in it, and manifest.json does"
+    ):
+        open_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["rank0.safetensors", "manifest.json", "commit.json"])
+def test_what_may_not_be_read_is_named(saved, monkeypatch, name):
+    perform = os.open  # root may read everything, so the kernel's answer is given here
+
+    def refusing(path, *rest, **named):
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return perform(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(StorageError, match=f"{name} cannot be opened: Permission denied"):
+        open_checkpoint(saved)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(StorageError, match=r"is no checkpoint: there is no manifest\.json in it$"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_told_not_read_past_its_end(saved):
+    with open_checkpoint(saved) as checkpoint:
+        checkpoint.read("model/bias")
+        os.truncate(saved / "rank0.safetensors", 150)
+        with pytest.raises(StorageError, match=r"rank0.safetensors ends at byte .*cut short"):
+            checkpoint.read("model/head")
 
 
 # ── resuming ─────────────────────────────────────────────────────────────────────────────────────

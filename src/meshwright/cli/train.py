@@ -64,6 +64,7 @@ class _Wanted:
     steps: int | None
     evaluate_every: int | None
     checkpoint_every: int | None
+    wait_for_saves: bool
     run_dir: Path | None
     resume: bool
     fresh: bool
@@ -85,6 +86,7 @@ class _Wanted:
                 steps=self.steps,
                 evaluate_every=self.evaluate_every,
                 checkpoint_every=self.checkpoint_every,
+                wait_for_saves=self.wait_for_saves,
                 eager=self.eager,
                 compile=self.compiled,
                 trace=self.trace,
@@ -121,6 +123,10 @@ def train(
             min=1, metavar="K", help="Steps between checkpoints.", show_default="10 minutes"
         ),
     ] = None,
+    wait_for_saves: Annotated[
+        bool,
+        typer.Option("--wait-for-saves", help="Stand still until a checkpoint is on the disk."),
+    ] = False,
     timeout: Timeout = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="Run the code as ordinary PyTorch, untraced.")
@@ -149,6 +155,7 @@ def train(
         steps,
         evaluate_every,
         checkpoint_every,
+        wait_for_saves,
         run_dir,
         resume,
         fresh,
@@ -271,6 +278,7 @@ def _trained(
             plan,
             evaluate_every=wanted.evaluate_every,
             checkpoint_every=wanted.checkpoint_every,
+            wait_for_saves=wanted.wait_for_saves,
             eager=wanted.eager,
             compile=wanted.compiled,
             trace=wanted.trace == _USUAL or wanted.trace or False,

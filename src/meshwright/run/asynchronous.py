@@ -298,6 +298,12 @@ class AsyncWorker(Worker):
         """What was read before is of another place in the data."""
         self.batches.clear()
 
+    @property
+    @override
+    def flags_behind(self) -> int:
+        """They travel with minibatches."""
+        return self.pipe.ahead(0) // self.pipe.microbatches + max(self.pipe.replicas)
+
     @override
     def drain(self) -> Generator[Any, Any, None]:
         """Throw away the forwards in flight; what replicas still owe is applied; an exchange."""

@@ -3,6 +3,7 @@
     root/.step-00000020.tmp-<nonce>/rank0.safetensors ...   every rank writes and syncs its own
     root/.step-00000020.tmp-<nonce>/manifest.json           the first rank, from all ranks' digests
     root/step-00000020                                      renamed: now it is there, whole
+    root/step-00000020/commit.json                          and counts, once this says so
 
 A crash at any point leaves the older checkpoints as they were. Nothing is ever unpickled, and
 loading under another plan is reading other boxes of the same entries.
@@ -10,8 +11,6 @@ loading under another plan is reading other boxes of the same entries.
 
 from __future__ import annotations
 
-import logging
-import secrets
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ from torch import Tensor
 
 from meshwright.comm.base import Group
 from meshwright.errors import StorageError
-from meshwright.run.durable import discard, make_folder, publish, write_file
-from meshwright.run.manifest import Entry, File, Manifest, Stored, check_meta, parse, render
+from meshwright.run.header import dtype_name
+from meshwright.run.manifest import Entry, File, Manifest, Stored
+from meshwright.run.meta import check_meta
+from meshwright.run.publishing import aside_name, clean, commit, make_aside, retire
 from meshwright.run.region import Region
 from meshwright.run.restore import (
     MANIFEST,
@@ -33,11 +34,12 @@ from meshwright.run.restore import (
     open_checkpoint,
     resume,
 )
-from meshwright.run.retention import doomed, is_leftover, replaced_name, step_name
-from meshwright.run.shard import Shards, dtype_name, key_of, write_shard
+from meshwright.run.retention import step_name
+from meshwright.run.shard import key_of, write_shard
 from meshwright.run.together import together
 
 __all__ = [
+    "MANIFEST",
     "Checkpoint",
     "Found",
     "Piece",
@@ -46,9 +48,8 @@ __all__ = [
     "open_checkpoint",
     "resume",
     "save",
+    "write_pieces",
 ]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,11 +75,12 @@ def save(
     group: Group,
     rank_index: int,
     keep: int = 3,
+    trusted: set[str] | None = None,
 ) -> Generator[Any, Any, Path]:
     """Save the checkpoint of `step` in `root`, a folder that all hosts see; answers its folder.
 
     The first rank's `meta` (JSON) is kept. Needs no more memory than one tensor's contiguous copy.
-    Afterwards only the newest `keep` are left, two at the least.
+    Afterwards only the newest `keep` are left, two at the least; `trusted` is as of `retire`.
 
     Raises:
         StorageError: on every rank alike, if any could not write its part; what was saved before
@@ -90,36 +92,33 @@ def save(
     aside = root / names[0]
     try:
         shards = yield from together(
-            lambda: _write(aside / f"rank{group.ranks[rank_index]}.safetensors", pieces),
+            lambda: write_pieces(aside / f"rank{group.ranks[rank_index]}.safetensors", pieces),
             group,
             label,
         )
         yield from together(
-            lambda: _commit(aside, root, merge(step, meta, shards)) if first else None, group, label
+            lambda: commit(aside, root, merge(step, meta, shards)) if first else None, group, label
         )
     except StorageError:
         if first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
     if first:
-        _retire(root, step, keep)
+        retire(root, step, keep, set() if trusted is None else trusted)
     return root / step_name(step)
 
 
 def _begin(root: Path, step: int, meta: Mapping[str, Any]) -> str:
     """Make the folder that ranks write to, after removing what crashed saves left."""
     check_meta(meta)
-    make_folder(root)
-    for path in root.iterdir():
-        if is_leftover(path.name):
-            shutil.rmtree(path)
-    name = f".{step_name(step)}.tmp-{secrets.token_hex(8)}"
-    (root / name).mkdir()
+    clean(root)
+    name = aside_name(step)
+    make_aside(root, name)
     return name
 
 
-def _write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write this rank's primary pieces; a JSON-able account of them for the first rank."""
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write a rank's primary pieces; a JSON-able account of them for the first rank."""
     mine = [(piece, key_of(piece.name, piece.start)) for piece in pieces if piece.primary]
     tensors: dict[str, Tensor] = {}
     for piece, key in mine:
@@ -130,7 +129,7 @@ def _write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     kinds = [dtype_name(piece.tensor.dtype) for piece, _ in mine]
     file, digests = write_shard(path, tensors) if tensors else (None, {})
     return {
-        "file": None if file is None else [path.name, file.bytes, file.header],
+        "file": None if file is None else [path.name, file.bytes, file.header, file.digest],
         "pieces": [
             [
                 piece.name,
@@ -154,55 +153,14 @@ def merge(step: int, meta: Mapping[str, Any], accounts: Sequence[Mapping[str, An
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     stored: dict[str, list[Stored]] = {}
     for account in accounts:
-        for name, dtype, shape, start, local, sha256 in account["pieces"]:
+        for name, dtype, shape, start, local, digests in account["pieces"]:
             kind = (dtype, tuple(shape))
             if kinds.setdefault(name, kind) != kind:
                 raise StorageError(f"ranks disagree about {name!r}: {kinds[name]} and {kind}")
             pieces = stored.setdefault(name, [])
-            if sha256 is not None:
+            if digests is not None:
                 region = Region(tuple(start), tuple(local))
-                pieces.append(Stored(account["file"][0], region, sha256))
+                pieces.append(Stored(account["file"][0], region, tuple(digests)))
     entries = {name: Entry(*kinds[name], tuple(stored[name])) for name in sorted(kinds)}
     files = [account["file"] for account in accounts if account["file"]]
-    return Manifest(step, meta, entries, {name: File(size, head) for name, size, head in files})
-
-
-def _commit(aside: Path, root: Path, manifest: Manifest) -> None:
-    """Write the manifest and give the folder its name."""
-    data = render(manifest)
-    parse(data)  # never leave behind what could not be read again
-    Shards(aside, manifest.files).check_lengths(manifest.files)
-    write_file(aside / MANIFEST, [data])
-    final, old = root / step_name(manifest.step), root / replaced_name(manifest.step)
-    if not final.exists():
-        publish(aside, final)
-        return
-    if old.exists():
-        _remove(old)
-    final.rename(old)
-    publish(aside, final)
-    _remove(old)
-
-
-def _retire(root: Path, step: int, keep: int) -> None:
-    names = [path.name for path in root.iterdir()]
-    for name in doomed(names, step, keep, lambda name: _sound(root / name)):
-        try:
-            _remove(root / name)
-        except OSError as error:
-            # The checkpoint is in; an old one that stays is no reason to stop a run.
-            _log.warning("could not remove the old checkpoint %s: %s", root / name, error)
-
-
-def _sound(path: Path) -> bool:
-    """Whether its manifest is valid and its files have their lengths (no digest is compared)."""
-    try:
-        open_checkpoint(path).close()
-    except StorageError:
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    name = path.name.removesuffix(".replaced")
-    discard(path, path.with_name(f".{name}.old-{secrets.token_hex(8)}"))
+    return Manifest(step, meta, entries, {name: File(*claim) for name, *claim in files})

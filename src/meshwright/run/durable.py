@@ -16,7 +16,16 @@ from pathlib import Path
 
 from meshwright.errors import StorageError
 
-__all__ = ["discard", "make_folder", "opened", "publish", "read_small", "sync_folder", "write_file"]
+__all__ = [
+    "discard",
+    "make_folder",
+    "opened",
+    "publish",
+    "read_at",
+    "read_small",
+    "sync_folder",
+    "write_file",
+]
 
 _CHUNK = 8 << 20
 
@@ -101,6 +110,22 @@ def opened(folder: Path, name: str) -> Iterator[int]:
         raise StorageError(f"{name} cannot be read: {error.strerror}") from None
     finally:
         os.close(file)
+
+
+def read_at(file: int, into: memoryview, offset: int, name: str) -> None:
+    """Fill `into` with the bytes of a file from `offset` on.
+
+    Raises:
+        StorageError: `name` ends before, or the disk refuses.
+    """
+    while into:
+        try:
+            count = os.preadv(file, [into], offset)
+        except OSError as error:
+            raise StorageError(f"{name} cannot be read: {error.strerror}") from None
+        if not count:
+            raise StorageError(f"{name} ends at byte {offset:,}: it is cut short")
+        into, offset = into[count:], offset + count
 
 
 def read_small(folder: Path, name: str, limit: int) -> bytes:

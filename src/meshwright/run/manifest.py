@@ -1,9 +1,12 @@
 """A checkpoint's table of contents: a pure, strictly validated value.
 
-    {"version": 1, "step": 20, "meta": {...}, "sha256": digest of all the rest,
+    {"version": 2, "step": 20, "meta": {...}, "sha256": digest of all the rest,
      "entries": {"model/head": {"dtype": "float32", "shape": [4, 8], "pieces": [
-         {"file": "rank0.safetensors", "start": [0, 0], "shape": [2, 8], "sha256": ...}, ...]}},
-     "files": {"rank0.safetensors": {"bytes": 1232, "header": digest of its header}, ...}}
+         {"file": "rank0.safetensors", "start": [0, 0], "shape": [2, 8], "digests": [one per MiB]},
+         ...]}},
+     "files": {"rank0.safetensors": {"bytes": 1232, "header": digest, "digest": "xxh3-128"}, ...}}
+
+Beside it lies its commit record, which holds the digest of its bytes: no checkpoint without.
 
 A manifest may come from a stranger. `parse` answers a manifest all of whose claims are possible,
 or raises StorageError: nothing is opened or allocated by what it says before that.
@@ -21,6 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshwright.errors import StorageError
+from meshwright.run.digest import CHUNK, KINDS
+from meshwright.run.meta import check_meta
 from meshwright.run.region import Region, intersect, overlap, whole
 
 __all__ = [
@@ -30,14 +35,14 @@ __all__ = [
     "File",
     "Manifest",
     "Stored",
-    "check_meta",
     "parse",
     "pieces_in",
+    "record_of",
     "render",
     "seal",
 ]
 
-VERSION = 1
+VERSION = 2
 
 # The dtypes a safetensors file can hold, and bytes per element.
 ITEM_BYTES: Mapping[str, int] = {
@@ -64,20 +69,19 @@ MANIFEST_BYTES = 128 << 20
 _ENTRIES = 1_000_000
 _DIMS = 16
 _TEXT = 4096
-_NESTING = 32
 _LARGEST = 2**63 - 1
 
 _FILE = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,2}", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_HEXADECIMAL = re.compile(r"[0-9a-f]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One box of an entry, and the file that holds it; `sha256` is that of its bytes."""
+    """One box of an entry, the file that holds it, and the digests of its chunks."""
 
     file: str
     region: Region
-    sha256: str
+    digests: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A shard's length in bytes and the sha256 of its header (all that is no piece)."""
+    """A shard's length in bytes, the digest of its header (all that is no piece), and which."""
 
     bytes: int
     header: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ def render(manifest: Manifest) -> bytes:
             "meta": dict(manifest.meta),
             "entries": {name: _entry_tree(entry) for name, entry in manifest.entries.items()},
             "files": {
-                name: {"bytes": file.bytes, "header": file.header}
+                name: {"bytes": file.bytes, "header": file.header, "digest": file.digest}
                 for name, file in manifest.files.items()
             },
         }
@@ -137,6 +142,12 @@ def render(manifest: Manifest) -> bytes:
 def seal(tree: Mapping[str, Any]) -> bytes:
     """A JSON object with its own digest added under `sha256`."""
     return json.dumps({**tree, "sha256": _digest(tree)}).encode()
+
+
+def record_of(data: bytes) -> bytes:
+    """The commit record of a manifest of these bytes: with it, and only then, it counts."""
+    digest = hashlib.sha256(data).hexdigest()
+    return json.dumps({"version": VERSION, "manifest": digest}).encode() + b"\n"
 
 
 def parse(data: bytes) -> Manifest:
@@ -169,43 +180,6 @@ def parse(data: bytes) -> Manifest:
     )
     _check_files(manifest)
     return manifest
-
-
-def check_meta(meta: Any) -> None:
-    """Refuse what JSON would not give back as it was.
-
-    Raises:
-        StorageError: names the path and the type of the value that cannot be kept.
-    """
-    _object(meta, "meta")
-    stack: list[tuple[Any, tuple[Any, ...]]] = [(meta, ())]
-    while stack:
-        value, path = stack.pop()
-        if len(path) >= _NESTING:
-            raise StorageError(f"{_path(path)} is nested more than {_NESTING} deep")
-        if isinstance(value, dict):
-            _check_keys(value, path)
-            stack += [(item, (*path, key)) for key, item in value.items()]
-        elif isinstance(value, list | tuple):
-            stack += [(item, (*path, index)) for index, item in enumerate(value)]
-        elif not (value is None or isinstance(value, str | int | float)):
-            raise StorageError(
-                f"{_path(path)} is a {type(value).__name__}; a checkpoint keeps JSON: "
-                "dict, list, str, int, float, bool, None"
-            )
-
-
-def _check_keys(tree: dict[Any, Any], path: tuple[Any, ...]) -> None:
-    for key in tree:
-        if not isinstance(key, str):
-            raise StorageError(
-                f"{_path(path)} has the key {key!r}, a {type(key).__name__}; keys must be strings"
-            )
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return "meta" + ascii("".join(parts))[1:-1][:200]
 
 
 # ── the pieces of `parse`: each answers a value, or raises StorageError naming the part ──────────
@@ -257,14 +231,16 @@ def _entry(name: str, value: Any) -> Entry:
 
 
 def _stored(value: Any, shape: tuple[int, ...], where: str) -> Stored:
-    tree = _keys(value, f"a piece of {where}", "file", "start", "shape", "sha256")
+    tree = _keys(value, f"a piece of {where}", "file", "start", "shape", "digests")
     region = Region(_shape(tree["start"], where), _shape(tree["shape"], where))
     if not region.inside(shape):
         raise StorageError(
             f"{where}, shape {list(shape)}: the piece at {list(region.start)} of shape "
             f"{list(region.shape)} lies outside"
         )
-    return Stored(_file_name(tree["file"]), region, _sha256(tree["sha256"], where))
+    if not isinstance(tree["digests"], list):
+        raise StorageError(f"{where}: digests must be a list, not {_shown(tree['digests'])}")
+    return Stored(_file_name(tree["file"]), region, tuple(tree["digests"]))
 
 
 def _check_tiling(regions: tuple[Region, ...], shape: tuple[int, ...], where: str) -> None:
@@ -292,7 +268,9 @@ def _check_files(manifest: Manifest) -> None:
                 raise StorageError(
                     f"entry {_shown(name)} is in {piece.file}, which is not among the files"
                 )
-            needed[piece.file] += piece.region.volume * ITEM_BYTES[entry.dtype]
+            size = piece.region.volume * ITEM_BYTES[entry.dtype]
+            needed[piece.file] += size
+            _check_digests(piece, size, manifest.files[piece.file], f"entry {_shown(name)}")
     for file, claim in manifest.files.items():
         if claim.bytes < needed[file]:
             raise StorageError(
@@ -300,10 +278,25 @@ def _check_files(manifest: Manifest) -> None:
             )
 
 
+def _check_digests(piece: Stored, size: int, file: File, where: str) -> None:
+    """One for each chunk."""
+    chunks = -(-size // CHUNK)
+    if len(piece.digests) != chunks:
+        raise StorageError(
+            f"{where}: a piece of {size:,} bytes has {len(piece.digests)} digests, not {chunks}"
+        )
+    for told in piece.digests:
+        _hexadecimal(told, KINDS[file.digest], where)
+
+
 def _file(name: str, value: Any) -> File:
     where = f"file {_shown(name)}"
-    tree = _keys(value, where, "bytes", "header")
-    return File(_count(tree["bytes"], where), _sha256(tree["header"], where))
+    tree = _keys(value, where, "bytes", "header", "digest")
+    kind = tree["digest"]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise StorageError(f"{where} has digests {_shown(kind)}; known: {', '.join(KINDS)}")
+    header = _hexadecimal(tree["header"], KINDS[kind], where)
+    return File(_count(tree["bytes"], where), header, kind)
 
 
 def _entry_tree(entry: Entry) -> dict[str, Any]:
@@ -315,7 +308,7 @@ def _entry_tree(entry: Entry) -> dict[str, Any]:
                 "file": piece.file,
                 "start": list(piece.region.start),
                 "shape": list(piece.region.shape),
-                "sha256": piece.sha256,
+                "digests": list(piece.digests),
             }
             for piece in entry.pieces
         ],
@@ -351,9 +344,9 @@ def _shape(value: Any, where: str) -> tuple[int, ...]:
     return shape
 
 
-def _sha256(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise StorageError(f"{where}: {_shown(value)} must be 64 hexadecimal digits")
+def _hexadecimal(value: Any, digits: int, where: str) -> str:
+    if not isinstance(value, str) or len(value) != digits or not _HEXADECIMAL.fullmatch(value):
+        raise StorageError(f"{where}: {_shown(value)} must be {digits} hexadecimal digits")
     return value
 
 

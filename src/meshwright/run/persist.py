@@ -23,15 +23,25 @@ from meshwright.program.layout import (
 )
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
-from meshwright.run.manifest import check_meta
+from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.match import compare as match
+from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
-from meshwright.run.shard import dtype_name, dtype_of
+from meshwright.run.saver import Saver
 from meshwright.run.weights import read
 from meshwright.run.worker import Make, Worker
 
-__all__ = ["given_weights", "pieces_of", "restore", "save_worker"]
+__all__ = [
+    "given_weights",
+    "go_on",
+    "pieces_of",
+    "read_state",
+    "require_same_job",
+    "restore",
+    "save_worker",
+    "stage_worker",
+]
 
 
 def _pieces(
@@ -167,26 +177,68 @@ def _kept(key: str, value: Any) -> bool:
 
 
 def save_worker(
-    worker: Worker, root: Path, step: int, extra: Mapping[str, Any], keep: int
+    worker: Worker,
+    root: Path,
+    step: int,
+    extra: Mapping[str, Any],
+    keep: int,
+    saver: Saver | None = None,
 ) -> Generator[Any, Any, Path]:
-    """Save this rank's part of the checkpoint after `step` steps; an exchange."""
+    """Save this rank's part of the checkpoint after `step` steps; an exchange.
+
+    What `saver` has in flight is finished first.
+    """
+    group = Group.world(worker.build.mesh.size)
+    saver = saver or Saver(group, worker.rank)
+    meta = yield from _meta(worker, step, extra)
+    yield from saver.settle()
+    mine, trusted = pieces_of(worker), saver.trusted
+    path = yield from save(root, step, mine, meta, group, worker.rank, keep, trusted)
+    saver.saved = step
+    return path
+
+
+def stage_worker(
+    worker: Worker, saver: Saver, root: Path, step: int, extra: Mapping[str, Any], keep: int
+) -> Generator[Any, Any, None]:
+    """Begin to save the same while training goes on; an exchange.
+
+    A host without memory for a copy has it saved at once; on a disk that still writes the two
+    before it is left out; either is told in `saver.told`.
+    """
+    meta = yield from _meta(worker, step, extra)
+    problem = yield from saver.stage(root, step, pieces_of(worker), meta, keep)
+    if problem == "memory":
+        saver.told.append(
+            f"the checkpoint of step {step} was written while training waited: a host has no "
+            "memory for a copy of its ranks' state"
+        )
+        yield from save_worker(worker, root, step, extra, keep, saver)
+    elif problem:
+        steps = " and ".join(map(str, saver.pending))
+        saver.told.append(
+            f"the checkpoint of step {step} was left out: those of steps {steps} are still being "
+            "written; save less often, or to a faster disk"
+        )
+
+
+def _meta(
+    worker: Worker, step: int, extra: Mapping[str, Any]
+) -> Generator[Any, Any, dict[str, Any]]:
     mesh = worker.build.mesh
     group, plain = Group.world(mesh.size), _plain_state(worker)
     if len(mesh.stages) > 1:  # the first rank, whose account is kept, knows of its stage only
         stages = yield from gather_json(plain, group, "the optimizer's state")
         plain = {name: slots for stage in stages for name, slots in stage.items()}
-    meta = meta_of(worker, step, extra, plain)
-    path = yield from save(root, step, pieces_of(worker), meta, group, worker.rank, keep)
-    return path
+    return meta_of(worker, step, extra, plain)
 
 
-def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fill this rank's state from a checkpoint of any plan; its `extra`.
+def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
+    """Fill this rank's tensors and optimizer from a checkpoint of any plan.
 
     Raises:
-        StorageError: it is of another model, optimizer or batch size.
+        StorageError: a part that this rank needs is damaged; what was filled before stays so.
     """
-    _require_same_job(worker, checkpoint)
     values = worker.state.values
     axes, coordinates = worker.build.axes, worker.place.coordinates
     for name, tensor in values.items():
@@ -198,7 +250,11 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
                 checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
         elif kind == "buffer":
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
-    _restore_optimizer(worker, checkpoint)
+    _read_optimizer(worker, checkpoint)
+
+
+def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Take up the schedule and the data where the checkpoint left them; its `extra`."""
     meta = checkpoint.meta
     if worker.state.scheduler is not None and meta["scheduler"] is not None:
         worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
@@ -208,7 +264,23 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     return dict(meta["extra"])
 
 
-def _require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
+def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fill this rank's state from a checkpoint of any plan; its `extra`.
+
+    Raises:
+        StorageError: it is damaged, or of another model, optimizer or batch size.
+    """
+    require_same_job(worker, checkpoint)
+    read_state(worker, checkpoint)
+    return go_on(worker, checkpoint)
+
+
+def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another model, optimizer or batch size.
+
+    Raises:
+        StorageError: says in what they differ.
+    """
     job = worker.build.job
     wanted = _wanted(worker)
     entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
@@ -263,10 +335,12 @@ def _wanted(worker: Worker) -> dict[str, Wanted]:
     }
 
 
-def _restore_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
+def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
     """Fill the optimizer's state and its groups' settings."""
     state, build = worker.state, worker.build
     saved = checkpoint.meta["optimizer"]
+    for shard in state.shards.values():  # a damaged checkpoint may have filled some before
+        state.optimizer.state.pop(shard, None)
     for bare in state.shards.keys() & saved["state"].keys():
         state.optimizer.state[state.shards[bare]].update(from_plain(saved["state"][bare]))
     for name, entry in checkpoint.entries.items():

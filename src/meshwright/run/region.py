@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-__all__ = ["Region", "intersect", "overlap", "whole"]
+__all__ = ["Region", "bands", "intersect", "overlap", "span", "whole"]
 
 # A grid is cut apart in as many rounds as it has dims. Boxes that no straight cut separates are
 # compared pair by pair; a real layout never has many, a hostile manifest may.
@@ -57,6 +57,29 @@ def intersect(one: Region, two: Region) -> Region | None:
     stop = tuple(map(min, one.stop, two.stop))
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     return None if any(n <= 0 for n in shape) else Region(start, shape)
+
+
+def span(box: Region, shape: tuple[int, ...]) -> tuple[int, int]:
+    """From which to before which element, in row-major order, a box of a tensor of `shape` lies."""
+    low = high = 0
+    for start, count, size in zip(box.start, box.shape, shape, strict=True):
+        low, high = low * size + start, high * size + start + count - 1
+    return (low, high + 1) if box.volume else (low, low)
+
+
+def bands(box: Region, shape: tuple[int, ...], most: int) -> Iterator[Region]:
+    """A box in parts whose spans are at most `most` elements, cut along the outer dims."""
+    low, high = span(box, shape)
+    if high - low <= most or box.volume == 1:
+        yield box
+        return
+    dim = next(dim for dim, count in enumerate(box.shape) if count > 1)
+    count = max(1, most // max(1, math.prod(shape[dim + 1 :])))
+    for first in range(0, box.shape[dim], count):
+        start, size = list(box.start), list(box.shape)
+        start[dim] += first
+        size[dim] = min(count, box.shape[dim] - first)
+        yield from bands(Region(tuple(start), tuple(size)), shape, most)
 
 
 def overlap(regions: Sequence[Region]) -> tuple[Region, Region] | None:

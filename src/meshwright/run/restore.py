@@ -6,7 +6,7 @@ share of the files, found whole.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,34 @@ from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
 from meshwright.errors import StorageError, nearest
 from meshwright.run.durable import read_small
-from meshwright.run.manifest import MANIFEST_BYTES, Entry, Manifest, parse, pieces_in
+from meshwright.run.header import dtype_of
+from meshwright.run.manifest import (
+    MANIFEST_BYTES,
+    Entry,
+    Manifest,
+    parse,
+    pieces_in,
+    record_of,
+)
 from meshwright.run.region import Region
 from meshwright.run.retention import Saved, listed, step_of
-from meshwright.run.shard import Shards, dtype_of
+from meshwright.run.shards import Shards
 from meshwright.run.together import together, try_together
 
-__all__ = ["MANIFEST", "Checkpoint", "Found", "newest", "open_checkpoint", "resume"]
+__all__ = [
+    "COMMIT",
+    "MANIFEST",
+    "Checkpoint",
+    "Found",
+    "is_committed",
+    "newest",
+    "open_checkpoint",
+    "resume",
+]
 
 MANIFEST = "manifest.json"
+COMMIT = "commit.json"
+_RECORD_BYTES = 4096
 
 
 @final
@@ -35,7 +54,7 @@ MANIFEST = "manifest.json"
 class Checkpoint:
     """An open checkpoint; a context manager that closes its files.
 
-    What is read was compared with its digest first, each piece once, when first needed.
+    What is read was compared with its digests, chunk by chunk, on its way.
     """
 
     path: Path
@@ -131,18 +150,53 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     with _usable(path):
         _check_folder(path)
-        manifest = parse(read_small(path, MANIFEST, MANIFEST_BYTES))
+        manifest = _committed(path)
         named = step_of(path.name)
         if named not in (None, manifest.step):
             raise StorageError(f"its folder is of step {named}, its manifest of {manifest.step}")
         shards = Shards(path, manifest.files)
         shards.check_lengths(manifest.files)
+        _check_strangers(path, manifest)
     return Checkpoint(path, manifest, shards)
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a folder is a checkpoint whose saving came to its end; it may be damaged since."""
+    try:
+        record = read_small(path, COMMIT, _RECORD_BYTES)
+    except StorageError:
+        return False
+    return record.endswith(b"\n")  # its last byte, so a write that was cut short lacks it
+
+
+def _committed(path: Path) -> Manifest:
+    """The manifest in `path`, compared with its commit record."""
+    data = read_small(path, MANIFEST, MANIFEST_BYTES)
+    manifest = parse(data)
+    record = read_small(path, COMMIT, _RECORD_BYTES)
+    if record != record_of(data):
+        raise StorageError(
+            f"{MANIFEST} is not the one that {COMMIT} is the record of: one of the two was changed "
+            "or cut short"
+        )
+    return manifest
+
+
+def _check_strangers(path: Path, manifest: Manifest) -> None:
+    """Shards of another save are a sign that files were mixed up."""
+    found = {entry.name for entry in path.iterdir() if entry.name.endswith(".safetensors")}
+    if strangers := sorted(found - manifest.files.keys()):
+        raise StorageError(
+            f"{strangers[0]!a} lies in it, and {MANIFEST} does not list it: it is of another save, "
+            "or the manifest is; take it away"
+        )
 
 
 def _check_folder(path: Path) -> None:
     """Say in the user's words why `path` is no checkpoint."""
     if (path / MANIFEST).is_file():
+        if not (path / COMMIT).exists():
+            raise StorageError(f"it has no {COMMIT}: its saving was cut short, so it never counted")
         return
     if not path.exists():
         raise StorageError(f"there is no checkpoint {path}")
@@ -177,18 +231,40 @@ def _usable(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where to go on: the newest whole checkpoint, and why newer ones were passed over."""
+    """Where to go on: the newest whole checkpoint, and why newer ones were passed over.
+
+    `damaged` are those that once counted; `unfinished` those whose saving was cut short.
+    """
 
     path: Path | None
     damaged: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
+
+
+Use = Callable[[Checkpoint], Any]
+"""Reads of a checkpoint what a rank needs; a StorageError means that it is damaged."""
 
 
 def resume(
-    root: Path, group: Group, rank_index: int, at: int | None = None
+    root: Path,
+    group: Group,
+    rank_index: int,
+    at: int | None = None,
+    use: Use | None = None,
+    fits: Use | None = None,
 ) -> Generator[Any, Any, Found]:
     """The newest checkpoint in `root` that verifies on all ranks, or that of step `at`.
 
-    Every rank reads its share of each candidate's files. None is found where none was saved.
+    Every rank reads its share of each candidate's files, or what `use` reads; of one that turns out
+    damaged in between it may have read some. None is found where none was saved.
+
+    Args:
+        root: of all checkpoints.
+        group: of all ranks.
+        rank_index: this rank's in it.
+        at: the step that is asked for.
+        use: what to read instead.
+        fits: refuses a whole checkpoint that is of another job; what it raises is raised.
 
     Raises:
         StorageError: on all ranks: there are some but none is whole; or that of step `at` is
@@ -197,17 +273,48 @@ def resume(
     listing = yield from together(
         lambda: _candidates(root, at) if rank_index == 0 else None, group, f"reading {root}"
     )
+    names, unfinished = listing[0]
+    share = rank_index, len(group.ranks)
     damaged: list[str] = []
     path = None
-    for name in listing[0]:
-        problem = yield from _problem(root / name, group, rank_index)
+    for name in names:
+        reading = _Reading(root / name, use or (lambda found: found.verify(*share)), fits)
+        problem = yield from reading.problem(group)
         if problem is None:
             path = root / name
             break
         damaged.append(problem)
     if damaged and (path is None or at is not None):
         raise StorageError("\n".join([*damaged, _remedy(path)]))
-    return Found(path, tuple(damaged))
+    return Found(path, tuple(damaged), tuple(unfinished))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A candidate, and what is asked of it."""
+
+    path: Path
+    use: Use
+    fits: Use | None
+
+    def problem(self, group: Group) -> Generator[Any, Any, str | None]:
+        """Why it cannot be used, on all ranks alike; None where all could."""
+        label = f"verifying {self.path}"
+        if self.fits is not None:
+            _, errors = yield from try_together(self._opened, group, label)
+            if errors:
+                return errors[0]
+            with open_checkpoint(self.path) as checkpoint:
+                self.fits(checkpoint)
+        _, errors = yield from try_together(self._used, group, label)
+        return errors[0] if errors else None
+
+    def _opened(self) -> None:
+        open_checkpoint(self.path).close()
+
+    def _used(self) -> None:
+        with open_checkpoint(self.path) as checkpoint:
+            self.use(checkpoint)
 
 
 def newest(root: Path) -> Path | None:
@@ -221,29 +328,28 @@ def newest(root: Path) -> Path | None:
     return path
 
 
-def _candidates(root: Path, at: int | None) -> list[str]:
-    """Names to try, newest first; from step `at` down where it is given."""
-    saved = listed(path.name for path in root.iterdir()) if root.is_dir() else []
+def _candidates(root: Path, at: int | None) -> tuple[list[str], list[str]]:
+    """Names to try, newest first, from step `at` down where it is given; what was cut short."""
+    found = listed(path.name for path in root.iterdir()) if root.is_dir() else []
+    saved = [one for one in found if is_committed(root / one.name)]
+    cut = [
+        f"checkpoint {root / one.name} is passed over: its saving was cut short, there is no whole "
+        f"{COMMIT} in it"
+        for one in found
+        if one not in saved and (at is None or one.step == at)
+    ]
     if at is None:
-        return [one.name for one in saved]
+        return [one.name for one in saved], cut
     past = [one for one in saved if one.step <= at]
     if not past or past[0].step != at:
-        raise StorageError(f"{root} has no checkpoint of step {at}; {_steps(saved)}")
-    return [one.name for one in past]
+        told = "".join(f"\n{line}" for line in cut)
+        raise StorageError(f"{root} has no checkpoint of step {at}; {_steps(saved)}{told}")
+    return [one.name for one in past], cut
 
 
 def _steps(saved: list[Saved]) -> str:
     steps = sorted({one.step for one in saved})
     return f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none at all"
-
-
-def _problem(path: Path, group: Group, rank_index: int) -> Generator[Any, Any, str | None]:
-    def check() -> None:
-        with open_checkpoint(path) as checkpoint:
-            checkpoint.verify(rank_index, len(group.ranks))
-
-    _, errors = yield from try_together(check, group, f"verifying {path}")
-    return errors[0] if errors else None
 
 
 def _remedy(path: Path | None) -> str:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meshwright.comm.base import Comm, Group
+from meshwright.comm.base import Comm, Exchange, Group
 from meshwright.comm.handshake import agree
 from meshwright.compile.inductor import require_compiler
 from meshwright.compile.init import built
@@ -30,6 +31,7 @@ from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.prepare import prepare
+from meshwright.run.saver import BUSY, Saver
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
 from meshwright.run.weights import export
@@ -68,6 +70,13 @@ class Session:
     notes: list[str] = field(default_factory=list)
     fetched: Fetched | None = None
     evaluation: Source | None = None
+    saver: Saver = field(init=False)
+    _told: int = field(
+        init=False, default=0
+    )  # the first step whose flags are of the oldest save's present phase
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.everyone, self.worker.rank)
 
     @property
     def job(self) -> Job:
@@ -122,10 +131,14 @@ class Session:
         last = until is not None and self.step + 1 >= until
         upcoming = self.step + 1 if fetched is self.fetched and not last else None
         self.worker.ahead, self.worker.until = None, until
+        self.worker.flags = {**self.worker.flags, BUSY: self.saver.busy}
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
         self.fetched = self.worker.ahead
         self.step += 1
+        if self.saver.pending and BUSY not in metrics.flags and metrics.step >= self._told:
+            self._settle(self.saver.advance())
         self._take_notes(self.worker.source)
+        self._tell_of_saves()
         seconds = time.perf_counter() - began
         return Record(metrics, timing, seconds, lr, self.job.batch_size)
 
@@ -180,20 +193,55 @@ class Session:
     def save(self, root: Path, keep: int = 3) -> Path:
         """Save a checkpoint of the steps done so far; every rank takes part."""
         self._drain()
-        exchange = persist.save_worker(self.worker, root, self.step, self.extra, keep)
-        path: Path = self.comm.perform(exchange)
+        worker, step = self.worker, self.step
+        path: Path = self._settle(
+            persist.save_worker(worker, root, step, self.extra, keep, self.saver)
+        )
         return path
+
+    def save_soon(self, root: Path, keep: int = 3) -> None:
+        """Copy the state, and write it while the next steps run; every rank takes part.
+
+        What becomes of it is seen in `saver` and told in `notes`; `settle` waits for it.
+        """
+        self._drain()
+        saver, step = self.saver, self.step
+        self._settle(persist.stage_worker(self.worker, saver, root, step, self.extra, keep))
+
+    def settle(self) -> None:
+        """Wait until all checkpoints that were begun are in, or have failed; every rank."""
+        self._settle(self.saver.settle())
+
+    def _settle(self, exchange: Exchange) -> Any:
+        """Perform what takes saves on."""
+        found = self.comm.perform(exchange)
+        self._told = self.step + self.worker.flags_behind
+        self._tell_of_saves()
+        return found
+
+    def _tell_of_saves(self) -> None:
+        self.notes += self.saver.told
+        self.saver.told.clear()
 
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
         self._drain()
-        found = self.comm.perform(resume(root, self.everyone, self.worker.rank))
-        self.notes += found.damaged
+        worker = self.worker
+        found = self.comm.perform(
+            resume(
+                root,
+                self.everyone,
+                worker.rank,
+                use=partial(persist.read_state, worker),
+                fits=partial(persist.require_same_job, worker),
+            )
+        )
+        self.notes += [*found.damaged, *found.unfinished]
         if found.path is None:
             return None
         with open_checkpoint(found.path) as checkpoint:
-            self.worker.restart()
-            self.extra = persist.restore(self.worker, checkpoint)
+            worker.restart()
+            self.extra = persist.go_on(worker, checkpoint)
             self.step = checkpoint.step
         self.fetched = None
         return Path(found.path)

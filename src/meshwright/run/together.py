@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.comm.base import Group, gather_json
 from meshwright.errors import MeshwrightError, StorageError
 
-__all__ = ["together", "try_together"]
+__all__ = ["failure", "together", "try_together"]
 
 _REMEDIES = {
     errno.ENOSPC: "free space on that disk, or keep fewer checkpoints",
@@ -52,9 +52,14 @@ def together(act: Callable[[], Any], group: Group, label: str) -> Generator[Any,
     """
     values, errors = yield from try_together(act, group, label)
     if errors:
-        more = f" (and {len(errors) - 3} more ranks)" if len(errors) > 3 else ""
-        raise StorageError(f"{label} failed: " + "; ".join(errors[:3]) + more)
+        raise StorageError(failure(label, errors))
     return values
+
+
+def failure(label: str, errors: list[str]) -> str:
+    """What failed on which ranks, in short."""
+    more = f" (and {len(errors) - 3} more ranks)" if len(errors) > 3 else ""
+    return f"{label} failed: " + "; ".join(errors[:3]) + more
 
 
 def _told(error: OSError | MemoryError) -> str:

@@ -236,6 +236,11 @@ class Worker:
             self.ahead = yield from self._whole(self.ahead.step)
         return committed.result, committed.timing
 
+    @property
+    def flags_behind(self) -> int:
+        """How many steps ago a step's flags may have been raised."""
+        return 0
+
     def drain(self) -> Generator[Any, Any, None]:
         """Leave nothing in flight between steps; an exchange."""
         yield from ()
