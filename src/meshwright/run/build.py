@@ -34,6 +34,7 @@ from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
+from meshwright.run.joint import Traces
 from meshwright.run.optimizer import Recipe
 from meshwright.run.staged import Staged
 from meshwright.schedule.assemble import assemble_stages
@@ -95,6 +96,7 @@ class Build:
         states: layouts of every parameter's state.
         compiled: segments run compiled by inductor.
         stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
+        traces: of an optimizer that is not elementwise, where its state is sharded.
     """
 
     job: Job
@@ -106,6 +108,7 @@ class Build:
     dtype: torch.dtype | None = None
     compiled: bool = False
     stages: Staged | None = None
+    traces: Traces | None = None
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     micros: dict[tuple[Hashable, ...], StageMicro] = field(default_factory=dict)
