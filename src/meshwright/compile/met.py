@@ -140,12 +140,14 @@ def _tensor(numbers: Numbers, value: Any, *, dtype: torch.dtype | None = None, *
 
 
 def _full_like(numbers: Numbers, like: Tensor, value: Any, **how: Any) -> Tensor:
-    return torch.zeros_like(like, **how) + numbers.tensor(value)
+    made: Tensor = torch.zeros_like(like, **how) + numbers.tensor(value)
+    return made
 
 
 def _full(numbers: Numbers, size: Any, value: Any, **how: Any) -> Tensor:
     zeros = torch.zeros(size, **how)
-    return zeros + numbers.tensor(value).to(zeros.dtype)
+    made: Tensor = zeros + numbers.tensor(value).to(zeros.dtype)
+    return made
 
 
 _FILLED: Mapping[str, Callable[..., Tensor]] = {

@@ -60,7 +60,7 @@ _MATH: Mapping[str, Callable[..., Any]] = {
         "fabs", "pow", "floor", "ceil", "isfinite", "isnan", "isinf",
     )
 }  # fmt: skip
-_ON_TENSORS: Mapping[str, Callable[..., Tensor]] = {
+_ON_TENSORS: Mapping[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt, "exp": torch.exp, "log": torch.log, "log2": torch.log2,
     "log10": torch.log10, "log1p": torch.log1p, "expm1": torch.expm1, "cos": torch.cos,
     "sin": torch.sin, "tanh": torch.tanh, "erf": torch.erf, "fabs": torch.abs, "pow": torch.pow,
@@ -121,10 +121,11 @@ class Numbers:
         """An operation on numbers of which one is traced."""
         if not any(isinstance(argument, Read) for argument in arguments):
             return self.known(operation, arguments)
-        function = _ARITHMETIC.get(operation) or _ON_TENSORS.get(operation)
+        function: Callable[..., Any] | None = {**_ARITHMETIC, **_ON_TENSORS}.get(operation)
         if function is None:
             raise self.refusal(f"math.{operation}() of a number read from a tensor")
-        return self.read(function(*map(self.tensor, arguments)))
+        made: Any = function(*map(self.tensor, arguments))
+        return self.read(made)
 
     def decide(self, comparison: str, arguments: Sequence[Any]) -> bool:
         """Which way a comparison goes; it becomes a condition of the program."""
@@ -188,8 +189,7 @@ class Read(Number):
 
     def __new__(cls, numbers: Numbers, *_: Any) -> Read:
         """Of no value in particular: another in each trace."""
-        made = float.__new__(cls, 0.6180339887 + 0.1 * numbers.turn)
-        return made
+        return float.__new__(cls, 0.6180339887 + 0.1 * numbers.turn)
 
 
 def _plain(number: Any) -> Any:

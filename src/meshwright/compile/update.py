@@ -177,9 +177,8 @@ def _fakes(form: Form) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch's profiling of every step is no part of it."""
-    quiet = mock.patch.object(
-        torch.autograd.profiler, "record_function", lambda *_: contextlib.nullcontext()
-    )
+    nothing = contextlib.nullcontext()
+    quiet = mock.patch.object(torch.autograd.profiler, "record_function", return_value=nothing)
     with quiet, default_dtype(None):
         yield
 

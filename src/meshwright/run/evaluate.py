@@ -51,7 +51,7 @@ class _Forward:
         """Reduce them over the ranks."""
         self.vector = yield from all_reduce(self.vector, self.worker.group, label="evaluation")
 
-    def update(self, values: dict[str, Tensor]) -> Generator[Any, Any, None]:
+    def update(self, _values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         """Nothing is updated."""
         yield from ()
 

@@ -101,7 +101,7 @@ class Step(Protocol):
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums and flags over the ranks; an exchange."""
 
-    def update(self, values: Environment) -> Generator[Any, Any, None]:
+    def update(self, values: Environment, /) -> Generator[Any, Any, None]:
         """Step the optimizer; an exchange."""
 
     def commit(self, values: Environment) -> Any:

@@ -105,7 +105,7 @@ def _require_plain_step(kind: type[torch.optim.Optimizer]) -> None:
         )
 
 
-def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+def build(plan: Recipe, shards: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """The same optimizer over these tensors, with the recorded settings of each group."""
     accepted = inspect.signature(plan.kind.__init__).parameters
     defaults = {key: value for key, value in plan.defaults.items() if key in accepted}
