@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from meshwright import optim
     from meshwright.api import Run, explain, train, verify, watch
     from meshwright.compile.annotate import annotate, cut
     from meshwright.compile.deferred import deferred_batch_norm
@@ -34,6 +35,7 @@ __all__ = [
     "cut",
     "deferred_batch_norm",
     "explain",
+    "optim",
     "presets",
     "rule",
     "train",
@@ -60,9 +62,12 @@ _HOMES: Final = {
 }
 
 
+_ROOMS: Final = {"optim": "meshwright.optim", "presets": "meshwright.plan.presets"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "presets":
-        return import_module("meshwright.plan.presets")
+    if name in _ROOMS:
+        return import_module(_ROOMS[name])
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'meshwright' has no attribute {name!r}")

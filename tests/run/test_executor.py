@@ -39,9 +39,10 @@ class Recording:
         self.asked.append("agree")
         self.total = yield from all_reduce(self.total, self.group)
 
-    def update(self, values: dict[str, Tensor]) -> None:
+    def update(self, values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         self.asked.append("update")
         values["model/w"] = values["model/w"] + self.total
+        yield from ()
 
     def commit(self, values: dict[str, Tensor]) -> float:
         self.asked.append("commit")

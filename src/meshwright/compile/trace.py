@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -164,6 +164,7 @@ def trace_function(
     inputs: Mapping[str, Tensor],
     places: Places,
     make: Callable[[Tensor], Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> tuple[Program, dict[str, Tensor]]:
     """The Program of `function(**inputs)`, a mapping of named tensors, functionalised.
 
@@ -176,6 +177,7 @@ def trace_function(
         inputs: fake tensors, all of one fake mode.
         places: filled by a `Tagger` that the function runs under.
         make: the real tensor that a fake one stands for, alone in memory.
+        decompositions: of ops, beside those of every trace.
     """
     names: list[str] = []
 
@@ -186,7 +188,7 @@ def trace_function(
             names[:] = list(outputs)
             return [_unwrap(t) for t in outputs.values()]
 
-    table = {**decompose.DECOMPOSITIONS, **strided.DECOMPOSITIONS}
+    table = {**decompose.DECOMPOSITIONS, **strided.DECOMPOSITIONS, **decompositions}
     graph = make_fx(flat, decomposition_table=table, tracing_mode="fake")(*inputs.values())
     graph.graph.eliminate_dead_code()
     reader = _Reader(graph, places, make)

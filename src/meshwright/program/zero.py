@@ -22,7 +22,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Fused, Layout, Partial, Shard
 from meshwright.program.program import Value
 
-__all__ = ["WHOLE_BELOW", "StateLayouts", "once_a_step", "shard_dim", "zero_layouts"]
+__all__ = ["WHOLE_BELOW", "StateLayouts", "once_a_step", "shard_dim", "slot_layout", "zero_layouts"]
 
 _SUMMED = (*SAMPLE_AXES, "context")
 """Axes that split samples or their tokens, so that every gradient is a sum over them."""
@@ -101,6 +101,21 @@ def zero_layouts(
             work=base,
         )
     return found
+
+
+def slot_layout(slot: Value, parameter: Value, state: StateLayouts, axes: Sequence[Axis]) -> Layout:
+    """How a tensor of the optimizer's state lies.
+
+    One of the parameter's shape lies as the parameter's state does. Another (a factor of a matrix)
+    is whole on every rank, but where ZeRO shards the state it is sharded as a parameter would be.
+    """
+    if slot.shape == parameter.shape and slot.shape:
+        return state.optimizer
+    work = dict(state.work.placements)
+    by_zero = any(work.get(name) != place for name, place in state.optimizer.placements)
+    if not by_zero or slot.bytes < WHOLE_BELOW:
+        return REPLICATED
+    return Layout.of(axes, _shards(slot, axes, REPLICATED))
 
 
 def once_a_step(state: StateLayouts, axes: Sequence[Axis]) -> StateLayouts:

@@ -316,7 +316,7 @@ class AsyncWorker(Worker):
         yield from interpret(self.machine, dropped, work)
         if owed := self.pipe.owed(self.seat.stage, self.done, self.base):
             yield from self.mean(self.state.values, owed)
-            work.update(self.state.values)
+            yield from work.update(self.state.values)
         self.passings.clear()
         self.base = None
         self._forget()

@@ -34,6 +34,7 @@ from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
+from meshwright.run.joint import Traces
 from meshwright.run.optimizer import Recipe
 from meshwright.run.remat import Chosen, kept_by
 from meshwright.run.staged import Staged
@@ -97,6 +98,7 @@ class Build:
         compiled: segments run compiled by inductor.
         stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
         chosen: what is saved for the backward, where the plan has a budget.
+        traces: of an optimizer that is not elementwise, where its state is sharded.
     """
 
     job: Job
@@ -109,6 +111,7 @@ class Build:
     compiled: bool = False
     stages: Staged | None = None
     chosen: Chosen | None = None
+    traces: Traces | None = None
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     micros: dict[tuple[Hashable, ...], StageMicro] = field(default_factory=dict)

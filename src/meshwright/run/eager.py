@@ -234,12 +234,12 @@ class _EagerWork(AheadWork):
         super().finish(values)
 
     @override
-    def update(self, values: dict[str, Tensor]) -> None:
+    def update(self, values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         """What no rank reached has no gradient, as on one device; zeros would decay it."""
         for name in self.state.trained if len(self.group.ranks) > 1 else ():
             if not self.totals[f"reached/{name}"]:
                 del values[f"reduced/{name}"]
-        super().update(values)
+        yield from super().update(values)
 
     @override
     def commit(self, values: dict[str, Tensor]) -> Any:

@@ -51,8 +51,9 @@ class _Forward:
         """Reduce them over the ranks."""
         self.vector = yield from all_reduce(self.vector, self.worker.group, label="evaluation")
 
-    def update(self, values: dict[str, Tensor]) -> None:
+    def update(self, _values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         """Nothing is updated."""
+        yield from ()
 
     def commit(self, values: dict[str, Tensor]) -> tuple[dict[str, float], list[Tensor]]:
         """(sums by name, outputs in order)."""

@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "Timing",
     "execute",
+    "follow",
     "interpret",
     "older",
 ]
@@ -100,8 +101,8 @@ class Step(Protocol):
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums and flags over the ranks; an exchange."""
 
-    def update(self, values: Environment) -> None:
-        """Step the optimizer."""
+    def update(self, values: Environment, /) -> Generator[Any, Any, None]:
+        """Step the optimizer; an exchange."""
 
     def commit(self, values: Environment) -> Any:
         """Make what was held aside the state; the step's result."""
@@ -159,6 +160,21 @@ def interpret(
             _ACTING[instruction.kind](machine, instruction, step)
         stamps.append(time.perf_counter())
     return Committed(result, Timing.of(body, stamps), stamps)
+
+
+def follow(machine: Machine, body: Sequence[Instruction]) -> Generator[Any, Any, None]:
+    """Follow instructions that need no step: a program of its own between others; an exchange."""
+    for instruction in body:
+        match instruction.kind:
+            case "Run":
+                _run(machine, instruction, None)
+            case "Start":
+                yield from _start(machine, instruction, None)
+            case "Wait":
+                yield from _wait(machine, instruction, None)
+            case kind:
+                assert kind == "Free"
+                _free(machine, instruction, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +237,7 @@ def _load(machine: Machine, instruction: Instruction, step: Step) -> None:
         machine.values[name] = operands[name.partition(":")[2]]
 
 
-def _run(machine: Machine, instruction: Instruction, _: Step) -> None:
+def _run(machine: Machine, instruction: Instruction, _: Step | None) -> None:
     assert instruction.segment is not None
     operands = machine.read(instruction)
     if instruction.draws is not None:
@@ -231,7 +247,7 @@ def _run(machine: Machine, instruction: Instruction, _: Step) -> None:
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
 
-def _free(machine: Machine, instruction: Instruction, _: Step) -> None:
+def _free(machine: Machine, instruction: Instruction, _: Step | None) -> None:
     for name in instruction.inputs:
         machine.values.pop(name, None)
 
@@ -245,11 +261,7 @@ def _finish(machine: Machine, _: Instruction, step: Step) -> None:
     step.finish(machine.values)
 
 
-def _update(machine: Machine, _: Instruction, step: Step) -> None:
-    step.update(machine.values)
-
-
-def _start(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _start(machine: Machine, instruction: Instruction, _: Step | None) -> Generator[Any, Any, None]:
     axis = instruction.axis or ""
     tensors = machine.read(instruction)
     group, index = machine.place.groups[axis], machine.place.coordinates[axis]
@@ -277,7 +289,7 @@ def _recv(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any,
     machine.pending[instruction.outputs[0]] = yield request
 
 
-def _wait(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any, Any, None]:
+def _wait(machine: Machine, instruction: Instruction, _: Step | None) -> Generator[Any, Any, None]:
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
     if instruction.peer is not None:
         machine.values.update(zip(instruction.outputs, tensors, strict=True))
@@ -293,13 +305,16 @@ def _agree(machine: Machine, instruction: Instruction, step: Step) -> Generator[
         yield from step.agree()
 
 
+def _update(machine: Machine, _: Instruction, step: Step) -> Generator[Any, Any, None]:
+    yield from step.update(machine.values)
+
+
 _ACTING: Mapping[Kind, Callable[[Machine, Instruction, Step], None]] = {
     "Load": _load,
     "Run": _run,
     "Free": _free,
     "Stash": _stash,
     "Finish": _finish,
-    "Update": _update,
 }
 _ASKING: Mapping[Kind, Callable[[Machine, Instruction, Step], Generator[Any, Any, None]]] = {
     "Start": _start,
@@ -307,4 +322,5 @@ _ASKING: Mapping[Kind, Callable[[Machine, Instruction, Step], Generator[Any, Any
     "Send": _send,
     "Recv": _recv,
     "Agree": _agree,
+    "Update": _update,
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meshwright.compile.init import Blueprint
 from meshwright.errors import UserCodeError
 
-__all__ = ["Recipe", "Schedule", "build", "is_elementwise", "recipe", "scheduled"]
+__all__ = ["Recipe", "Schedule", "build", "is_elementwise", "recipe", "scheduled", "unsplittable"]
 
 
 @runtime_checkable
@@ -105,7 +105,7 @@ def _require_plain_step(kind: type[torch.optim.Optimizer]) -> None:
         )
 
 
-def build(plan: Recipe, shards: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+def build(plan: Recipe, shards: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """The same optimizer over these tensors, with the recorded settings of each group."""
     accepted = inspect.signature(plan.kind.__init__).parameters
     defaults = {key: value for key, value in plan.defaults.items() if key in accepted}
@@ -161,19 +161,64 @@ def is_elementwise(plan: Recipe) -> bool:
     return all(_splits(plan, settings) for _, settings in plan.groups)
 
 
+def unsplittable(plan: Recipe) -> str | None:
+    """Why ranks cannot share the work of an optimizer; None where they can.
+
+    Each parameter must be stepped by itself, and two runs must agree.
+    """
+    for _, settings in plan.groups:
+        (one, other), again = _apart(plan, settings), _apart(plan, settings, seed=1)
+        if not torch.equal(one, again[0]):
+            return "draws random numbers in its step, which would differ between ranks"
+        together = _run(plan, settings, _tries((6, 4), 0), _tries((4, 3), 1))
+        if not all(map(torch.equal, (one, other), together)):
+            return (
+                "steps parameters together: its update of one depends on others, whose gradients "
+                "lie on other ranks"
+            )
+    return None
+
+
+def _apart(plan: Recipe, settings: Mapping[str, Any], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two small parameters, each stepped by itself, when torch draws with `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        (one,) = _run(plan, settings, _tries((6, 4), 0))
+        (other,) = _run(plan, settings, _tries((4, 3), 1))
+    return one, other
+
+
+def _tries(shape: tuple[int, int], seed: int) -> list[Tensor]:
+    """A parameter, and its gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(4)]
+
+
+def _run(plan: Recipe, settings: Mapping[str, Any], *tries: list[Tensor]) -> list[Tensor]:
+    """Each try's parameter after as many steps as it has gradients."""
+    tensors = {str(k): nn.Parameter(start.clone()) for k, (start, *_) in enumerate(tries)}
+    single = Recipe(plan.kind, plan.defaults, ((tuple(tensors), dict(settings)),))
+    optimizer = build(single, tensors)
+    for gradients in zip(*(found for _, *found in tries), strict=True):
+        for tensor, gradient in zip(tensors.values(), gradients, strict=True):
+            tensor.grad = gradient.clone()
+        _try_step(plan, optimizer)
+    return [tensor.detach() for tensor in tensors.values()]
+
+
+def _try_step(plan: Recipe, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise UserCodeError(
+            f"optimizer {plan.kind.__name__} raised {type(error).__name__} in its step on a small "
+            f"matrix: {error}; gradients are dense tensors, of each parameter's shape: use an "
+            "optimizer for those, such as AdamW"
+        ) from error
+
+
 def _splits(plan: Recipe, settings: Mapping[str, Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 4, generator=generator)
-    gradients = [torch.randn(6, 4, generator=generator) for _ in range(3)]
-    single = Recipe(plan.kind, plan.defaults, ((("p",), dict(settings)),))
-
-    def run(part: slice) -> Tensor:
-        tensor = nn.Parameter(start[part].clone())
-        optimizer = build(single, {"p": tensor})
-        for gradient in gradients:
-            tensor.grad = gradient[part].clone()
-            optimizer.step()
-        return tensor.detach()
-
-    halves = torch.cat([run(slice(0, 2)), run(slice(2, 6))])
-    return torch.equal(run(slice(0, 6)), halves)
+    whole = _tries((6, 4), 0)
+    (found,) = _run(plan, settings, whole)
+    parts = [[t[part] for t in whole] for part in (slice(0, 2), slice(2, 6))]
+    return torch.equal(found, torch.cat([_run(plan, settings, part)[0] for part in parts]))

@@ -21,6 +21,7 @@ from meshwright.program.layout import (
     pieces,
     primary,
 )
+from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name, dtype_of
@@ -69,15 +70,12 @@ def pieces_of(worker: Worker) -> list[Piece]:
         elif kind == "buffer":
             found += _pieces(worker, name, tuple(tensor.shape), REPLICATED, tensor)
     for bare, shard in worker.state.shards.items():
-        shape, layout = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
+        like = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
         for slot, value in worker.state.optimizer.state.get(shard, {}).items():
             name = f"optimizer/{slot}/{bare}"
             if not isinstance(value, Tensor):
                 continue  # kept in the manifest
-            if value.shape == shard.shape and value.dim():
-                found += _pieces(worker, name, shape, layout, value)
-            else:
-                found += _pieces(worker, name, tuple(value.shape), REPLICATED, value)
+            found += _pieces(worker, name, *worker.state.lies(bare, slot, value, like), value)
     return found
 
 
@@ -349,10 +347,13 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
         if kind != "optimizer" or bare not in state.shards:
             continue
         whole = tuple(build.model.parameters[bare].shape)
-        if whole and entry.shape == whole:
-            layout, where = build.states[bare].optimizer, (build.axes, worker.place.coordinates)
-            tensor = torch.empty(local_shape(whole, layout, *where), dtype=dtype_of(entry.dtype))
-            for there, here in pieces(whole, layout, *where):
+        layout = build.states[bare].optimizer if whole and entry.shape == whole else REPLICATED
+        if bare in state.joint.parameters:
+            layout = state.joint.expect(bare, slot, Value(entry.dtype, entry.shape))
+        if layout.placements:
+            shape, where = entry.shape, (build.axes, worker.place.coordinates)
+            tensor = torch.empty(local_shape(shape, layout, *where), dtype=dtype_of(entry.dtype))
+            for there, here in pieces(shape, layout, *where):
                 checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
         else:
             tensor = checkpoint.read(name)

@@ -22,7 +22,8 @@ from meshwright.program.layout import Layout
 from meshwright.program.zero import zero_layouts
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
-from meshwright.run.optimizer import Recipe, is_elementwise, recipe
+from meshwright.run.joint import Traces
+from meshwright.run.optimizer import Recipe, is_elementwise, recipe, unsplittable
 from meshwright.run.staged import staged
 
 __all__ = ["prepare"]
@@ -70,7 +71,7 @@ def prepare(
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
     if any(build.states[name].optimizer.placements for name in moved):
-        _require_elementwise(plan, made)
+        build.traces = _traces(plan, made)
     return build
 
 
@@ -94,14 +95,17 @@ def _require_whole_batches(plan: Plan, model: nn.Module) -> None:
             )
 
 
-def _require_elementwise(plan: Plan, made: Recipe) -> None:
+def _traces(plan: Plan, made: Recipe) -> Traces | None:
+    """How ranks step jointly what none can step alone; None where each can."""
     if is_elementwise(made):
-        return
+        return None
     axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
     asked = [f"zero={plan.zero}"] * bool(plan.zero) + axes
     less = "zero=0" if plan.zero and not axes else "data parallelism alone"
-    raise PlanError(
-        f"plan asks for {', '.join(asked)}, but {made.kind.__name__} is not elementwise: its "
-        f"update of an element depends on others, which lie on other ranks; use {less} or an "
-        "elementwise optimizer such as AdamW"
-    )
+    why = unsplittable(made)
+    if why is not None:
+        raise PlanError(
+            f"plan asks for {', '.join(asked)}, but {made.kind.__name__} {why}; use {less} or an "
+            "optimizer that steps each parameter by itself, such as AdamW"
+        )
+    return Traces(made)

@@ -208,14 +208,14 @@ class StaleWork(StepWork):
             self.worker.factor = 1.0 / (self.totals["weight"] * float(self.scale))
 
     @override
-    def update(self, values: dict[str, Tensor]) -> None:
+    def update(self, values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         """Step the optimizer on the newest weights, after a copy for minibatches in flight."""
         gradients = self.gradients(values)
         factor = self.worker.factor
         if factor != 1.0 and gradients:
             torch._foreach_mul_(list(gradients.values()), factor)
         self.worker.versions.keep(values)
-        self.apply(gradients)
+        yield from self.apply(gradients)
         self.updated = True
 
     @override

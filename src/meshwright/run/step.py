@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
-from meshwright.program.layout import Bounds
+from meshwright.program.layout import REPLICATED, Bounds, Layout
+from meshwright.run.joint import Joint
 from meshwright.run.part import box
 
 __all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks", "summed"]
@@ -57,6 +58,7 @@ class RankState:
         shards: parameters as the optimizer sees them (parts of `model/` where they are whole).
         optimizer: over the shards.
         counted: parameters whose shard this rank counts in global sums (one of its replicas does).
+        joint: steps parameters of which other ranks hold what their update needs.
         inplace: parameters whose whole tensor is refreshed from gathered shards.
         partly: of those counted that are fused, the boxes of their shards that are.
     """
@@ -66,8 +68,26 @@ class RankState:
     optimizer: torch.optim.Optimizer
     counted: frozenset[str]
     trained: tuple[str, ...]
+    joint: Joint
     scheduler: Any = None
     partly: Mapping[str, tuple[Bounds, ...]] = field(default_factory=dict)
+
+    def lies(
+        self, name: str, slot: str, tensor: Tensor, like: tuple[tuple[int, ...], Layout]
+    ) -> tuple[tuple[int, ...], Layout]:
+        """(Global shape, layout) of a tensor of the optimizer's state.
+
+        Args:
+            name: of the parameter.
+            slot: of its state.
+            tensor: what this rank has of it.
+            like: (global shape, layout) of the parameter's state.
+        """
+        joint = self.joint.layout(name, slot, tensor)
+        if joint is not None:
+            return joint
+        alike = tensor.shape == self.shards[name].shape and tensor.dim()
+        return like if alike else (tuple(tensor.shape), REPLICATED)
 
 
 @dataclass(slots=True)
@@ -185,7 +205,7 @@ class StepWork:
         """What the loss sum was multiplied by before its gradient."""
         return self.state.values["scale"]
 
-    def update(self, values: dict[str, Tensor]) -> None:
+    def update(self, values: dict[str, Tensor]) -> Generator[Any, Any, None]:
         """Divide by the step's weight, clip, and step the optimizer on the shards."""
         factor = 1.0 / (self.totals["weight"] * float(self.scale))
         if self.norm is not None and self.policy.clip_norm is not None:
@@ -194,7 +214,7 @@ class StepWork:
         gradients = self.gradients(values)
         if factor != 1.0 and gradients:  # a stage of a pipeline may have none
             torch._foreach_mul_(list(gradients.values()), factor)
-        self.apply(gradients)
+        yield from self.apply(gradients)
         for name, shard in self.state.shards.items():
             values[f"shard/{name}"] = shard.data
 
@@ -207,13 +227,14 @@ class StepWork:
                 found[name] = gradient.to(values[f"model/{name}"].dtype)
         return found
 
-    def apply(self, gradients: Mapping[str, Tensor]) -> None:
-        """Step the optimizer with these."""
+    def apply(self, gradients: Mapping[str, Tensor]) -> Generator[Any, Any, None]:
+        """Step the optimizer with these; an exchange where it needs what lies on other ranks."""
         if self.keep_gradients is not None:
             self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())
-        for name in gradients.keys() & self.state.shards.keys() if not self.skipped else ():
-            self.state.shards[name].grad = gradients[name]
         if not self.skipped:
+            rest = yield from self.state.joint.run(gradients)
+            for name in rest & self.state.shards.keys():
+                self.state.shards[name].grad = gradients[name]
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
 

@@ -139,12 +139,24 @@ def compare_step(
     found = compare(
         slots(worker.state.optimizer, names),
         snapshot.optimizer,
-        lambda name, t: part(name.split("/", 2)[2], t, optimizer=True),
+        lambda name, t: part_of_slot(worker, name, t),
         _slot_of,
         held=lambda name: build.holds(worker.rank, f"model/{name.split('/', 2)[2]}"),
     )
     for name, error in found.items():
         report.add("optimizer", error, name.removeprefix("optimizer/"), step)
+
+
+def part_of_slot(worker: Worker, name: str, whole: Tensor) -> Tensor:
+    """What a rank holds of a tensor of the optimizer's state."""
+    _, slot, bare = name.split("/", 2)
+    build, state, shape = worker.build, worker.state, tuple(whole.shape)
+    alike = shape == build.model.parameters[bare].shape
+    layout = build.states[bare].optimizer if alike else Layout()
+    joint = state.joint.layout(bare, slot, whole)
+    if joint is not None:
+        layout = joint[1]
+    return part_of(whole, layout, build.axes, worker.place.coordinates)
 
 
 def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:

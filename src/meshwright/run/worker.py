@@ -31,6 +31,7 @@ from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
+from meshwright.run.joint import Joint
 from meshwright.run.optimizer import build as build_optimizer
 from meshwright.run.optimizer import scheduled
 from meshwright.run.part import box, finer
@@ -108,7 +109,22 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
     scheduler = None if build.job.schedule is None else scheduled(optimizer, build.job.schedule)
     seen = frozenset(name for name, boxes in counts.items() if boxes)
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
-    return RankState(values, shards, optimizer, seen, trained, scheduler, partly)
+    joint = _joint(build, rank, shards, optimizer)
+    return RankState(values, shards, optimizer, seen, trained, joint, scheduler, partly)
+
+
+def _joint(
+    build: Build,
+    rank: int,
+    shards: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Joint:
+    """What steps the parameters of which other ranks hold a part that this one's update needs."""
+    traces, values = build.traces, build.values()
+    split = () if traces is None else (n for n in shards if build.states[n].optimizer.placements)
+    parameters = {name: values[name] for name in split}
+    place = build.place(rank)
+    return Joint(traces, build.axes, place, parameters, build.states, shards, optimizer)
 
 
 @dataclass(frozen=True, slots=True)
