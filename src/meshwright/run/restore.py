@@ -172,7 +172,10 @@ def is_committed(path: Path) -> bool:
 def _committed(path: Path) -> Manifest:
     """The manifest in `path`, compared with its commit record."""
     data = read_small(path, MANIFEST, MANIFEST_BYTES)
-    manifest = parse(data)
+    try:
+        manifest = parse(data)
+    except StorageError as error:
+        raise StorageError(f"{MANIFEST} cannot be used: {error}") from None
     record = read_small(path, COMMIT, _RECORD_BYTES)
     if record != record_of(data):
         raise StorageError(
