@@ -1,21 +1,33 @@
 """Saves a checkpoint in a child process and kills it with SIGKILL, once at every disk operation.
 
-    python -m tests.run.saving_killed FOLDER SCENARIO
+    python -m tests.run.saving_killed FOLDER every STRIDE
+    python -m tests.run.saving_killed FOLDER random COUNT SEED
 
-makes FOLDER/0, FOLDER/1, ...: what a save left that was killed just before its k-th operation (a
-write: halfway through it), and prints the operations as a JSON list. The last folder is that of a
-save nobody killed. Nothing here waits for time: the child says on a pipe that it has come to its
-operation and then blocks; only then it is killed.
+The first makes FOLDER/SCENARIO-HOW-K: what a save left that was killed just before its K-th
+operation (a write: halfway through it), and prints the operations as JSON. The last folder is that
+of a save nobody killed. Nothing there waits for time: the child says on a pipe that it has come to
+its operation and then blocks; only then it is killed. The second kills at random moments.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
+from meshwright.comm.base import Group
+from meshwright.comm.local import run_local
+from meshwright.run.checkpoint import newest, open_checkpoint
+from meshwright.run.restore import is_committed
+from meshwright.run.retention import listed
+from meshwright.run.saver import Saver
 from tests.run.saving import save_all, two_ranks
 
 HOOKED = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open")
@@ -24,8 +36,20 @@ HOOKED = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open")
 SCENARIOS = {"first": ((), 20), "next": ((10,), 20), "again": ((10, 20), 20), "retire": ((1, 2), 3)}
 
 
-def save_step(root, step, generation):
-    return save_all(root, step, two_ranks(), {"generation": generation}, keep=2)
+HOWS = ("now", "soon")
+
+
+def save_step(root, step, generation, how="now"):
+    """Save, of two ranks; `soon`: as while training goes on, each rank on its own thread."""
+    meta = {"generation": generation}
+    if how == "now":
+        save_all(root, step, two_ranks(), meta, keep=2)
+        return
+    savers = [Saver(Group.world(2), rank) for rank in range(2)]
+    pairs = list(zip(savers, two_ranks(), strict=True))
+    run_local([saver.stage(root, step, pieces, meta, 2) for saver, pieces in pairs])
+    run_local([saver.settle() for saver in savers])
+    assert [saver.told for saver in savers] == [[], []]
 
 
 def path_of(target):
@@ -50,26 +74,27 @@ def pausing(name, root, reached):
     return hooked
 
 
-def child(root, step, stop_at, told, never):
+def child(root, step, stop_at, told, never, how):
     """Save; at operation `stop_at` write its name to `told` and block."""
     count = 0
-    plain_write, plain_read = os.write, os.read
+    plain_write, plain_read, one = os.write, os.read, threading.Lock()
 
     def reached(label, half):
         nonlocal count
-        if count == stop_at:
+        with one:
+            mine, count = count, count + 1
+        if mine == stop_at:
             if half is not None:
                 half()
             plain_write(told, label.encode())
             plain_read(never, 1)
-        count += 1
 
     for name in HOOKED:
         setattr(os, name, pausing(name, root, reached))
-    save_step(root, step, "new")
+    save_step(root, step, "new", how)
 
 
-def kill_at(root, step, stop_at):
+def kill_at(root, step, stop_at, how):
     """The operation at which a saving child was killed, or None when it ended before that."""
     told, tell = os.pipe()
     never, unused = os.pipe()
@@ -78,7 +103,7 @@ def kill_at(root, step, stop_at):
         os.close(told)
         status = 1
         try:
-            child(root, step, stop_at, tell, never)
+            child(root, step, stop_at, tell, never, how)
             status = 0
         finally:
             os._exit(status)
@@ -95,19 +120,89 @@ def kill_at(root, step, stop_at):
     return label or None
 
 
-def main(folder, scenario):
+def swept(folder, scenario, how, stride):
+    """Kill saves at every `stride`-th operation, each in a folder of its own.
+
+    Their labels, and the digests of all files that were there before.
+    """
     before, step = SCENARIOS[scenario]
-    labels = []
+    template = folder / f"{scenario}-{how}"
+    template.mkdir()
+    for old in before:
+        save_step(template, old, "old", "now")
+    labels, at = {}, random.Random(f"{scenario} {how}").randrange(stride)
     while True:
-        root = folder / str(len(labels))
-        for old in before:
-            save_step(root, old, "old")
-        label = kill_at(root, step, len(labels))
+        root = folder / f"{scenario}-{how}-{at}"
+        shutil.copytree(template, root)
+        label = kill_at(root, step, at, how)
+        labels[at] = label
         if label is None:
-            break
-        labels.append(label)
-    sys.stdout.write(json.dumps(labels))
+            return {"labels": labels, "before": digests(template)}
+        at += stride
+
+
+def digests(root):
+    """Of every file of a folder, by its path in it."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def killed_at_random(root, count, seed):
+    """Kill a process that saves one step after the other, `count` times at a random moment.
+
+    After each the newest checkpoint must verify, and hold what was saved at its step; nothing that
+    was in before may have changed a byte.
+    """
+    dice = random.Random(seed)
+    step = 0
+    for _ in range(count):
+        known = {name: digests(root / name) for name in steps_in(root)}
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.write(tell, b"go")
+                for number in range(step + 1, step + 10_000):
+                    save_step(root, number, number, ("now", "soon")[number % 2])
+            finally:
+                os._exit(1)
+        os.close(tell)
+        os.read(told, 2)
+        time.sleep(dice.uniform(0.0, 0.05))  # the random moment; nothing waits for it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(told)
+        path = newest(root)
+        if path is not None:
+            with open_checkpoint(path) as checkpoint:
+                checkpoint.verify()
+                assert checkpoint.step >= step, f"step {step} was in, and is gone"
+                assert checkpoint.meta["generation"] == checkpoint.step
+                step = checkpoint.step
+        for name, files in known.items():
+            assert not (root / name).exists() or digests(root / name) == files, name
+        assert len(known) < 2 or len(steps_in(root)) >= 2
+    return step
+
+
+def steps_in(root):
+    """The checkpoints that count."""
+    found = listed(path.name for path in root.iterdir())
+    return [one.name for one in found if is_committed(root / one.name)]
+
+
+def main(folder, words):
+    if words[0] == "random":
+        found = killed_at_random(folder, int(words[1]), int(words[2]))
+    else:
+        stride = int(words[1])
+        found = {
+            f"{scenario}-{how}": swept(folder, scenario, how, stride)
+            for scenario in SCENARIOS
+            for how in HOWS
+        }
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

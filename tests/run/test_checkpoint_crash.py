@@ -17,7 +17,7 @@ from meshwright.run.checkpoint import newest, open_checkpoint
 from meshwright.run.restore import is_committed
 from meshwright.run.retention import listed
 from tests.run.saving import HEAD
-from tests.run.saving_killed import SCENARIOS, path_of, save_step
+from tests.run.saving_killed import SCENARIOS, digests, path_of, save_step
 
 
 def check_whole(path):
@@ -46,41 +46,89 @@ def check_after_crash(root, before, step):
     return check_whole(path) if path else None
 
 
-@pytest.mark.mp
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_every_disk_operation(tmp_path, scenario):
-    before, step = SCENARIOS[scenario]
+def killing(*words):
+    """What `saving_killed` says after killing real processes."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.run.saving_killed", tmp_path, scenario],
+        [sys.executable, "-m", "tests.run.saving_killed", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=550,
         check=False,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
     )
     assert done.returncode == 0, done.stderr
-    labels = json.loads(done.stdout)
-    for expected in ("write rank0.safetensors", "write rank1.safetensors", "write manifest.json"):
-        assert labels.count(expected) >= 1
-    assert sum(label.startswith("fsync") for label in labels) >= 5
-    assert any(label.startswith("rename .step") for label in labels)
-    if scenario in ("again", "retire"):
-        assert any(label.startswith("unlink") for label in labels)
+    return json.loads(done.stdout)
 
-    outcomes = [check_after_crash(tmp_path / str(k), before, step) for k in range(len(labels) + 1)]
-    old = (max(before), "old") if before else None
-    turn = outcomes.index((step, "new"))
-    assert outcomes == [old] * turn + [(step, "new")] * (len(outcomes) - turn)
-    assert labels[turn - 1] == "write commit.json"
 
-    for k in range(len(labels) + 1):  # a later save goes on, and cleans up
-        root = tmp_path / str(k)
-        save_step(root, 30, "later")
-        assert newest(root) == root / "step-00000030"
-        assert not [path for path in root.iterdir() if path.name.startswith(".")]
+def check_killed(folder, found):
+    """What each killed save left; how many there were."""
+    for name, told in found.items():
+        scenario, how = name.split("-")
+        before, step = SCENARIOS[scenario]
+        labels = {int(at): label for at, label in told["labels"].items()}
+        old = (max(before), "old") if before else None
+        outcomes = []
+        for at, label in sorted(labels.items()):
+            root = folder / f"{name}-{at}"
+            outcomes.append(check_after_crash(root, before, step))
+            assert outcomes[-1] in (old, (step, "new"))
+            check_unchanged(root, told["before"])
+            if label is None:
+                assert outcomes[-1] == (step, "new")
+            save_step(root, 30, "later", how)  # a later save goes on, and cleans up
+            assert newest(root) == root / "step-00000030"
+            assert not [path for path in root.iterdir() if path.name.startswith(".")]
+        turn = outcomes.index((step, "new"))
+        assert outcomes == [old] * turn + [(step, "new")] * (len(outcomes) - turn)
+    return sum(len(told["labels"]) - 1 for told in found.values())
+
+
+def check_unchanged(root, before):
+    """What was there before and still counts has not changed a byte."""
+    for saved in visible(root):
+        if check_whole(root / saved.name)[1] == "old":
+            name = saved.name.removesuffix(".replaced")
+            then = {path: told for path, told in before.items() if path.startswith(f"{name}/")}
+            assert then
+            assert {f"{name}/{p}": told for p, told in digests(root / saved.name).items()} == then
+
+
+@pytest.mark.mp
+@pytest.mark.timeout(180)
+def test_killed_at_some_disk_operations(tmp_path):
+    found = killing(tmp_path, "every", 7)
+    assert check_killed(tmp_path, found) >= 30
+
+
+@pytest.mark.mp
+@pytest.mark.timeout(180)
+def test_killed_at_random_moments(tmp_path):
+    assert killing(tmp_path, "random", 20, 0) > 0
+
+
+@pytest.mark.mp
+@pytest.mark.matrix
+@pytest.mark.timeout(600)
+def test_killed_at_every_disk_operation(tmp_path):
+    found = killing(tmp_path, "every", 1)
+    for name, told in found.items():
+        labels = list(told["labels"].values())[:-1]
+        for expected in ("write rank0.safetensors", "write rank1.safetensors", "write commit.json"):
+            assert labels.count(expected) >= 1
+        assert sum(label.startswith("fsync") for label in labels) >= 5
+        assert any(label.startswith("rename .step") for label in labels)
+        if name.startswith(("again", "retire")):
+            assert any(label.startswith("unlink") for label in labels)
+    assert check_killed(tmp_path, found) >= 200
+
+
+@pytest.mark.mp
+@pytest.mark.matrix
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_many_random_moments(tmp_path, seed):
+    assert killing(tmp_path, "random", 150, seed) > 10
 
 
 # ── power cuts: what was not synced may be lost ──────────────────────────────────────────────────
