@@ -52,6 +52,7 @@ def parts(
     found["deepest"] = lambda: special.deepest(say)
     found["scheduling"] = lambda: special.scheduled(say, rounds or (3 if quick else 9))
     found["collectives"] = lambda: special.collectives(say, rounds or 9, quick=quick)
+    found["checkpoint"] = lambda: special.checkpoint(say, rounds or 9, quick=quick)
     found["first"] = lambda: special.first(say, rounds or (3 if quick else 9))
     found["gpu"] = special.gpu
     return found

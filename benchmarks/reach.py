@@ -29,6 +29,7 @@ DROPOUT = "Dropout on against off"
 SMALL = "A 100k-parameter model against DDP"
 COLLECTIVES = "Collectives over shared memory, 2 ranks"
 CROWDED = "Collectives, 4 ranks on 2 cores"
+CHECKPOINT = "A checkpoint of 1 GB, 2 ranks"
 FIRST = "Time to the first step"
 GPU = "One GPU"
 CONTROLS = "The control"
@@ -49,6 +50,7 @@ SECTIONS = (
     SMALL,
     COLLECTIVES,
     CROWDED,
+    CHECKPOINT,
     FIRST,
     GPU,
 )

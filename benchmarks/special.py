@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import largest, loss_curve, reach, scheduling
+from benchmarks.checkpoint import compare as checkpoint_times
 from benchmarks.first_step import compare as first_step
 from benchmarks.gspmd import compare as gspmd
 from benchmarks.harness.lines import Line, judged
@@ -36,6 +37,27 @@ def first(say: Say, rounds: int) -> Measured:
     times = first_step.times(rounds, say)
     line = Line("first-step", "10M GPT, 1 sequence a rank", "ours", ("DDP",), 1.0, "at most")
     return Measured([timed(reach.FIRST, line, times, 1.0, "s")], {"seconds": times})
+
+
+def checkpoint(say: Say, rounds: int, *, quick: bool) -> Measured:
+    """Saving and loading against the disk, memory and torch's DCP."""
+    size = (64 if quick else 1024) * MB
+    times = checkpoint_times.seconds(size, rounds, say)
+    lines = [
+        Line("checkpoint-save", "save, over raw writing", "save", ("raw",), 0.8),
+        Line("checkpoint-save-dcp", "save, over DCP", "save", ("DCP save",), 1.0),
+        Line("checkpoint-stall", "stall, over a copy", "stage", ("copy",), 1.3, "at most"),
+        Line("checkpoint-stall-dcp", "stall, over DCP's", "stage", ("DCP stage",), 1.0, "at most"),
+        Line("checkpoint-load", "load, over the page cache", "load", ("read",), 0.9),
+        Line("checkpoint-load-dcp", "load, over DCP", "load", ("DCP load",), 1.0),
+    ]
+    results = [timed(reach.CHECKPOINT, line, _as_ours(line, times), 1.0, "s") for line in lines]
+    return Measured(results, {"seconds": times})
+
+
+def _as_ours(line: Line, times: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """The times of a line, ours also under that name."""
+    return {**{name: times[name] for name in (line.ours, *line.others)}, "ours": times[line.ours]}
 
 
 def curve(say: Say, steps: int) -> Measured:

@@ -109,6 +109,10 @@ def _explained(section: str) -> str:
         reach.BYTES: "Bytes that a rank receives in a step of a 4-layer GPT, ours over those of"
         " JAX's compiled program for the same annotations; *limit* is the closed form. Nothing is"
         " run.",
+        reach.CHECKPOINT: "Speed of a save over raw writing with a sync and over torch's DCP; time"
+        " that steps wait for a save in the background, over one copy of the state and over DCP's;"
+        " speed of a load, all digests compared, over reading what the page cache has, and over"
+        " DCP's.",
         reach.FIRST: "From starting `mw train` to its first step's line, over torchrun and DDP.",
     }.get(section, "")
 
