@@ -262,6 +262,8 @@ class Run:
         if self._profiler is not None:
             self._profiler.before()
         record = session.run_taken(fetched, self._until)
+        if not self._waits and time.monotonic() - self._saved_at > 0.9 * CHECKPOINT_SECONDS:
+            session.prepare_saves()
         stopped = [f for f in record.metrics.flags if f.startswith("stop")]
         if self._profiler is not None:
             self._profiler.after(last=bool(stopped))
@@ -479,6 +481,7 @@ def train(
         A summary: `run_dir`, `steps`, `loss`, `evaluation`, `plan`, `ranks`.
     """
     with Run(job, plan, **how) as run:
+        waits = bool(how.get("wait_for_saves"))
         loss: float | None = None
         evaluation: dict[str, float] | None = None
         for _ in run.steps(until=steps):
@@ -486,8 +489,10 @@ def train(
             loss = metrics.loss
             for function in on_step:
                 function(run, metrics)
+            if checkpoint_every and not waits:
+                run.session.prepare_saves()
             if checkpoint_every and run.step_number % checkpoint_every == 0:
-                run.save(wait=how.get("wait_for_saves", False))
+                run.save(wait=waits)
             if evaluate_every and run.step_number % evaluate_every == 0:
                 evaluation = run.evaluate()
         if job.evaluation is not None and not (

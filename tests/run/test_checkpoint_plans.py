@@ -111,7 +111,9 @@ def check_loads(plan, before, saved, tmp_path):
         first, again = state_of(saved(other), 2), state_of(tmp_path / f"again{number}", 2)
         assert first.keys() == again.keys()
         assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-        check_equal(state_of(tmp_path / f"went{number}", 3), state_of(tmp_path / f"want{number}", 3))
+        check_equal(
+            state_of(tmp_path / f"went{number}", 3), state_of(tmp_path / f"want{number}", 3)
+        )
 
 
 @pytest.mark.parametrize("after", SAMPLE)

@@ -175,6 +175,16 @@ def test_memory_is_taken_once_and_twice_where_two_are_in_flight(tmp_path, gate, 
     assert steps_in(tmp_path) == ["step-00000005", "step-00000006", "step-00000007"]
 
 
+def test_memory_can_be_made_before_it_is_needed(tmp_path, monkeypatch):
+    (saver,) = savers(1)
+    piece = Piece("w", (4, 8), (0, 0), HEAD)
+    saver.prepare([piece])
+    monkeypatch.setattr(staging, "_memory", lambda size: pytest.fail("more memory was taken"))
+    assert stage([saver], tmp_path, 1, [[piece]]) == ""
+    settle([saver])
+    assert newest(tmp_path) == tmp_path / "step-00000001"
+
+
 def test_a_state_that_grew_takes_other_memory(tmp_path):
     all_ = savers(1)
     for step, tensor in enumerate((HEAD, torch.randn(9, 9), HEAD)):

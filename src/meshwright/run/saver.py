@@ -120,6 +120,7 @@ class Saver:
 
     Attributes:
         saved: the step of the newest checkpoint that is in.
+        prepared: whether memory for a copy was asked for.
         trusted: names of checkpoints known to be whole (see `retire`).
         told: what the user should know.
     """
@@ -127,6 +128,7 @@ class Saver:
     def __init__(self, group: Group, rank: int, patience: Patience | None = None) -> None:
         """Of `rank` among `group`, which are all ranks."""
         self.saved = -1
+        self.prepared = False
         self.trusted: set[str] = set()
         self.told: list[str] = []
         self._group, self._rank = group, rank
@@ -159,6 +161,11 @@ class Saver:
     def _first(self) -> bool:
         return self._rank == self._group.ranks[0]
 
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """A save of these will come: have memory made for it on a thread; of this rank alone."""
+        self.prepared = True
+        self._buffers.prepare(bytes_needed(pieces))
+
     def stage(
         self, root: Path, step: int, pieces: Sequence[Piece], meta: Mapping[str, Any], keep: int
     ) -> Generator[Any, Any, str]:
@@ -177,6 +184,7 @@ class Saver:
         Raises:
             StorageError: on every rank alike, if any cannot copy its part.
         """
+        self.prepared = True
         room = yield from self._make_room()
         if not room:
             return "disk"

@@ -199,6 +199,11 @@ class Session:
         )
         return path
 
+    def prepare_saves(self) -> None:
+        """Have memory made for the first `save_soon` while steps run; once, on this rank alone."""
+        if not self.saver.prepared:
+            self.saver.prepare(persist.pieces_of(self.worker))
+
     def save_soon(self, root: Path, keep: int = 3) -> None:
         """Copy the state, and write it while the next steps run; every rank takes part.
 

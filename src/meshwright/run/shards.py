@@ -58,7 +58,14 @@ class Shards:
         self._files = files
         self._stack = ExitStack()
         self._opened: dict[str, _Opened] = {}
-        self._buffer = memoryview(bytearray(CHUNK))
+        self._memory = memoryview(bytearray())
+
+    @property
+    def _buffer(self) -> memoryview:
+        """Memory for a chunk that is not read in place."""
+        if not self._memory:
+            self._memory = memoryview(bytearray(CHUNK))
+        return self._memory
 
     def close(self) -> None:
         """Close all files."""

@@ -1,12 +1,11 @@
 """Copies of a rank's state in memory that is kept: what a save costs the steps.
 
-Memory is taken at the first save that needs it, in large pages where the kernel gives them, and
-used again by every later save: a page that is touched first costs more than its copy.
+A page that is touched first costs several times its copy. So memory is touched by a thread before
+it is needed where somebody knows that it will be, and is used again by every later save.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import final
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from meshwright.run.checkpoint import Piece
+from meshwright.run.task import Task
 
 __all__ = ["Buffers", "bytes_needed", "copied"]
 
@@ -28,8 +28,14 @@ class Buffers:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._free: list[Tensor] = []
         self.taken = 0
+        self._free: list[Tensor] = []
+        self._coming: Task[Tensor | None] | None = None
+
+    def prepare(self, size: int) -> None:
+        """Begin to make memory for the first save of `size` bytes, on a thread."""
+        if not self._free and not self.taken and self._coming is None:
+            self._coming = Task(lambda: _touched(size), "save-memory")
 
     def take(self, size: int) -> Tensor | None:
         """Memory for `size` bytes; None where this host has none left for it.
@@ -37,17 +43,10 @@ class Buffers:
         What was kept for states of another size is given back first.
         """
         assert self.taken < self.most
+        self._receive()
         self._free = [buffer for buffer in self._free if buffer.numel() == size]
-        if self._free:
-            self.taken += 1
-            return self._free.pop()
-        if size > psutil.virtual_memory().available // 2:
-            return None
-        try:
-            buffer = _memory(size)
-        except (MemoryError, OSError):
-            return None
-        self.taken += 1
+        buffer = self._free.pop() if self._free else _memory(size)
+        self.taken += buffer is not None
         return buffer
 
     def give(self, buffer: Tensor) -> None:
@@ -59,12 +58,29 @@ class Buffers:
         """A buffer that was taken does not come back: a thread may read it for ever."""
         self.taken -= 1
 
+    def _receive(self) -> None:
+        """Take over what a thread has made; where it has not ended yet, nobody made it."""
+        coming, self._coming = self._coming, None
+        if coming is not None and coming.wait(_MAKING) and (made := coming.result()) is not None:
+            self._free.append(made)
 
-def _memory(size: int) -> Tensor:
-    """Bytes that no other process sees."""
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+_MAKING = 10.0  # seconds: memory that takes so long is no gain
+
+
+def _memory(size: int) -> Tensor | None:
+    """Bytes, where this host has twice as many."""
+    if size > psutil.virtual_memory().available // 2:
+        return None
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except (MemoryError, RuntimeError):  # torch's allocator raises the latter
+        return None
+
+
+def _touched(size: int) -> Tensor | None:
+    memory = _memory(size)
+    return None if memory is None else memory.zero_()
 
 
 def bytes_needed(pieces: Iterable[Piece]) -> int:
