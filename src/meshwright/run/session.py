@@ -35,7 +35,7 @@ from meshwright.run.saver import BUSY, Saver
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
 from meshwright.run.weights import export
-from meshwright.run.whole import exported, gathered, held
+from meshwright.run.whole import config_of, exported, gathered, held
 from meshwright.run.worker import Fetched, Worker
 from meshwright.schedule.bubble import pipeline_notes
 
@@ -272,7 +272,7 @@ class Session:
         tensors, problem = self._whole(exported(self.worker)), ""
         if self.worker.rank == 0:
             given = Path(self.job.weights) if self.job.weights is not None else None
-            config = given if given is not None and given.is_dir() else _config(self.build)
+            config = given if given is not None and given.is_dir() else config_of(self.build)
             try:
                 export(folder, tensors, config)
             except StorageError as error:
@@ -307,13 +307,6 @@ class Session:
         for source in (self.worker.source, self.evaluation):
             if source is not None:
                 source.close()
-
-
-def _config(build: Build) -> Mapping[str, Any] | None:
-    """A Hugging Face model's own configuration, where it has one."""
-    config: Any = vars(build.model.module).get("config")
-    has_form = any("to_dict" in vars(kind) for kind in type(config).__mro__)
-    return dict(config.to_dict()) if has_form else None
 
 
 def open_session(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from meshwright.compile.interpret import interpret
 from meshwright.compile.settings import in_dtype
 from meshwright.program.assemble import gather_program
 from meshwright.program.program import Value
+from meshwright.run.build import Build
 from meshwright.run.worker import Worker
 
-__all__ = ["exported", "gathered", "held"]
+__all__ = ["config_of", "exported", "gathered", "held"]
 
 
 def exported(worker: Worker) -> tuple[str, ...]:
@@ -82,3 +83,10 @@ def _from_stage(
     handle = yield Start("broadcast", group, (tensor,), root=root, label=name)
     (whole,) = yield Wait(handle)
     return whole  # type: ignore[no-any-return]
+
+
+def config_of(build: Build) -> Mapping[str, Any] | None:
+    """A Hugging Face model's own configuration, where it has one."""
+    config: Any = vars(build.model.module).get("config")
+    has_form = any("to_dict" in vars(kind) for kind in type(config).__mro__)
+    return dict(config.to_dict()) if has_form else None
