@@ -124,8 +124,8 @@ class Numbers:
         function: Callable[..., Any] | None = {**_ARITHMETIC, **_ON_TENSORS}.get(operation)
         if function is None:
             raise self.refusal(f"math.{operation}() of a number read from a tensor")
-        made: Any = function(*map(self.tensor, arguments))
-        return self.read(made)
+        operands: list[Any] = [self.tensor(argument) for argument in arguments]
+        return self.read(function(*operands))
 
     def decide(self, comparison: str, arguments: Sequence[Any]) -> bool:
         """Which way a comparison goes; it becomes a condition of the program."""
@@ -138,9 +138,11 @@ class Numbers:
         """Python's `max(a, b)`, or `min`, of numbers of which one is read."""
         one, two = (self.tensor(x) for x in (a, b))
         second = two < one if least else two > one
-        as_tensor = [x if isinstance(x, Tensor) else torch.full_like(second, x, dtype=torch.float64)
-                     for x in (two, one)]  # fmt: skip
-        return self.read(torch.where(second, *as_tensor))
+        new, old = (
+            x if isinstance(x, Tensor) else torch.full_like(second, x, dtype=torch.float64)
+            for x in (two, one)
+        )
+        return self.read(torch.where(second, new, old))
 
     def refusal(self, what: str) -> NotTraceable:
         """An error that names the user's line."""

@@ -208,7 +208,9 @@ def _stepped(
     if not state:
         del optimizer.state[parameter]
     parameter.grad = given["gradient"]
-    with Tagger(places), patched(numbers), Meeting(numbers), torch.no_grad():
+    tagger = Tagger(places)
+    tagger.phase = "finish"
+    with tagger, patched(numbers), Meeting(numbers), torch.no_grad():
         optimizer.step()
     _require_same_group(before, group)
     return {"parameter": parameter} | _state(optimizer.state[parameter], numbers, left)
