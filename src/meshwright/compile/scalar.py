@@ -87,10 +87,12 @@ class Numbers:
         conditions: what the branches taken rest on.
         turn: a second trace takes other values for what is read, so that one that was taken for a
             constant shows.
+        outside: the user's line that the trace was asked from, which is none of the step's.
     """
 
     spare: Sequence[Tensor]
     turn: int = 0
+    outside: str = ""
     hosts: dict[Expression, int] = field(default_factory=dict)
     conditions: dict[Expression, bool] = field(default_factory=dict)
 
@@ -102,9 +104,9 @@ class Numbers:
             return number
         place = self.hosts.setdefault(number.expression, len(self.hosts))
         if place >= len(self.spare):
-            raise NotTraceable(
-                f"{user_line()}: the optimizer's step makes more than {len(self.spare)} numbers "
-                "of the learning rate and the step"
+            raise self.refusal(
+                f"the optimizer's step makes more than {len(self.spare)} numbers of the learning "
+                "rate and the step"
             )
         return self.spare[place]
 
@@ -146,7 +148,8 @@ class Numbers:
 
     def refusal(self, what: str) -> NotTraceable:
         """An error that names the user's line."""
-        return NotTraceable(f"{user_line() or 'the optimizer'}: {what}")
+        line = user_line()
+        return NotTraceable(f"{line}: {what}" if line not in ("", self.outside) else what)
 
 
 class Number(float):
