@@ -68,7 +68,7 @@ class Recipe:
         parameter = nn.Parameter(torch.zeros(3, 5))
         (_, settings), *_ = self.groups
         optimizer = build(Recipe(self.kind, self.defaults, ((("p",), settings),)), {"p": parameter})
-        parameter.grad = torch.zeros(3, 5)
+        parameter.grad = torch.ones(3, 5)
         optimizer.step()
         state = optimizer.state[parameter].values()
         return sum(isinstance(slot, Tensor) and slot.shape == parameter.shape for slot in state)
