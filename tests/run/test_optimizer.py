@@ -8,7 +8,9 @@ from torch import nn
 
 from meshwright.compile.init import blueprint
 from meshwright.errors import PlanError, UserCodeError
-from meshwright.run.optimizer import build, is_elementwise, recipe
+from meshwright.plan.plan import Plan
+from meshwright.run.optimizer import build, is_elementwise, recipe, unsplittable
+from meshwright.run.prepare import prepare
 from tests.run.jobs import Net, alone, job, on_ranks
 
 optim = torch.optim
@@ -27,8 +29,24 @@ KINDS = {
     "nadam": (lambda m: optim.NAdam(m.parameters(), lr=0.1), True, 2),
     "adagrad": (lambda m: optim.Adagrad(m.parameters(), lr=0.1), True, 1),
     "rmsprop": (lambda m: optim.RMSprop(m.parameters(), lr=0.1, centered=True), True, 2),
+    "rprop": (lambda m: optim.Rprop(m.parameters(), lr=0.1), True, 2),
+    "adamax": (lambda m: optim.Adamax(m.parameters(), lr=0.1), True, 2),
+    "radam": (lambda m: optim.RAdam(m.parameters(), lr=0.1), True, 2),
+    "asgd": (lambda m: optim.ASGD(m.parameters(), lr=0.1), True, 1),
+    "adadelta": (lambda m: optim.Adadelta(m.parameters(), lr=0.1), True, 2),
+    "adamw, foreach": (lambda m: optim.AdamW(m.parameters(), lr=0.1, foreach=True), True, 2),
+    "adamw, fused": (lambda m: optim.AdamW(m.parameters(), lr=0.1, fused=True), True, 2),
+    "sgd, foreach": (
+        lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9, foreach=True), True, 1
+    ),
+    "sgd, fused": (lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True), True, 1),
+    "adagrad, fused": (lambda m: optim.Adagrad(m.parameters(), lr=0.1, fused=True), True, 1),
+    "amsgrad, fused": (
+        lambda m: optim.Adam(m.parameters(), lr=0.1, amsgrad=True, fused=True), True, 3
+    ),
     "adafactor": (lambda m: optim.Adafactor(m.parameters(), lr=0.1), False, 0),
-}
+    "muon": (lambda m: optim.Muon([m.up.weight, m.down.weight], lr=0.1), False, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -61,11 +79,51 @@ def test_every_groups_settings_are_tried():
 
     assert is_elementwise(made(lambda m: groups(m, whole=False)))
     assert not is_elementwise(made(lambda m: groups(m, whole=True)))
-    with pytest.raises(PlanError, match=r"zero=1, but Normed is not elementwise.*zero=0.*AdamW"):
-        on_ranks(
-            job(optimizer=lambda m: groups(m, whole=True)), "zero1,data=2", lambda session: None
-        )
-    alone(job(optimizer=lambda m: groups(m, whole=True)), "zero1,data=1")
+    assert unsplittable(made(lambda m: groups(m, whole=True))) is None
+
+
+class Together(optim.Optimizer):
+    """Divides by the norm of all gradients of a group, or draws noise."""
+
+    def __init__(self, params, lr=0.1, noise=0.0):
+        super().__init__(params, {"lr": lr, "noise": noise})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            by = sum(p.grad.square().sum() for p in params) if not group["noise"] else 1.0
+            for p in params:
+                noise = torch.randn_like(p) * group["noise"] if group["noise"] else 0.0
+                p.data -= group["lr"] * p.grad / by + noise
+
+
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        (lambda m: Together(m.parameters()), "steps parameters together: its update of one"),
+        (lambda m: Together(m.parameters(), noise=0.1), "draws random numbers in its step"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(factory, told):
+    assert unsplittable(made(factory)).startswith(told)
+    for plan, said in (("zero1,data=2", "zero=1"), ("tensor=2", "tensor=2")):
+        with pytest.raises(PlanError, match=rf"{said}, but Together {told}.*AdamW"):
+            on_ranks(job(optimizer=factory), plan, lambda session: None)
+    alone(job(optimizer=factory), "zero1,data=1")
+
+
+def test_one_for_sparse_gradients_is_refused():
+    sparse = job(optimizer=lambda m: optim.SparseAdam(list(m.parameters())))
+    with pytest.raises(UserCodeError, match=r"SparseAdam raised RuntimeError.*dense.*AdamW"):
+        on_ranks(sparse, "zero1,data=2", lambda session: None)
+
+
+def test_replicas_do_not_draw_apart():
+    noisy = job(optimizer=lambda m: Together(m.parameters(), noise=0.1))
+    with pytest.raises(PlanError, match=r"data=2, but Together draws random.*one rank"):
+        on_ranks(noisy, "data=2", lambda session: None)
+    with pytest.raises(PlanError, match="draws random"):
+        prepare(noisy, Plan.parse("pipeline=2,data=1,microbatches=2"), 2)
 
 
 def test_groups_and_settings_are_recorded_by_name():

@@ -161,11 +161,22 @@ def _shown(record: Mapping[str, Any], *, everything: bool) -> Iterator[Renderabl
     if record["fallbacks"]:
         yield Text()
         yield fallback_table(parse_setup(record).fallbacks)
+    if record["optimizer"]["gathered"]:
+        yield Text()
+        yield Text(_gathered(record["optimizer"]))
     if measured := record.get("measured"):
         yield Text()
         yield Text(_measured(measured["seconds"]))
         yield Text(measured["toml"].strip(), "cyan")
     yield Text("\n--explain adds every collective, the mesh, a block and all parameters", "dim")
+
+
+def _gathered(optimizer: Mapping[str, Any]) -> str:
+    """Which parameters the optimizer's step needs whole, and why."""
+    count = f"{optimizer['gathered']} of {optimizer['jointly']}"
+    why = "".join(f"\n  {reason}" for reason in optimizer["because"])
+    told = f"; its step could not be traced:{why}" if why else ""
+    return f"{optimizer['class']} steps {count} split parameters whole, gathered each step{told}"
 
 
 def _measured(seconds: Sequence[float]) -> str:

@@ -87,10 +87,12 @@ class Numbers:
         conditions: what the branches taken rest on.
         turn: a second trace takes other values for what is read, so that one that was taken for a
             constant shows.
+        outside: the user's line that the trace was asked from, which is none of the step's.
     """
 
     spare: Sequence[Tensor]
     turn: int = 0
+    outside: str = ""
     hosts: dict[Expression, int] = field(default_factory=dict)
     conditions: dict[Expression, bool] = field(default_factory=dict)
 
@@ -102,9 +104,9 @@ class Numbers:
             return number
         place = self.hosts.setdefault(number.expression, len(self.hosts))
         if place >= len(self.spare):
-            raise NotTraceable(
-                f"{user_line()}: the optimizer's step makes more than {len(self.spare)} numbers "
-                "of the learning rate and the step"
+            raise self.refusal(
+                f"the optimizer's step makes more than {len(self.spare)} numbers of the learning "
+                "rate and the step"
             )
         return self.spare[place]
 
@@ -124,8 +126,8 @@ class Numbers:
         function: Callable[..., Any] | None = {**_ARITHMETIC, **_ON_TENSORS}.get(operation)
         if function is None:
             raise self.refusal(f"math.{operation}() of a number read from a tensor")
-        made: Any = function(*map(self.tensor, arguments))
-        return self.read(made)
+        operands: list[Any] = [self.tensor(argument) for argument in arguments]
+        return self.read(function(*operands))
 
     def decide(self, comparison: str, arguments: Sequence[Any]) -> bool:
         """Which way a comparison goes; it becomes a condition of the program."""
@@ -138,13 +140,16 @@ class Numbers:
         """Python's `max(a, b)`, or `min`, of numbers of which one is read."""
         one, two = (self.tensor(x) for x in (a, b))
         second = two < one if least else two > one
-        as_tensor = [x if isinstance(x, Tensor) else torch.full_like(second, x, dtype=torch.float64)
-                     for x in (two, one)]  # fmt: skip
-        return self.read(torch.where(second, *as_tensor))
+        new, old = (
+            x if isinstance(x, Tensor) else torch.full_like(second, x, dtype=torch.float64)
+            for x in (two, one)
+        )
+        return self.read(torch.where(second, new, old))
 
     def refusal(self, what: str) -> NotTraceable:
         """An error that names the user's line."""
-        return NotTraceable(f"{user_line() or 'the optimizer'}: {what}")
+        line = user_line()
+        return NotTraceable(f"{line}: {what}" if line not in ("", self.outside) else what)
 
 
 class Number(float):

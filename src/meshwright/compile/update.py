@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright.compile.met import Meeting
 from meshwright.compile.scalar import Condition, Expression, Known, Numbers, evaluate, patched
 from meshwright.compile.settings import default_dtype
-from meshwright.compile.trace import Places, Tagger, trace_function
+from meshwright.compile.trace import Places, Tagger, trace_function, user_line
 from meshwright.errors import NotTraceable
-from meshwright.program.program import Program, Value
+from meshwright.program.program import Op, Program, Value
 
 __all__ = ["FOLLOWED", "Form", "Update", "trace_update"]
 
@@ -49,6 +49,13 @@ class Form:
     tensors: tuple[tuple[str, Value], ...] = ()
     numbers: tuple[str, ...] = ()
     plain: tuple[tuple[str, bool | str | None], ...] = ()
+
+    @classmethod
+    def of(cls, parameter: Value, tensors: Mapping[str, Value], state: Mapping[str, Any]) -> Form:
+        """Of a parameter whose state has these tensors, and what in `state` is none."""
+        numbers = tuple(s for s, v in state.items() if type(v) in (int, float))
+        plain = tuple((s, v) for s, v in state.items() if v is None or type(v) in (bool, str))
+        return cls(parameter, tuple(tensors.items()), numbers, plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ def _trace(make: Maker, form: Form, inputs: Mapping[str, float], turn: int) -> U
     fakes = _fakes(form)
     places, left = Places(), _Left()
     spare = [name for name in fakes if name.startswith("host/")]
-    numbers = Numbers((), turn)
+    numbers = Numbers((), turn, user_line())
 
     def function(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         numbers.spare = [given[name] for name in spare]
@@ -158,9 +165,18 @@ def _trace(make: Maker, form: Form, inputs: Mapping[str, float], turn: int) -> U
     alive = {name for name, _ in needed}
     kept = [k for k in range(len(hosts)) if f"host/{k}" in alive]
     renamed = {f"host/{k}": f"host/{place}" for place, k in enumerate(kept)}
-    program = replace(program, inputs=tuple((renamed.get(n, n), v) for n, v in needed))
+    program = replace(
+        program,
+        inputs=tuple((renamed.get(n, n), v) for n, v in needed),
+        ops=tuple(_placed(op, numbers.outside) for op in program.ops),
+    )
     conditions = tuple(numbers.conditions.items())
     return Update(program, tuple(hosts[k] for k in kept), conditions, left.numbers, constants)
+
+
+def _placed(op: Op, outside: str) -> Op:
+    """Lines are the user's own; torch's and our optimizers have none."""
+    return replace(op, source="") if op.source == outside else op
 
 
 def _fakes(form: Form) -> dict[str, Tensor]:
@@ -208,7 +224,9 @@ def _stepped(
     if not state:
         del optimizer.state[parameter]
     parameter.grad = given["gradient"]
-    with Tagger(places), patched(numbers), Meeting(numbers), torch.no_grad():
+    tagger = Tagger(places)
+    tagger.phase = "finish"
+    with tagger, patched(numbers), Meeting(numbers), torch.no_grad():
         optimizer.step()
     _require_same_group(before, group)
     return {"parameter": parameter} | _state(optimizer.state[parameter], numbers, left)

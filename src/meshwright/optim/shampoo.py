@@ -72,7 +72,8 @@ class Shampoo(torch.optim.Optimizer):
         if "diagonal" not in state:
             state["diagonal"] = torch.full_like(gradient, group["eps"])
         state["diagonal"].addcmul_(gradient, gradient)
-        return gradient / state["diagonal"].sqrt()
+        root: Tensor = state["diagonal"].sqrt()
+        return gradient / root
 
     def _between_roots(
         self, matrix: Tensor, state: dict[str, Any], group: dict[str, Any]
@@ -98,4 +99,5 @@ class Shampoo(torch.optim.Optimizer):
 def inverse_root(moments: Tensor, power: int, least: float) -> Tensor:
     """moments^(-1/power) of a symmetric matrix whose eigenvalues are `least` or more."""
     values, vectors = torch.linalg.eigh(moments)
-    return (vectors * values.clamp(min=least).pow(-1 / power)) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=least).pow(-1 / power)) @ vectors.T
+    return root

@@ -293,9 +293,7 @@ class Tasks:
                 reached[value] |= goals
         return found
 
-    def _again(
-        self, numbers: set[int], forward: set[int], there: frozenset[int]
-    ) -> set[int]:
+    def _again(self, numbers: set[int], forward: set[int], there: frozenset[int]) -> set[int]:
         """The forward ops to repeat for what `numbers` read that is not there."""
         found, waiting = set[int](), list(numbers)
         while waiting:

@@ -10,6 +10,7 @@ from meshwright.predict.staged import staged_bill
 from meshwright.program.layout import local_shape
 from meshwright.program.program import Value
 from meshwright.run.build import Build, Micro, micro_ranges, values_of
+from meshwright.run.foreseen import joint_bytes
 from meshwright.schedule.bubble import endless
 
 __all__ = ["bills"]
@@ -26,7 +27,9 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
         stage, _ = build.mesh.coordinates(rank)
         form = (stage, samples, tuple(shards.values()))
         if form not in seen:
-            held = slots * sum(shards[n].bytes for n in build.recipe.names if n in shards)
+            joint = joint_bytes(build, rank)
+            alone = (n for n in build.recipe.names if n in shards and n not in joint)
+            held = sum(joint.values()) + slots * sum(shards[n].bytes for n in alone)
             compiled = build.lowered(rank, micros).compiled
             seen[form] = (
                 memory_bill(compiled, held)

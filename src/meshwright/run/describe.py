@@ -29,6 +29,7 @@ from meshwright.program.program import Value
 from meshwright.run.bill import bills
 from meshwright.run.build import Build, Micro, values_of
 from meshwright.run.eager import EagerWorker
+from meshwright.run.foreseen import describe_optimizer, update_rows
 from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe
 from meshwright.run.prepare import prepare
@@ -125,10 +126,11 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     piped = describe_pipeline(build, micros)
     rank = 0 if piped is None else most_moved(build, piped)
     compiled, axes = build.lowered(rank, micros).compiled, build.lines(rank)
-    rows = collectives(compiled, axes)
+    rows = (*collectives(compiled, axes), *update_rows(build, rank))
     return {
         **_setting(build),
         **({} if piped is None else {"pipeline": piped}),
+        "optimizer": describe_optimizer(build),
         "compile": build.compiled,
         "traffic": _traffic(rows, sum(1 for _ in calls(compiled.instructions))),
         "collectives": [_near(row.as_json()) for row in rows],

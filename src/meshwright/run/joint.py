@@ -31,7 +31,7 @@ from meshwright.run.executor import Machine, Place, follow
 from meshwright.run.optimizer import Recipe, build
 from meshwright.run.part import part_of
 
-__all__ = ["Joint", "Traces"]
+__all__ = ["Joint", "Traces", "numbers_of"]
 
 _LOOPS = {"foreach": False, "fused": False}
 """How a step is traced: over one parameter, kernels over many have nothing to add."""
@@ -171,7 +171,7 @@ class Joint:
         shard = self.shards[name]
         state = self.optimizer.state.get(shard, {})
         settings = {key: value for key, value in group.items() if key != "params"}
-        inputs = dict(_inputs(settings, state))
+        inputs = dict(numbers_of(settings, state))
         fused = self.states[name].optimizer.fused  # a program has an input for each part of those
         form = self._form(name, state)
         update = None if fused else self.traces.of(settings, form, inputs)
@@ -187,10 +187,8 @@ class Joint:
 
     def _form(self, name: str, state: Mapping[str, Any]) -> Form:
         known = self.slots.get(name, {})
-        tensors = tuple((s, known[s]) for s, t in state.items() if isinstance(t, Tensor))
-        numbers = tuple(s for s, v in state.items() if type(v) in (int, float))
-        plain = tuple((s, v) for s, v in state.items() if v is None or type(v) in (bool, str))
-        return Form(self.parameters[name], tensors, numbers, plain)
+        tensors = {slot: known[slot] for slot, t in state.items() if isinstance(t, Tensor)}
+        return Form.of(self.parameters[name], tensors, state)
 
     def _keep(
         self, name: str, parameter: Tensor, state: dict[str, Any], slots: dict[str, Value]
@@ -262,7 +260,9 @@ class Joint:
         return part_of(whole, layout, self.axes, self.place.coordinates).clone()
 
 
-def _inputs(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def numbers_of(
+    settings: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[tuple[str, float]]:
     """The numbers of a step by name: `lr`, `betas.0`, `state.step`."""
     for key in FOLLOWED:
         if key in settings:

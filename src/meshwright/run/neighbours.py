@@ -11,8 +11,8 @@ from meshwright.errors import PlanError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.explain import collectives
-from meshwright.run.build import Build
 from meshwright.run.bill import bills
+from meshwright.run.build import Build
 from meshwright.run.form import first_micros
 from meshwright.run.prepare import prepare
 from meshwright.run.stages import describe_pipeline

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from meshwright.compile.init import Blueprint
 from meshwright.errors import UserCodeError
 
-__all__ = ["Recipe", "Schedule", "build", "is_elementwise", "recipe", "scheduled", "unsplittable"]
+__all__ = [
+    "Recipe",
+    "Schedule",
+    "build",
+    "draws",
+    "is_elementwise",
+    "recipe",
+    "scheduled",
+    "unsplittable",
+]
 
 
 @runtime_checkable
@@ -59,7 +68,7 @@ class Recipe:
         parameter = nn.Parameter(torch.zeros(3, 5))
         (_, settings), *_ = self.groups
         optimizer = build(Recipe(self.kind, self.defaults, ((("p",), settings),)), {"p": parameter})
-        parameter.grad = torch.zeros(3, 5)
+        parameter.grad = torch.ones(3, 5)
         optimizer.step()
         state = optimizer.state[parameter].values()
         return sum(isinstance(slot, Tensor) and slot.shape == parameter.shape for slot in state)
@@ -161,17 +170,25 @@ def is_elementwise(plan: Recipe) -> bool:
     return all(_splits(plan, settings) for _, settings in plan.groups)
 
 
+def draws(plan: Recipe) -> str | None:
+    """Why replicas would drift apart: two runs, when torch draws otherwise, do not agree."""
+    for _, settings in plan.groups:
+        (one, _), (again, _) = _apart(plan, settings), _apart(plan, settings, seed=1)
+        if not torch.equal(one, again):
+            return "draws random numbers in its step, which would differ between ranks"
+    return None
+
+
 def unsplittable(plan: Recipe) -> str | None:
     """Why ranks cannot share the work of an optimizer; None where they can.
 
     Each parameter must be stepped by itself, and two runs must agree.
     """
+    if (why := draws(plan)) is not None:
+        return why
     for _, settings in plan.groups:
-        (one, other), again = _apart(plan, settings), _apart(plan, settings, seed=1)
-        if not torch.equal(one, again[0]):
-            return "draws random numbers in its step, which would differ between ranks"
         together = _run(plan, settings, _tries((6, 4), 0), _tries((4, 3), 1))
-        if not all(map(torch.equal, (one, other), together)):
+        if not all(map(torch.equal, _apart(plan, settings), together)):
             return (
                 "steps parameters together: its update of one depends on others, whose gradients "
                 "lie on other ranks"

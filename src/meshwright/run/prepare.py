@@ -12,7 +12,7 @@ from torch import nn
 from meshwright.compile.deferred import DeferredBatchNorm
 from meshwright.compile.init import blueprint
 from meshwright.compile.unit import Unit
-from meshwright.errors import PlanError
+from meshwright.errors import PlanError, UserCodeError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
 from meshwright.plan.plan import Plan
@@ -23,7 +23,7 @@ from meshwright.program.zero import zero_layouts
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
 from meshwright.run.joint import Traces
-from meshwright.run.optimizer import Recipe, is_elementwise, recipe, unsplittable
+from meshwright.run.optimizer import Recipe, draws, is_elementwise, recipe, unsplittable
 from meshwright.run.staged import staged
 
 __all__ = ["prepare"]
@@ -70,8 +70,8 @@ def prepare(
     if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
-    if any(build.states[name].optimizer.placements for name in moved):
-        build.traces = _traces(plan, made)
+    split = any(build.states[name].optimizer.placements for name in moved)
+    build.traces = _traces(build, split=split)
     return build
 
 
@@ -95,17 +95,41 @@ def _require_whole_batches(plan: Plan, model: nn.Module) -> None:
             )
 
 
-def _traces(plan: Plan, made: Recipe) -> Traces | None:
-    """How ranks step jointly what none can step alone; None where each can."""
+def _traces(build: Build, *, split: bool) -> Traces | None:
+    """How ranks step jointly what none can step alone; None where each can.
+
+    Raises:
+        PlanError: they cannot.
+    """
+    plan, made = build.plan, build.recipe
+    if build.mesh.size == 1:
+        return None
+    if not split:
+        _require_alike(build)
+        return None
     if is_elementwise(made):
         return None
-    axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
-    asked = [f"zero={plan.zero}"] * bool(plan.zero) + axes
-    less = "zero=0" if plan.zero and not axes else "data parallelism alone"
     why = unsplittable(made)
+    if why is None:
+        return Traces(made)
+    axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
+    asked = ", ".join([f"zero={plan.zero}"] * bool(plan.zero) + axes)
+    less = "zero=0" if plan.zero and not axes else "data parallelism alone"
+    raise _refused(asked, made, why, "one rank" if draws(made) else less)
+
+
+def _require_alike(build: Build) -> None:
+    """Replicas that step the same weights must not draw apart."""
+    try:
+        why = None if is_elementwise(build.recipe) else draws(build.recipe)
+    except UserCodeError:  # it takes no small dense matrix; what it does take, its step will tell
+        return
     if why is not None:
-        raise PlanError(
-            f"plan asks for {', '.join(asked)}, but {made.kind.__name__} {why}; use {less} or an "
-            "optimizer that steps each parameter by itself, such as AdamW"
-        )
-    return Traces(made)
+        raise _refused(build.plan.label, build.recipe, why, "one rank")
+
+
+def _refused(asked: str, made: Recipe, why: str, less: str) -> PlanError:
+    return PlanError(
+        f"plan asks for {asked}, but {made.kind.__name__} {why}; use {less} or an optimizer that "
+        "steps each parameter by itself, such as AdamW"
+    )

@@ -233,10 +233,17 @@ class StepWork:
             self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())
         if not self.skipped:
             rest = yield from self.state.joint.run(gradients)
-            for name in rest & self.state.shards.keys():
+            rest &= self.state.shards.keys()
+            for name in rest:
                 self.state.shards[name].grad = gradients[name]
+            before = {name: self.state.shards[name].data for name in rest}
             self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
+            for name, held in before.items():
+                shard = self.state.shards[name]
+                if shard.data_ptr() != held.data_ptr():  # replaced: it may be a part of a whole
+                    held.copy_(shard.data)
+                    shard.data = held
 
     def commit(self, values: dict[str, Tensor]) -> Metrics:
         """Gathered weights and new buffers become the state."""
