@@ -9,6 +9,7 @@ refused. There are no digests; each chunk's archive has CRC-32s.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -105,7 +106,12 @@ def open_dcp(folder: Path) -> Source:
                 yield chunk.region, mapped(_lies(folder, name, found[name], chunk))
 
     return Source(
-        "dcp", folder, items, boxes, lambda: _checked(folder, found), notes=_notes(folder, entries, others)
+        "dcp",
+        folder,
+        items,
+        boxes,
+        lambda: _checked(folder, found),
+        notes=_notes(folder, entries, others),
     )
 
 
@@ -171,7 +177,9 @@ def _entry(
         region = Region(_size(chunk.get("offsets")), _size(chunk.get("sizes")))
         place = places.get((own, region.start))
         if place is None:
-            raise StorageError(f"{shown(own)}: no file is told for the chunk at {list(region.start)}")
+            raise StorageError(
+                f"{shown(own)}: no file is told for the chunk at {list(region.start)}"
+            )
         chunks.append(_Chunk(region, *place))
     require_tiled(own, shape, [chunk.region for chunk in chunks])
     return _Entry(_dtype(own, state.get("properties")), shape, tuple(chunks))
@@ -212,12 +220,10 @@ def _require_files(folder: Path, entries: Mapping[str, _Entry]) -> None:
                 raise StorageError(f"{file}: {shown(own)} and {shown(last)} share bytes")
             last, end = own, stop
         with opened(folder, file) as handle:
-            import os
-
             size = os.fstat(handle).st_size
         if size < end:
             raise StorageError(
-                f"{file} has {size:,} bytes, but {shown(last)} goes to byte {end:,}: it is cut short"
+                f"{file} has {size:,} bytes, but {shown(last)} goes to byte {end:,}: cut short"
             )
 
 

@@ -68,8 +68,8 @@ def write_hub(
         total = sum(source.items[name].bytes for name in named.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         write_file(folder / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
-    for file in _companions(config or source.path):
-        shutil.copyfile(file, folder / file.name)
+    for beside in _companions(config or source.path):
+        shutil.copyfile(beside, folder / beside.name)
     sync_folder(folder)
     return {named[own]: file for own, file in where.items()}
 

@@ -125,9 +125,7 @@ def mapped(where: Lies) -> Tensor:
         if os.fstat(file).st_size < where.begin + length:
             raise StorageError(f"{where.file} ends before byte {where.begin + length:,}: cut short")
         # A copy on write: torch warns of memory that cannot be written.
-        held = mmap.mmap(
-            file, where.begin - first + length, access=mmap.ACCESS_COPY, offset=first
-        )
+        held = mmap.mmap(file, where.begin - first + length, access=mmap.ACCESS_COPY, offset=first)
     flat = torch.frombuffer(held, dtype=torch.uint8, count=length, offset=where.begin - first)
     if where.begin % item:
         flat = flat.clone()

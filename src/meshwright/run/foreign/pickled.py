@@ -38,6 +38,12 @@ def _ops(value: Any) -> Iterator[bytes]:
         case dict():
             yield b"}"
             yield from _set(value)
+        case _:
+            yield from _symbol(value)
+
+
+def _symbol(value: Any) -> Iterator[bytes]:
+    match value:
         case Global():
             yield f"c{value.module}\n{value.name}\n".encode()
         case Persistent():

@@ -1,8 +1,8 @@
 """What a checkpoint or weights of any format hold, under Meshwright's names; read box by box.
 
-    model/NAME              a parameter (or, of formats that do not tell them apart, a buffer)
-    buffer/NAME             a buffer
-    optimizer/SLOT/NAME     what an optimizer keeps for a parameter
+model/NAME              a parameter (or, of formats that do not tell them apart, a buffer)
+buffer/NAME             a buffer
+optimizer/SLOT/NAME     what an optimizer keeps for a parameter
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _legacy(stream: BufferedReader, start: int, size: int) -> tuple[Any, dict[st
     _, machine, value, keys = (unpickled(text) for _ in range(4))
     if not (isinstance(machine, dict) and machine.get("little_endian") is True):
         raise StorageError("it was written on a machine of the other byte order")
-    widths = {key: width for key, width in _widths(value)}
+    widths = dict(_widths(value))
     if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys):
         raise StorageError("its list of storages is none")
     found, place = {}, stream.tell()
@@ -333,7 +333,9 @@ def _require_counts(offset: int, shape: tuple[Any, ...], stride: tuple[Any, ...]
     numbers = (offset, *shape, *stride)
     sound = all(type(n) is int and 0 <= n < 2**62 for n in numbers)
     if not sound or len(shape) != len(stride) or len(shape) > _DIMS:
-        raise StorageError(f"a tensor claims shape {ascii(shape)[:60]}, stride {ascii(stride)[:60]}")
+        raise StorageError(
+            f"a tensor claims shape {ascii(shape)[:60]}, stride {ascii(stride)[:60]}"
+        )
 
 
 def _require_inside(lies: Lies, offset: int) -> None:

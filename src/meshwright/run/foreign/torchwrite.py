@@ -76,20 +76,20 @@ def archive(out: IO[bytes], tree: Any, storages: Mapping[str, Stored]) -> None:
     """
     with zipfile.ZipFile(_From(out), "w", zipfile.ZIP_STORED) as made:
         data = pickled(tree)
-        _member(made, out, "archive/data.pkl", Stored(len(data), lambda: iter([memoryview(data)])))
-        _small(made, out, "archive/.format_version", b"1")
-        _small(made, out, "archive/.storage_alignment", str(_ALIGNED).encode())
-        _small(made, out, "archive/byteorder", b"little")
+        _member(made, "archive/data.pkl", Stored(len(data), lambda: iter([memoryview(data)])))
+        _small(made, "archive/.format_version", b"1")
+        _small(made, "archive/.storage_alignment", str(_ALIGNED).encode())
+        _small(made, "archive/byteorder", b"little")
         for key, storage in storages.items():
-            _member(made, out, f"archive/data/{key}", storage)
-        _small(made, out, "archive/version", b"3\n")
+            _member(made, f"archive/data/{key}", storage)
+        _small(made, "archive/version", b"3\n")
 
 
-def _small(made: zipfile.ZipFile, out: IO[bytes], name: str, data: bytes) -> None:
-    _member(made, out, name, Stored(len(data), lambda: iter([memoryview(data)])))
+def _small(made: zipfile.ZipFile, name: str, data: bytes) -> None:
+    _member(made, name, Stored(len(data), lambda: iter([memoryview(data)])))
 
 
-def _member(made: zipfile.ZipFile, out: IO[bytes], name: str, what: Stored) -> None:
+def _member(made: zipfile.ZipFile, name: str, what: Stored) -> None:
     info = zipfile.ZipInfo(name)
     info.file_size = what.length
     large = what.length >= _ZIP64

@@ -1,9 +1,9 @@
 """DeepSpeed's universal checkpoints: one folder per parameter, read and written.
 
-    latest_universal                              the tag's name
-    TAG/mp_rank_00_model_states.pt                buffers, counts, shapes
-    TAG/zero/NAME/fp32.pt exp_avg.pt ... step.pt  {"param": tensor}, or a flat one (ZeRO-3's)
-    TAG/zero/optimizer_state.pt                   the optimizer's groups
+latest_universal                              the tag's name
+TAG/mp_rank_00_model_states.pt                buffers, counts, shapes
+TAG/zero/NAME/fp32.pt exp_avg.pt ... step.pt  {"param": tensor}, or a flat one (ZeRO-3's)
+TAG/zero/optimizer_state.pt                   the optimizer's groups
 """
 
 from __future__ import annotations
@@ -89,13 +89,19 @@ def open_universal(path: Path) -> Source:
 
 def _tag(path: Path) -> Path:
     if (path / ZERO).is_dir():
-        return path
+        return _own(path)
     text = read_small(path, LATEST, 256).decode("ascii", "replace").strip()
     if not _TAG.fullmatch(text):
         raise StorageError(f"{path / LATEST} names {shown(text)!r}, no folder beside it")
     tag = path / text
     if tag.is_symlink() or not (tag / ZERO).is_dir():
         raise StorageError(f"{path / LATEST} names {shown(text)!r}, which holds no folder {ZERO}")
+    return _own(tag)
+
+
+def _own(tag: Path) -> Path:
+    if (tag / ZERO).is_symlink():
+        raise StorageError(f"{tag / ZERO} is a symbolic link; a checkpoint holds its own files")
     return tag
 
 
@@ -151,7 +157,7 @@ def _value(folder: Path, name: str) -> _Value:
     value = tree.get("param") if isinstance(tree, dict) else tree
     if isinstance(value, Lies):
         return value
-    if type(value) in (int, float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return _Number(float(value))
     what = str(value.maker) if isinstance(value, Made) else type(value).__name__
     raise StorageError(f"{folder / name} holds {shown(what)}, expected a tensor under 'param'")

@@ -21,11 +21,11 @@ PICKLE_BYTES: Final = 256 << 20
 
 _MARK: Final = object()
 
-_VALUES: Final = frozenset(
-    "BININT BININT1 BININT2 LONG1 INT LONG FLOAT BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "UNICODE BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 BINSTRING SHORT_BINSTRING STRING "
-    "LONG4".split()
-)
+_VALUES: Final = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "FLOAT", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BINSTRING", "SHORT_BINSTRING", "STRING",
+}  # fmt: skip
 _CONSTANTS: Final = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _FRESH: Final[dict[str, Callable[[], Any]]] = {
     "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple,
@@ -173,14 +173,14 @@ class _Machine:
         """STACK_GLOBAL."""
         module, name = self._pop(2)
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("a name is no text")
+            raise TypeError("a name is no text")
         self.stack.append(Global(module, name))
 
-    def call(self, new: bool) -> None:
+    def call(self, *, new: bool) -> None:
         """REDUCE, NEWOBJ: remember the call."""
         maker, args = self._pop(2)
         if not isinstance(maker, Global) or not isinstance(args, tuple):
-            raise ValueError("a call of what has no name")
+            raise TypeError("a call of what has no name")
         self.stack.append(Made(maker, args, new))
 
     def build(self, _: Any) -> None:
@@ -188,7 +188,7 @@ class _Machine:
         (state,) = self._pop(1)
         made = self._top()
         if not isinstance(made, Made):
-            raise ValueError("state for what was not made")
+            raise TypeError("state for what was not made")
         made.state = state
 
     def append(self, items: list[Any]) -> None:
@@ -199,7 +199,7 @@ class _Machine:
         elif isinstance(target, list):
             target += items
         else:
-            raise ValueError("items for what holds none")
+            raise TypeError("items for what holds none")
 
     def set(self, pairs: list[Any]) -> None:
         """SETITEM, SETITEMS."""
