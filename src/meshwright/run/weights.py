@@ -177,8 +177,9 @@ def _no_pickle(path: Path) -> str:
     if not pickles:
         return f"weights are read from {SINGLE} or {INDEX}"
     return (
-        f"{pickles[0].name} is not read, because a pickle can run any command; convert it by "
-        "model.save_pretrained(FOLDER) in transformers, or safetensors.torch.save_file"
+        f"{pickles[0].name} is not read, because a pickle can run any command; "
+        f"`mw checkpoint convert {pickles[0]} FOLDER` makes safetensors of its tensors without "
+        "running it"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from meshwright.errors import StorageError, UsageError
 from meshwright.run.durable import make_folder, publish
@@ -21,11 +21,11 @@ from meshwright.run.foreign.source import Source, kind, shown
 from meshwright.run.foreign.statedict import open_statedict, write_statedict
 from meshwright.run.foreign.universal import is_universal, open_universal
 from meshwright.run.foreign.universalwrite import write_universal
+from meshwright.run.imported import checkpoint_in
 from meshwright.run.restore import MANIFEST
-from meshwright.run.retention import listed
 from meshwright.run.weights import SHARD_BYTES
 
-__all__ = ["FORMATS", "Written", "checkpoint_in", "convert", "open_source", "usual_format"]
+__all__ = ["FORMATS", "Written", "checked", "convert", "open_source", "usual_format"]
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     "meshwright": ("model", "buffer", "optimizer"),
@@ -96,28 +96,27 @@ def _nothing(path: Path, files: list[str]) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     holds = f"holds {', '.join(map(shown, names[:3]))}" if names else "is empty"
     return (
-        f"{path} {holds}: no checkpoint that is known here ({MANIFEST} of Meshwright, {METADATA} "
-        "of torch DCP, zero/ or latest_universal of DeepSpeed, *.safetensors, or a file of torch.save)"
+        f"{path} {holds}, but no checkpoint that is known here: Meshwright's has {MANIFEST}, torch "
+        f"DCP's {METADATA}, DeepSpeed's universal zero/ or latest_universal, Hugging Face's "
+        "*.safetensors, and what torch.save wrote is a file"
     )
 
 
-def checkpoint_in(path: Path, step: int | None = None) -> Path | None:
-    """A checkpoint's folder: `path` itself, or the newest (that of `step`) of a run or its folder.
-
-    Raises:
-        StorageError: there are some, but none of `step`.
-    """
-    if (path / MANIFEST).exists():
-        return path
-    for root in (path, path / "checkpoints"):
-        saved = listed(entry.name for entry in root.iterdir()) if root.is_dir() else []
-        found = [one for one in saved if step in (None, one.step)]
-        if found:
-            return root / found[0].name
-        if saved:
-            steps = ", ".join(str(number) for number in sorted({one.step for one in saved}))
-            raise StorageError(f"{root} has no checkpoint of step {step}; it has {steps}")
-    return None
+def checked(path: Path, *, skip_objects: bool = False) -> dict[str, Any]:
+    """Whether all of a checkpoint is as its digests say, as JSON: `problem` says what is not."""
+    found: dict[str, Any] = {"path": str(path), "whole": False, "problem": "", "checked": "nothing"}
+    try:
+        source = open_source(path, skip_objects=skip_objects)
+        found |= {"format": source.format, "step": source.step, "notes": list(source.notes)}
+        found |= {
+            "tensors": len(source.items),
+            "bytes": sum(i.bytes for i in source.items.values()),
+        }
+        found["checked"] = source.check()
+        found["whole"] = True
+    except StorageError as error:
+        found["problem"] = str(error)
+    return found
 
 
 def usual_format(source: Source) -> str:

@@ -56,7 +56,7 @@ def write_hub(
 
     One tensor is in memory at a time, and none where it lies in one piece.
     """
-    named = {bare(name): name for name in source.of("model", "buffer")}
+    named = {bare(name): name for name in source.weights}
     groups = _grouped({own: source.items[name].bytes for own, name in named.items()}, shard_bytes)
     where: dict[str, str] = {}
     for number, names in enumerate(groups, 1):

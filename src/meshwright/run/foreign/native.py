@@ -65,7 +65,7 @@ def open_native(path: Path) -> Source:
 
 def _checked(checkpoint: Checkpoint) -> str:
     checkpoint.verify()
-    return "sha256"
+    return "digests"
 
 
 def write_native(source: Source, aside: Path) -> Path:

@@ -71,6 +71,12 @@ class Source:
         found: Mapping[str, str] = (self.meta or {}).get("tied", {})
         return found
 
+    @property
+    def weights(self) -> dict[str, Item]:
+        """What a model's state dict has: weights and the buffers that it keeps."""
+        gone = {f"buffer/{name}" for name in (self.meta or {}).get("transient", [])}
+        return {n: item for n, item in self.of("model", "buffer").items() if n not in gone}
+
     def of(self, *kinds: str) -> dict[str, Item]:
         """The items of some kinds, by global name."""
         return {name: item for name, item in self.items.items() if kind(name) in kinds}

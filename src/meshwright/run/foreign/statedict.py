@@ -65,7 +65,7 @@ def open_statedict(path: Path, *, skip: bool = False) -> Source:
 
 def write_statedict(source: Source, folder: Path) -> dict[str, str]:
     """Write `model.pt`, weights and buffers by name; tied names share a storage."""
-    names = source.of("model", "buffer")
+    names = source.weights
     keys = {name: str(number) for number, name in enumerate(names)}
     pairs: dict[str, Any] = {bare(n): rebuilt(keys[n], source.items[n]) for n in names}
     for other, name in source.tied.items():
