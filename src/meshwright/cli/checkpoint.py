@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meshwright.cli.output import print_json, show
+from meshwright.cli.output import log, print_json, show
 from meshwright.cli.told import Task
 from meshwright.cli.words import AsJson, Settings
 from meshwright.plan.size import parse_bytes
@@ -132,7 +133,7 @@ def inspect(
     json: AsJson = False,
 ) -> Task:  # fmt: skip
     """Show what a checkpoint of any format holds; no values are read."""
-    return partial(_inspect, source, names, every, step, skip_objects, json)
+    return partial(_ended, _inspect, source, names, every, step, skip_objects, json)
 
 
 @app.command("verify", epilog=VERIFY)
@@ -140,7 +141,7 @@ def verify(
     source: Source, *, step: Step = None, skip_objects: Skip = False, json: AsJson = False
 ) -> Task:
     """Compare every byte with its digest; of a run, all its checkpoints."""
-    return partial(_verify, source, step, skip_objects, json)
+    return partial(_ended, _verify, source, step, skip_objects, json)
 
 
 @app.command("convert", epilog=CONVERT)
@@ -166,6 +167,7 @@ def convert(
 ) -> Task:
     """Turn a checkpoint or weights of any format into another; pickles are read, never run."""
     return partial(
+        _ended,
         _convert,
         _Wanted(
             source, to, form, step, tuple(maps or ()), like, tuple(settings or ()), take_part,
@@ -188,12 +190,24 @@ def export(
 ) -> Task:
     """Write a run's checkpoint for others to read; the model is not built."""
     return partial(
+        _ended,
         _convert,
         _Wanted(
             source, to, form, step, tuple(maps or ()), None, (), False, config, shard_size, False,
             json,
         ),
     )  # fmt: skip
+
+
+def _ended(act: Callable[..., int], *given: Any) -> int:
+    """The exit status; what is wrong with a checkpoint is told whole."""
+    from meshwright.errors import StorageError
+
+    try:
+        return act(*given)
+    except StorageError as error:
+        log(f"mw: {error}")
+        return error.exit_status
 
 
 def _inspect(

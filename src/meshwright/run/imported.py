@@ -43,7 +43,7 @@ def checkpoint_in(path: Path, step: int | None = None) -> Path | None:
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    """All checkpoints of a run or its folder, the newest first; `path` itself where there are none."""
+    """All checkpoints of a run or its folder, the newest first; `path` where there are none."""
     if path.is_dir() and not (path / MANIFEST).exists():
         for root in (path, path / "checkpoints"):
             saved = listed(entry.name for entry in root.iterdir()) if root.is_dir() else []

@@ -133,7 +133,7 @@ def checked_table(checked: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _how(one: Mapping[str, Any]) -> str:
     size = f"{one['tensors']:,} tensors, {bytes_text(one['bytes'])}"
     if one["checked"] == "nothing":
-        return f"{size}: read whole; there are no digests to compare with"
+        return f"{size}: lengths and tables fit; there are no digests to compare with"
     what = {"crc32": "the CRC-32 of every storage", "sha256": "the sha256 of every file"}
     return f"{size}: {what.get(one['checked'], 'every digest')} matches"
 

@@ -179,5 +179,5 @@ def _write(source: Source, aside: Path, form: str, config: Path | None, shard_by
         write_universal(source, aside)
     else:
         write_statedict(source, aside)
-    write_sidecar(source, aside)
+    write_sidecar(source, aside, whole=all(kind(name) in FORMATS[form] for name in source.items))
     return aside

@@ -1,6 +1,7 @@
 """`meshwright.json` beside what is exported: what other formats have no room for, and digests.
 
-    {"version": 1, "step": 20, "meta": {...}, "buffers": [...], "sha256": digest of all the rest,
+    {"version": 1, "step": 20, "meta": {...}, "whole": whether no tensor was left out,
+     "buffers": [...], "sha256": digest of all the rest,
      "files": {"model.safetensors": {"bytes": 1232, "sha256": ...}}}
 
 With it a round trip gives back all that a checkpoint said. It may come from a stranger, as a
@@ -30,7 +31,7 @@ __all__ = ["SIDECAR", "read_sidecar", "with_sidecar", "write_sidecar"]
 
 SIDECAR: Final = "meshwright.json"
 _CHUNK: Final = 8 << 20
-_KEYS: Final = {"version", "step", "meta", "buffers", "files", "sha256"}
+_KEYS: Final = {"version", "step", "meta", "whole", "buffers", "files", "sha256"}
 _PART: Final = re.compile(r"[^/\x00]{1,255}", re.DOTALL)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -41,18 +42,26 @@ class Sidecar:
 
     step: int | None
     meta: Mapping[str, Any] | None
+    whole: bool
     buffers: tuple[str, ...]
     files: Mapping[str, tuple[int, str]]
 
 
-def write_sidecar(source: Source, folder: Path) -> None:
-    """Write it for all files that are in `folder`, which are read once more."""
+def write_sidecar(source: Source, folder: Path, *, whole: bool) -> None:
+    """Write it for all files that are in `folder`, which are read once more.
+
+    Args:
+        source: what was written.
+        folder: to where.
+        whole: whether all of it was.
+    """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     told = {file.relative_to(folder).as_posix(): _digest(file.parent, file.name) for file in files}
     tree = {
         "version": 1,
         "step": source.step,
         "meta": None if source.meta is None else dict(source.meta),
+        "whole": whole,
         "buffers": [bare(name) for name in source.of("buffer")],
         "files": {name: {"bytes": size, "sha256": sha} for name, (size, sha) in told.items()},
     }
@@ -92,7 +101,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 
 
 def _sidecar(tree: Mapping[str, Any]) -> Sidecar:
-    step, meta, buffers = tree["step"], tree["meta"], tree["buffers"]
+    step, meta, buffers, whole = (tree[key] for key in ("step", "meta", "buffers", "whole"))
     if meta is not None:
         check_meta(meta)
     if not (step is None or (type(step) is int and 0 <= step < 2**62)):
@@ -107,7 +116,9 @@ def _sidecar(tree: Mapping[str, Any]) -> Sidecar:
         if type(size) is not int or not isinstance(sha, str) or not _SHA256.fullmatch(sha):
             raise StorageError(f"the claim of {shown(name)} is none")
         files[name] = (size, sha)
-    return Sidecar(step, meta, tuple(buffers), files)
+    if not isinstance(whole, bool):
+        raise StorageError("whole must be true or false")
+    return Sidecar(step, meta, whole, tuple(buffers), files)
 
 
 def with_sidecar(source: Source) -> Source:
@@ -124,7 +135,10 @@ def with_sidecar(source: Source) -> Source:
             raise StorageError(
                 f"{inner} has {found:,} bytes, {SIDECAR} says {told.files[name][0]:,}"
             )
-    tied = (told.meta or {}).get("tied", {})
+    meta = told.meta
+    if meta is not None and not told.whole:  # no run can go on from a part
+        meta = {**meta, "imported": source.format}
+    tied = (meta or {}).get("tied", {})
     buffers = set(told.buffers)
     old: dict[str, str] = {}
     for name in source.items:
@@ -143,7 +157,8 @@ def with_sidecar(source: Source) -> Source:
         boxes=boxes,
         check=lambda: _checked(folder, told),
         step=told.step if source.step is None else source.step,
-        meta=told.meta,
+        meta=meta,
+        notes=() if meta is not None else source.notes,
     )
 
 

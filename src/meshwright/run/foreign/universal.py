@@ -69,7 +69,10 @@ def open_universal(path: Path) -> Source:
     if not found:
         raise StorageError(f"{tag / ZERO} holds no folder of a parameter")
     _require_weights(tag, found)
-    found |= _buffers(states)
+    found |= _steps(tag / ZERO, found)
+    for name, value in _buffers(states).items():  # stages 1 and 2 give buffers a folder too
+        found.pop(f"model/{name.partition('/')[2]}", None)
+        found[name] = value
     items = {name: _item(value) for name, value in found.items()}
 
     def boxes(name: str) -> Iterator[tuple[Region, Tensor]]:
@@ -191,6 +194,19 @@ def _require_weights(tag: Path, found: Mapping[str, _Value]) -> None:
                 f"{tag / ZERO / own}: {slot}.pt has shape {list(value.shape)}, {WEIGHTS}.pt "
                 f"{list(weights.shape)}"
             )
+
+
+def _steps(zero: Path, found: Mapping[str, _Value]) -> dict[str, _Value]:
+    """ZeRO-3 tells the step once, for all parameters that have a state."""
+    names = {name.split("/", 2)[2] for name in found if name.startswith("optimizer/")}
+    file = "optimizer_state.pt"
+    if not names or f"optimizer/step/{min(names)}" in found or not (zero / file).exists():
+        return {}
+    match open_torch(zero, file):
+        case {"optimizer_state_dict": {"state": {0: {"step": Lies() | int() | float() as step}}}}:
+            value = step if isinstance(step, Lies) else _Number(float(step))
+            return {f"optimizer/step/{name}": value for name in names}
+    return {}
 
 
 def _buffers(states: Mapping[str, Any]) -> dict[str, _Value]:
