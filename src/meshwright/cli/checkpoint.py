@@ -41,6 +41,8 @@ class Format(StrEnum):
     torch = "torch"
 
 
+_FORMATS = "meshwright, safetensors, dcp (torch's), universal (DeepSpeed's), torch (a file)."
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -152,7 +154,10 @@ def convert(
     form: Annotated[
         Format | None,
         typer.Option(
-            "--to", help="Format.", show_default="meshwright; safetensors of weights alone"
+            "--to",
+            metavar="FORMAT",
+            help=_FORMATS,
+            show_default="meshwright; safetensors where there are weights only",
         ),
     ] = None,
     step: Step = None,
@@ -181,7 +186,9 @@ def export(
     source: Source,
     to: To,
     *,
-    form: Annotated[Format, typer.Option("--to", help="Format.")] = Format.safetensors,
+    form: Annotated[
+        Format, typer.Option("--to", metavar="FORMAT", help=_FORMATS)
+    ] = Format.safetensors,
     step: Step = None,
     maps: Map = None,
     config: Config = None,

@@ -153,7 +153,7 @@ def written_table(written: Mapping[str, Any]) -> RenderableType:
         ("missing", [_missing(*pair) for pair in written["missing"].items()]),
         ("dtype", [f"{n}: {a}, wanted {b}" for n, (a, b) in written["dtypes"].items()]),
     ):
-        for number, line in enumerate(_some(names)):
+        for number, line in enumerate(_some(_folded(names))):
             table.add_row(Text(title if not number else "", "dim"), Text(line))
     return Group(table, *_notes(written))
 
@@ -168,6 +168,17 @@ def _kinds(names: Sequence[str]) -> list[str]:
 
 def _missing(name: str, close: str | None) -> str:
     return f"{name}; there is {close}" if close else name
+
+
+def _folded(lines: Sequence[str]) -> list[str]:
+    """Lines that differ in the number of a layer only, as one."""
+    counts: dict[str, list[str]] = {}
+    for line in lines:
+        counts.setdefault(_NUMBER.sub("*", line), []).append(line)
+    return [
+        those[0] if len(those) == 1 else f"{alike}  × {len(those)}"
+        for alike, those in counts.items()
+    ]
 
 
 def _some(lines: Sequence[str]) -> list[str]:
