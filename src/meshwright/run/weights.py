@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # what Hugging Face splits at
 _INDEX_BYTES = 100_000_000  # an index holds names only: a larger one is no index
-_COMPANIONS = (
+COMPANIONS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenizer*", "vocab.*", "merges.txt", "*.model", "chat_template.*",
 )  # fmt: skip
@@ -177,8 +177,9 @@ def _no_pickle(path: Path) -> str:
     if not pickles:
         return f"weights are read from {SINGLE} or {INDEX}"
     return (
-        f"{pickles[0].name} is not read, because a pickle can run any command; convert it by "
-        "model.save_pretrained(FOLDER) in transformers, or safetensors.torch.save_file"
+        f"{pickles[0].name} is not read, because a pickle can run any command; "
+        f"`mw checkpoint convert {pickles[0]} FOLDER` makes safetensors of its tensors without "
+        "running it"
     )
 
 
@@ -253,7 +254,7 @@ def _once(refuse: Callable[[str], StorageError]) -> Callable[[list[tuple[str, An
 def _write_companions(aside: Path, config: Mapping[str, Any] | Path | None) -> None:
     if isinstance(config, Path):
         source = config if config.is_dir() else config.parent
-        for pattern in _COMPANIONS:
+        for pattern in COMPANIONS:
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, aside / file.name)
