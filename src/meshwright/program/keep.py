@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from meshwright.errors import PlanError
 from meshwright.program.cost import flops
 from meshwright.program.donate import VIEWS
-from meshwright.program.program import Op, Program
+from meshwright.program.program import Program
 from meshwright.program.remat import Forward
 from meshwright.program.repeat import repeated
 
@@ -40,12 +40,8 @@ def selective(program: Program) -> frozenset[int]:
     forward = Forward.of(program)
     places = borders(forward)
     fixed = _crossing(forward, places) | _last(forward, places)
-    weights = _of_weights(program)
-    dear = {
-        value
-        for value, number in forward.makers.items()
-        if value not in forward.held and _dear(program, number, weights)
-    }
+    numbers = _dear(forward)
+    dear = {v for v, number in forward.makers.items() if number in numbers} - forward.held
     return frozenset(fixed | _nearer(forward, fixed, dear))
 
 
@@ -182,23 +178,24 @@ def _of_weights(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def _dear(program: Program, number: int, weights: frozenset[int]) -> bool:
-    """Whether what an op makes is much work for its bytes.
+def _dear(forward: Forward) -> set[int]:
+    """The forward ops that are much work for the bytes that they make.
 
-    A product without weights that makes more than it reads is not: scores of attention.
+    A product without weights that only leads to another such is not: scores of attention.
     """
-    op = program.ops[number]
-    if any(word in op.base for word in _DEAR):
-        return True
-    if not flops(op, program):
-        return False
-    return bool(weights.intersection(op.inputs)) or not _widens(program, op)
-
-
-def _widens(program: Program, op: Op) -> bool:
-    values = program.values
-    read = sum(values[value].bytes for value in op.inputs)
-    return sum(values[value].bytes for value in op.results) > read
+    program = forward.program
+    ops = program.ops[: forward.end]
+    weights = _of_weights(program)
+    found = {n for n, op in enumerate(ops) if any(word in op.base for word in _DEAR)}
+    products = {n for n, op in enumerate(ops) if flops(op, program)}
+    bare = {n for n in products if not weights.intersection(ops[n].inputs)}
+    leads: set[int] = set()  # roots that go into a product without weights, as they are or changed
+    for number in range(forward.end - 1, -1, -1):
+        made = forward.root_made(number)
+        if number in bare or (number not in products and made & leads):
+            leads.update(forward.read(number))
+    scores = {n for n in bare if forward.root_made(n) & leads}
+    return found | (products - scores)
 
 
 def _nearer(forward: Forward, fixed: set[int], dear: set[int]) -> set[int]:

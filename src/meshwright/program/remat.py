@@ -80,6 +80,11 @@ class Forward:
         found = (self.root[value] for value in self.program.ops[number].inputs)
         return tuple(dict.fromkeys(value for value in found if value not in self.held))
 
+    def root_made(self, number: int) -> frozenset[int]:
+        """The storages that an op makes, those that are always there left out."""
+        made = (v for v in self.program.ops[number].results if self.root[v] == v)
+        return frozenset(v for v in made if v not in self.held)
+
     def repeats(self, kept: Iterable[int], wanted: Iterable[int] | None = None) -> set[int]:
         """The forward ops to repeat for what the backward reads, or `wanted`; views left out."""
         there = set(kept)

@@ -99,9 +99,17 @@ def facts_of(session: Session) -> dict[str, str]:
         "samples in the data": str(None if source is None else source.length),
         "eager": str(isinstance(session.worker, EagerWorker)),
         "compile": str(build.compiled),
+        "saved for the backward": _saved(build),
         "parameters": hashlib.sha256(repr(build.values()).encode()).hexdigest()[:16],
         **_optimizer_facts(build.recipe),
     }
+
+
+def _saved(build: Build) -> str:
+    """A digest of what was chosen for a budget: each rank does so by itself."""
+    if build.chosen is None or build.chosen.kept is None:
+        return "by the plan"
+    return hashlib.sha256(repr(sorted(build.chosen.kept)).encode()).hexdigest()[:16]
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, str]:

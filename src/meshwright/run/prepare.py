@@ -16,10 +16,12 @@ from meshwright.errors import PlanError, UserCodeError
 from meshwright.job import Job
 from meshwright.plan.check import Facts, require
 from meshwright.plan.plan import Plan
+from meshwright.plan.remat import budget_of
 from meshwright.program.chosen import chosen_layouts
 from meshwright.program.fused import fused_work_layouts
 from meshwright.program.layout import Layout
 from meshwright.program.zero import zero_layouts
+from meshwright.run.budget import choose
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
 from meshwright.run.joint import Traces
@@ -72,6 +74,8 @@ def prepare(
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
     split = any(build.states[name].optimizer.placements for name in moved)
     build.traces = _traces(build, split=split)
+    if (budget := budget_of(plan)) is not None:
+        build.chosen = choose(build, first_micros(build, data), budget)
     return build
 
 
