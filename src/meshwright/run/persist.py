@@ -30,6 +30,7 @@ from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
 from meshwright.run.saver import Saver
+from meshwright.run.scaling import restored, saved
 from meshwright.run.weights import read
 from meshwright.run.worker import Make, Worker
 
@@ -104,6 +105,7 @@ def meta_of(
         "seed": job.seed,
         "optimizer": {**_optimizer_meta(worker), "state": dict(plain)},
         "scheduler": scheduler,
+        "scaling": saved(state.scaling),
         "data": _data_state(worker, step),
         "extra": dict(extra),
     }
@@ -256,6 +258,8 @@ def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     meta = checkpoint.meta
     if worker.state.scheduler is not None and meta["scheduler"] is not None:
         worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
+    if worker.state.scaling is not None:
+        worker.state.rescale(restored(worker.state.scaling, meta.get("scaling")))
     if worker.source is not None and meta["data"] is not None:
         worker.source.restore(meta["data"])
         worker.read = True

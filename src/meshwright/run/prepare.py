@@ -11,6 +11,7 @@ from torch import nn
 
 from meshwright.compile.deferred import DeferredBatchNorm
 from meshwright.compile.init import blueprint
+from meshwright.compile.region import precision_of, shorten
 from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError
 from meshwright.job import Job
@@ -61,10 +62,12 @@ def prepare(
     over = job.normalize_over if norms else None
     require(plan, replace(known, normalize_over=over, normalizes=norms))
     _require_whole_batches(plan, model.module)
+    precision = precision_of(plan, model)
+    shorten(model, precision.stored)
     made = recipe(model, job.optimizer)
     values = values_of(model.parameters, dtype)
     moved = {n for n in made.names if model.parameters[n].requires_grad}
-    build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
+    build = Build(job, plan, mesh_of(plan), model, made, {}, dtype, precision=precision)
     build.units = {} if units is None else units
     work = _work_layouts(build, data)
     if plan.pipeline > 1 or plan.gather is not None:
