@@ -7,6 +7,7 @@ overflowed is agreed by all ranks, so that the scale is one number of the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ class Scaling:
         if self.steps + 1 < rule.interval:
             return replace(self, steps=self.steps + 1, skipped=0)
         grown = _single(self.scale * rule.growth)
-        scale = grown if grown < float("inf") else self.scale
+        scale = grown if math.isfinite(grown) else self.scale
         return replace(self, scale=scale, steps=0, skipped=0)
 
 
@@ -90,13 +91,14 @@ def require_found(scaling: Scaling, step: int, loss: float) -> None:
     if scaling.skipped < scaling.rule.patience:
         return
     last = scaling.scale / scaling.rule.backoff
-    what = "is finite, so it is the backward that" if abs(loss) < float("inf") else "is not finite:"
+    where = "backward" if math.isfinite(loss) else "forward"
     raise UserCodeError(
         f"no loss scale was found: the gradients of {scaling.skipped} steps in a row overflowed "
-        f"fp16, the last one, step {step + 1}, at a loss scale of {last:g}; nothing of them was "
-        f"applied. Its loss is {loss:g}, which {what} goes beyond 65504. Use precision=bf16, which "
-        "has float32's range, or have the modules that overflow compute in float32 (precisions in "
-        "the plan's TOML); check the data and the learning rate if float32 does so too"
+        f"fp16, those of step {step + 1} at a loss scale of {last:g}; nothing of these steps was "
+        f"applied. The last one's loss is {loss:g}: its {where} goes beyond fp16's 65504. Use "
+        "precision=bf16, which has float32's range, or let the modules that overflow compute in "
+        "float32 ([precisions] in the plan's TOML); where float32 overflows too, check the data "
+        "and lower the learning rate"
     )
 
 
