@@ -135,7 +135,7 @@ class Rounding:
             words = scrambled(place, int(source.random_raw()))
             for lane in range(min(_LANES, count - first)):
                 drawn = (words >> np.uint64(16 * lane)) & np.uint64(0xFFFF)
-                yield torch.from_numpy(drawn.astype(np.int32))
+                yield torch.from_numpy(np.asarray(drawn, np.int32))
 
 
 def _follows(value: Any, shard: Tensor, dtype: torch.dtype) -> bool:
