@@ -191,7 +191,10 @@ def _final(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def scrambled(places: npt.NDArray[np.uint64], secret: int) -> npt.NDArray[np.uint64]:
     """64 random bits for each place: SplitMix64's stream that begins at `secret`, read there."""
-    return _final((places + np.uint64(1)) * _WEYL + np.uint64(secret))
+    words = np.atleast_1d(places) + np.uint64(1)  # numpy warns of single numbers that wrap around
+    words *= _WEYL
+    words += np.uint64(secret)
+    return _final(words).reshape(places.shape)
 
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}

@@ -68,14 +68,18 @@ def precision_of(plan: Plan, model: Blueprint) -> Precision:
     for pattern, precision in plan.precisions:
         named = fnmatch.filter(paths, pattern)
         if not named:
-            raise PlanError(
-                f"precision {pattern!r} matches no module; {nearest(pattern, paths)}"
-                if paths
-                else f"precision {pattern!r} matches no module: the model has no submodules"
-            )
+            raise PlanError(f"precision {pattern!r} matches no module; {_hint(pattern, model)}")
         found |= dict.fromkeys(named, precision)
     stored = _stored(model, found) if plan.precision == "bf16-pure" else frozenset()
     return Precision(plan.precision, tuple(sorted(found.items())), stored)
+
+
+def _hint(pattern: str, model: Blueprint) -> str:
+    """What a pattern that matches no module may have meant."""
+    paths = [path for path, _ in model.module.named_modules() if path]
+    if pattern in model.parameters and "." in pattern:
+        return f"{pattern!r} is a parameter; name its module, {pattern.rpartition('.')[0]!r}"
+    return nearest(pattern, paths) if paths else "the model has no submodules"
 
 
 def _stored(model: Blueprint, apart: Mapping[str, str]) -> frozenset[str]:
