@@ -77,7 +77,7 @@ def precision_of(plan: Plan, model: Blueprint) -> Precision:
 def _hint(pattern: str, model: Blueprint) -> str:
     """What a pattern that matches no module may have meant."""
     paths = [path for path, _ in model.module.named_modules() if path]
-    if pattern in model.parameters and "." in pattern:
+    if pattern in {*model.parameters, *model.tied} and "." in pattern:
         return f"{pattern!r} is a parameter; name its module, {pattern.rpartition('.')[0]!r}"
     return nearest(pattern, paths) if paths else "the model has no submodules"
 
