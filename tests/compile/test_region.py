@@ -1,4 +1,4 @@
-"""Precision by module: which ops run in what, what comes in and goes out, what is stored in bf16."""
+"""Precision by module: which ops run in what, what comes in and goes out, what is kept in bf16."""
 
 from __future__ import annotations
 

@@ -8,11 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from meshwright.job import LossScale
-from meshwright.run.step import StepWork
-from meshwright.run.stochastic import Rounding
 from tests.equal.cells import MODELS, example
 from tests.equal.harness import Case, assert_equal
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name, dtype_of
+from meshwright.run.kept import KEPT, cast_from, may_cast, read_cast
 from meshwright.run.match import compare as match
 from meshwright.run.meta import check_meta
 from meshwright.run.part import box
@@ -249,7 +249,7 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
             fake = worker.build.model.parameters[bare]
             layout = worker.build.states[bare].weights
             for there, here in pieces(tuple(fake.shape), layout, axes, coordinates):
-                _read_cast(checkpoint, box(tensor, here), name, tuple(start for start, _ in there))
+                read_cast(checkpoint, box(tensor, here), name, tuple(start for start, _ in there))
         elif kind == "buffer":
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
     _read_optimizer(worker, checkpoint)
@@ -266,29 +266,6 @@ def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
         worker.source.restore(meta["data"])
         worker.read = True
     return dict(meta["extra"])
-
-
-_PURE = frozenset({"float32", "bfloat16"})
-"""Dtypes that weights and optimizer state have with precision=bf16-pure, and without."""
-
-
-def _read_cast(
-    checkpoint: Checkpoint, target: Tensor, name: str, start: tuple[int, ...]
-) -> None:
-    """Fill `target` with a box of an entry, which may be kept in the other of `_PURE`."""
-    kind = dtype_of(checkpoint.entries[name].dtype)
-    if target.dtype == kind:
-        checkpoint.read_into(target, name, start)
-        return
-    found = torch.empty(target.shape, dtype=kind)
-    checkpoint.read_into(found, name, start)
-    target.copy_(found)
-
-
-def _changes(worker: Worker, checkpoint: Checkpoint) -> bool:
-    """Whether what is kept in bf16 under one plan and not under the other may be cast."""
-    pure = checkpoint.meta.get("precision") == "bf16-pure"
-    return pure or bool(worker.build.precision.stored)
 
 
 def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -311,9 +288,8 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     job = worker.build.job
     wanted = _wanted(worker)
     entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
-    for name in wanted.keys() & entries.keys() if _changes(worker, checkpoint) else ():
-        if name.startswith("model/") and {entries[name].dtype, wanted[name].dtype} == _PURE:
-            wanted[name] = replace(wanted[name], dtype=entries[name].dtype)
+    if may_cast(worker, checkpoint):
+        wanted = cast_from(wanted, entries)
     problems = compare(entries, wanted)
     if problems:
         raise StorageError(describe(problems, str(checkpoint.path)))
@@ -387,7 +363,7 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
             tensor = torch.empty(local_shape(shape, layout, *where), dtype=dtype_of(entry.dtype))
             for there, here in pieces(shape, layout, *where):
                 checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
-            if entry.dtype in _PURE and _changes(worker, checkpoint):
+            if may_cast(worker, checkpoint) and entry.dtype in KEPT:
                 tensor = tensor.to(state.shards[bare].dtype)
         else:
             tensor = checkpoint.read(name)
