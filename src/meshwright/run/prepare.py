@@ -102,6 +102,12 @@ def _traces(plan: Plan, made: Recipe) -> Traces | None:
     """How ranks step jointly what none can step alone; None where each can."""
     if is_elementwise(made):
         return None
+    if plan.precision == "bf16-pure":
+        raise PlanError(
+            f"plan asks for precision=bf16-pure, whose weights each rank rounds where they lie, "
+            f"but {made.kind.__name__} is not elementwise: ranks step it jointly in this plan; use "
+            "precision=bf16, or data parallelism alone"
+        )
     axes = [f"{axis}={size}" for axis, size in plan.sizes.items() if axis != "data" and size > 1]
     asked = [f"zero={plan.zero}"] * bool(plan.zero) + axes
     less = "zero=0" if plan.zero and not axes else "data parallelism alone"
