@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meshwright.compile.annotate import annotate, cut
     from meshwright.compile.deferred import deferred_batch_norm
     from meshwright.errors import MeshwrightError
-    from meshwright.job import Job
+    from meshwright.job import Job, LossScale
     from meshwright.plan import presets
     from meshwright.plan.mesh import Mesh
     from meshwright.plan.plan import Plan
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job",
+    "LossScale",
     "Mesh",
     "MeshwrightError",
     "Plan",
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOMES: Final = {
     "Job": "meshwright.job",
+    "LossScale": "meshwright.job",
     "Mesh": "meshwright.plan.mesh",
     "MeshwrightError": "meshwright.errors",
     "Plan": "meshwright.plan.plan",

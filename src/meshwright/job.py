@@ -10,7 +10,44 @@ from typing import Any
 
 from meshwright.errors import UsageError
 
-__all__ = ["Job"]
+__all__ = ["Job", "LossScale"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """What the loss is multiplied by where a plan computes in fp16, and how that number moves.
+
+    Attributes:
+        initial: at the first step.
+        growth: its factor after `interval` steps without overflow.
+        backoff: its factor after a step whose gradients overflow; that step is left out.
+        interval: steps, see `growth`.
+        patience: overflows in a row after which training stops with an error.
+
+    Raises:
+        UsageError: a field has a type or value that cannot be.
+    """
+
+    initial: float = 65536.0
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+    patience: int = 40
+
+    def __post_init__(self) -> None:
+        _require_between("initial", self.initial, 0.0, 3e38)
+        _require_between("growth", self.growth, 1.0, 3e38)
+        _require_between("backoff", self.backoff, 0.0, 1.0)
+        _require_count("loss_scale's interval", self.interval)
+        _require_count("loss_scale's patience", self.patience)
+
+
+def _require_between(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        above = f"above {low:g} and below {high:g}" if high < 3e38 else f"above {low:g}"
+        raise UsageError(
+            f"loss_scale's {name} is {_described(value)}, but must be a number {above}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +69,7 @@ class Job:
         weights: a file or folder of safetensors to start from.
         collate: makes a batch of a list of samples; torch's default when absent.
         clip_norm: the largest global L2 norm that gradients keep.
+        loss_scale: how the loss is scaled where a plan computes in fp16; the usual when absent.
         steps: how many steps to train. At most one of `steps` and `epochs`.
         epochs: how many passes over the data to train.
         normalize_over: samples whose statistics a batch norm shares; the global batch when absent.
@@ -52,6 +90,7 @@ class Job:
     weights: str | PathLike[str] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     clip_norm: float | None = None
+    loss_scale: LossScale | None = None
     steps: int | None = None
     epochs: int | None = None
     normalize_over: int | None = None
@@ -81,6 +120,7 @@ class Job:
                 _require_count(name, count)
         _require_seed(self.seed)
         _require_clip_norm(self.clip_norm)
+        _require_loss_scale(self.loss_scale)
         _require_weights(self.weights)
         if self.steps is not None and self.epochs is not None:
             raise UsageError(
@@ -143,6 +183,14 @@ def _require_clip_norm(value: object) -> None:
     if not (math.isfinite(value) and value > 0):
         raise UsageError(
             f"clip_norm={value}, but must be a finite number above 0; leave it out for no clipping"
+        )
+
+
+def _require_loss_scale(value: object) -> None:
+    if value is not None and not isinstance(value, LossScale):
+        raise UsageError(
+            f"loss_scale is {_described(value)}, but must be a LossScale, such as "
+            "LossScale(initial=1024)"
         )
 
 

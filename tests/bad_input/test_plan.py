@@ -66,7 +66,7 @@ def test_a_plan_file_with_a_mistake(mw, folder, text, words):
         ("microbatches=9", ("microbatches=9", "batch_size=8", "use microbatches=8 or fewer")),
         (
             "precision=float16",
-            ("precision=float16", "runs precision=float32 or precision=bf16 only"),
+            ("precision=float16", "precision=bf16-pure only; write precision=fp16"),
         ),
     ],
 )

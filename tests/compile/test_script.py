@@ -11,6 +11,7 @@ from torch import nn
 from meshwright.compile import unit
 from meshwright.compile.example import example_of
 from meshwright.compile.init import blueprint
+from meshwright.compile.region import Precision
 from meshwright.compile.script import Recorder, Script
 from meshwright.errors import UserCodeError
 
@@ -70,7 +71,7 @@ def traced(forward=lambda x: x, **how):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"dtype": torch.float64}, {"precision": "bf16"}, {"training": False}],
+    [{}, {"dtype": torch.float64}, {"precision": Precision("bf16")}, {"training": False}],
     ids=["plain", "float64", "bf16", "evaluation"],
 )
 def test_a_program_is_traced_once(traces, how):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from meshwright.plan.plan import AXES, Plan
+from meshwright.plan.plan import AXES, PRECISIONS, Plan
 
 counts = st.integers(1, 999_999)
 words = st.from_regex(r"[a-z0-9_][a-z0-9_.:()+-]{0,8}", fullmatch=True)
@@ -39,8 +39,12 @@ def plans(*, named: bool = False):
         attention=st.sampled_from([None, "gather", "all-to-all", "ring"]),
         redundancy=st.integers(0, 9),
         layouts=_layouts if named else st.just(()),
+        precisions=_precisions if named else st.just(()),
         cuts=st.lists(names, max_size=3, unique=True).map(tuple) if named else st.just(()),
     )
 
 
+_precisions = st.dictionaries(names, st.sampled_from(PRECISIONS), max_size=3).map(
+    lambda found: tuple(found.items())
+)
 _layouts = st.lists(st.tuples(names, dims), max_size=3, unique_by=lambda pair: pair[0]).map(tuple)

@@ -100,16 +100,15 @@ sizes = st.integers(1, 40)
             Facts(1),
             (
                 "plan asks for precision=bfloat16, but this version runs precision=float32 or "
-                "precision=bf16 only; write precision=bf16"
+                "precision=bf16 or precision=fp16 or precision=bf16-pure only; write precision=bf16"
             ),
         ),
         (
-            Plan(data=1, precision="fp16"),
+            Plan(data=1, precision="half"),
             Facts(1),
             (
-                "plan asks for precision=fp16, but this version runs precision=float32 or "
-                "precision=bf16 only; use precision=bf16, which has float32's range and needs no "
-                "loss scaling"
+                "plan asks for precision=half, but this version runs precision=float32 or "
+                "precision=bf16 or precision=fp16 or precision=bf16-pure only; write precision=fp16"
             ),
         ),
         (
@@ -117,7 +116,7 @@ sizes = st.integers(1, 40)
             Facts(1),
             (
                 "plan asks for precision=fp8, but this version runs precision=float32 or "
-                "precision=bf16 only; drop precision"
+                "precision=bf16 or precision=fp16 or precision=bf16-pure only; drop precision"
             ),
         ),
         (
@@ -289,6 +288,24 @@ sizes = st.integers(1, 40)
                 "schedule=pipedream updates the weights after every minibatch of batch_size "
                 "samples and does not divide it, but microbatches=4; drop microbatches, or use "
                 "schedule=pipedream-2bw, which adds their gradients up"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream", precisions=(("head", "fp16"),)),
+            Facts(2),
+            (
+                "schedule=pipedream has begun the next steps by the time that gradients of fp16 "
+                "are found to overflow, and their step has to be left out; use precision=bf16, "
+                "which needs no loss scaling, or use a schedule that flushes, such as 1f1b"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream", precision="bf16-pure"),
+            Facts(2),
+            (
+                "schedule=pipedream keeps older versions of the weights, which "
+                "precision=bf16-pure does not round by itself; use precision=bf16, or use a "
+                "schedule that flushes, such as 1f1b"
             ),
         ),
         (

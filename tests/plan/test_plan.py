@@ -49,7 +49,7 @@ def test_text_parses_back(plan):
 
 @given(plan=plans(named=True))
 def test_plans_with_names_say_that_toml_writes_them(plan):
-    if plan.layouts or plan.cuts:
+    if plan.layouts or plan.precisions or plan.cuts:
         with pytest.raises(UsageError, match="write it as TOML"):
             plan.text()
     else:
@@ -109,6 +109,9 @@ def test_parse_refuses(text, words):
         ({"layouts": (("w", ("tensro",)),)}, "did you mean 'tensor'?"),
         ({"layouts": (("w", "tensor"),)}, "takes a list of mesh axes"),
         ({"layouts": (("w", ()), ("w", ()))}, "names 'w' twice"),
+        ({"precisions": (("norm*", "bf16-pure"),)}, "one of float32, bf16, fp16; did you mean"),
+        ({"precisions": (("norm*", 32),)}, "precision of 'norm*' is 32"),
+        ({"precisions": (("a", "bf16"), ("a", "fp16"))}, "names 'a' twice"),
     ],
 )
 def test_a_plan_refuses_values_that_no_plan_can_have(fields, words):
@@ -198,7 +201,7 @@ def test_plans_are_hashable_and_frozen():
 
 def test_keys_are_all_fields_but_the_named_ones():
     names = {field.name for field in dataclasses.fields(Plan)}
-    assert set(KEYS) == names - {"layouts", "cuts", "actions"}
+    assert set(KEYS) == names - {"layouts", "precisions", "cuts", "actions"}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

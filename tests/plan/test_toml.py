@@ -60,6 +60,9 @@ def test_an_empty_file_is_the_default_plan():
         ("layouts = 3", "layouts takes a table"),
         ('[layouts]\nw = "tensor"', "takes a list of names"),
         ("[layouts]\nw = [1]", "names the mesh axis 1"),
+        ("precisions = 3", "precisions takes a table"),
+        ('[precisions]\nw = "bf17"', "did you mean 'bf16'?"),
+        ('[precision]\nw = "bf16"', "precision takes a word"),
     ],
 )
 def test_refused_with_the_file_and_the_reason(text, words):

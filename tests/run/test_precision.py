@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from meshwright.errors import PlanError, StorageError
 from meshwright.plan.plan import Plan
+from meshwright.run.describe import explain
 from tests.run.jobs import (
     Net,
     Points,
@@ -19,6 +21,7 @@ from tests.run.jobs import (
     losses,
     mean_loss,
     on_ranks,
+    step,
     weighted_loss,
     weights,
 )
@@ -94,6 +97,141 @@ def test_a_checkpoint_of_either_precision_goes_on_in_the_other(first, then, tmp_
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     straight = losses(alone(made), 8)[5:]
     assert after == pytest.approx(straight, rel=2**-6)
+
+
+PURE = ",precision=bf16-pure"
+
+
+def state_of(session):
+    """Everything a checkpoint holds, whole: of a world of one."""
+    state = session.worker.state
+    found = {n: t.clone() for n, t in state.values.items() if n.startswith("model/")}
+    for name, shard in state.shards.items():
+        slots = state.optimizer.state[shard].items()
+        found |= {f"{slot}/{name}": t.clone() for slot, t in slots}
+    return found
+
+
+@pytest.mark.parametrize("plan", ["zero1,data=2", "zero2,data=2", "zero3,data=2"])
+def test_every_layout_of_pure_bf16_has_the_same_bits(plan, tmp_path):
+    """Two terms have one sum, so that only rounding could differ."""
+    made = job(clip_norm=0.2)
+    losses_of = on_ranks(made, "data=2" + PURE, lambda s: losses(s, 5))[0]
+    assert on_ranks(made, plan + PURE, lambda s: losses(s, 5))[0] == losses_of
+    for text in ("data=2", plan):
+        saved(made, text + PURE, tmp_path / text, steps=5)
+    states = []
+    for text in ("data=2", plan):
+        session = alone(made, "data=1" + PURE)
+        session.resume(tmp_path / text)
+        states.append(state_of(session))
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor), name
+        assert name.startswith("step/") or tensor.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("zero3,data=2" + PURE, "data=1" + PURE),
+        ("data=1" + PURE, "zero1,data=2" + BF16),
+        ("zero2,data=2" + PURE, "data=1"),
+        ("zero3,data=2", "pipeline=2,microbatches=2" + PURE),
+        ("data=1" + BF16, "tensor=2" + PURE),
+    ],
+)
+def test_a_checkpoint_goes_from_and_to_pure_bf16(first, then, tmp_path):
+    made = job()
+    saved(made, first, tmp_path, steps=5)
+    held = on_ranks(made, first, lambda s: (losses(s, 5), weights(s))[1])[0]
+
+    def go_on(session):
+        assert session.resume(tmp_path) is not None
+        return weights(session), losses(session, 3)
+
+    found, after = on_ranks(made, then, go_on)[0]
+    short = PURE in first or PURE in then
+    assert short
+    for name, tensor in held.items():
+        assert torch.equal(found[name], tensor.bfloat16().float()), name
+    assert after == pytest.approx(losses(alone(made), 8)[5:], rel=2**-5)
+
+
+def test_a_model_of_another_dtype_is_still_another_model(tmp_path):
+    saved(job(), "data=1", tmp_path, steps=1)
+    other = alone(
+        job(model=lambda: Net().bfloat16(), loss=lambda m, b: m(b["x"].bfloat16()).mean())
+    )
+    with pytest.raises(StorageError, match=r"up.weight is float32 in the checkpoint, bfloat16 in"):
+        other.resume(tmp_path)
+
+
+def test_the_optimizer_steps_in_float32_and_keeps_bf16():
+    made = job(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9))
+    session = alone(made, "data=1" + PURE)
+    seen = []
+    session.worker.state.optimizer.register_step_pre_hook(
+        lambda o, *_: seen.extend(
+            p.dtype for g in o.param_groups for p in g["params"] if p.grad is not None
+        )
+    )
+    losses(session, 2)
+    assert set(seen) == {torch.float32}
+    state = state_of(session)
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+    assert len(state) == 8
+
+
+def test_a_norm_of_bf16_gradients_is_taken_in_float32():
+    made = job(clip_norm=1e9)
+    record = on_ranks(made, "data=2" + PURE, step)[0]
+    model = fresh(made).bfloat16()
+    batch = alone(made).worker.source.fetch(0, 0, 12, (0, 12)).tree
+    for half in (slice(0, 6), slice(6, 12)):
+        with autocast():
+            loss = made.loss(model, {k: v[half] for k, v in batch.items()}) / 2
+        loss.backward()
+    exact = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+    assert record.metrics.gradient_norm == pytest.approx(exact, rel=2**-9)
+
+
+def bill(made, plan):
+    ranks = Plan.parse(plan).ranks
+    return explain(made, Plan.parse(plan), ranks)["memory"][0]["parts"]
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16", "bf16-pure"])
+def test_the_bill_is_the_formula(zero, ranks, precision):
+    """Bytes of model state: 2 a number where it is pure, else 4; Adam keeps two per weight."""
+    wide = 256  # small parameters stay whole, and are 1 % of these
+    made = job(
+        model=lambda: nn.Sequential(nn.Linear(8, wide), nn.Linear(wide, wide), nn.Linear(wide, 3))
+    )
+    made = replace(made, loss=lambda model, batch: model(batch["x"]).square().mean())
+    count = sum(p.numel() for p in made.model().parameters())
+    each = 2 if precision == "bf16-pure" else 4
+    found = bill(made, f"data={ranks},zero={zero},microbatches=2,precision={precision}")
+    parts = {"weights": 3, "gradients": 2, "optimizer": 1}
+    for part, stage in parts.items():
+        share = ranks if zero >= stage else 1
+        times = 2 if part == "optimizer" else 1
+        assert found[part] == pytest.approx(times * each * count / share, rel=0.05), part
+
+
+def test_saved_activations_are_short_in_16_bits():
+    saved_bytes = {
+        p: bill(job(), f"data=1,precision={p}")["saved activations"] for p in ("float32", "fp16")
+    }
+    assert saved_bytes["fp16"] < saved_bytes["float32"]
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-2bw"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16-pure"])
+def test_pipelines_that_never_flush_refuse_them(precision, schedule):
+    plan = f"pipeline=2,microbatches=2,schedule={schedule},precision={precision}"
+    with pytest.raises(PlanError, match="use precision=bf16"):
+        on_ranks(job(), plan, step)
 
 
 def held_out():

@@ -29,6 +29,7 @@ __all__ = [
     "later",
     "philox",
     "position_operand",
+    "scrambled",
 ]
 
 SampleDim = tuple[int, int, int]
@@ -178,10 +179,22 @@ _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser; the upper 53 bits."""
+    return _final(words) >> np.uint64(11)
+
+
+def _final(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: npt.NDArray[np.uint64] = (words ^ (words >> np.uint64(31))) >> np.uint64(11)
+    found: npt.NDArray[np.uint64] = words ^ (words >> np.uint64(31))
     return found
+
+
+def scrambled(places: npt.NDArray[np.uint64], secret: int) -> npt.NDArray[np.uint64]:
+    """64 random bits for each place: SplitMix64's stream that begins at `secret`, read there."""
+    words = np.atleast_1d(places) + np.uint64(1)  # numpy warns of single numbers that wrap around
+    words *= _WEYL
+    words += np.uint64(secret)
+    return _final(words).reshape(places.shape)
 
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}

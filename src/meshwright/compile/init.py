@@ -119,6 +119,7 @@ class Blueprint:
         buffers: name -> fake buffer.
         constants: name -> tensor that is a plain attribute of a module.
         notes: what the user should be told.
+        originals: by id, what the factory made of a parameter that is kept in another dtype.
     """
 
     module: nn.Module
@@ -128,6 +129,7 @@ class Blueprint:
     constants: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     tape: list[_Entry] = field(default_factory=list)
+    originals: dict[int, Tensor] = field(default_factory=dict)
 
     def make(self, tensor: Tensor) -> Tensor:
         """The real tensor that `tensor` (one of this blueprint's) stands for, alone in memory.
@@ -147,6 +149,7 @@ class Blueprint:
 
     def _made(self, tensor: Tensor) -> Tensor | None:
         """The same; None where the factory gives it no values."""
+        tensor = self.originals.get(id(tensor), tensor)
         if not isinstance(tensor, FakeTensor):
             return None if tensor.is_meta else tensor.detach().clone()
         needed = {_storage(tensor)}

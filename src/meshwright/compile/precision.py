@@ -1,8 +1,9 @@
-"""Precision: what computes in bf16 while all that stays from step to step is float32.
+"""Precision: what computes in 16 bits while what stays from step to step is float32.
 
-A unit of `precision=bf16` is traced with the user's code under `torch.autocast`, whose policy
-users know: products in bf16, sums that need it in float32. Weights, gradients, accumulators,
-optimizer and buffers keep their dtype, so the casts between are ops of the Program.
+A unit of `precision=bf16` or `fp16` is traced with the user's code under `torch.autocast`, whose
+policy users know: products in 16 bits, sums that need it in float32. Weights, gradients,
+accumulators, optimizer and buffers keep their dtype, so the casts between are ops of the Program.
+Under `bf16-pure` the weights are bf16 themselves (`region.py`), and so are their gradients.
 
 To verify such a program in float64, it is run as it is with every cast, creation and 16- or 32-bit
 tensor promoted: same ops, same layouts, same collectives, without the rounding.
@@ -23,7 +24,15 @@ from typing_extensions import override
 
 from meshwright.program.program import Op, Program, map_refs, without_dead_ops
 
-__all__ = ["Promoting", "computing", "notes_on", "promoted", "promoting", "with_shared_casts"]
+__all__ = [
+    "DTYPES",
+    "Promoting",
+    "computing",
+    "notes_on",
+    "promoted",
+    "promoting",
+    "with_shared_casts",
+]
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -33,6 +42,14 @@ _WIDE = {
 }
 
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""What a plan's precision casts to."""
+
+
 @contextmanager
 def computing(precision: str) -> Iterator[None]:
     """Run user code in the dtype of a plan's `precision`; the backward is to run outside.
@@ -40,21 +57,28 @@ def computing(precision: str) -> Iterator[None]:
     A parameter is cast once however often it is read: autocast keeps its casts until the end of the
     outermost region, which is here and now.
     """
-    if precision == "float32":
+    if precision not in DTYPES:
         yield
         return
     torch.clear_autocast_cache()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=DTYPES[precision]):
         yield
 
 
 def notes_on(precision: str) -> tuple[str, ...]:
     """What to tell a user who asks for this precision on this processor."""
     has: Mapping[str, Any] = torch.cpu.get_capabilities()
-    if precision == "float32" or any(there for name, there in has.items() if "bf16" in name):
+    kind = precision.partition("-")[0]
+    if precision not in DTYPES or any(there for name, there in has.items() if kind in name):
         return ()
-    slow = "this processor has no bf16 instructions (such as AVX512-BF16 or AMX)"
-    return (f"{slow}: precision=bf16 gives the right numbers here, but slower than float32",)
+    slow = f"this processor has no {kind} instructions ({_INSTRUCTIONS[kind]})"
+    return (f"{slow}: precision={precision} gives the right numbers here, but slower than float32",)
+
+
+_INSTRUCTIONS = {
+    "bf16": "such as AVX512-BF16 or AMX",
+    "fp16": "such as AVX512-FP16 or AMX-FP16",
+}
 
 
 def with_shared_casts(program: Program) -> Program:

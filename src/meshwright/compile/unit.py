@@ -28,8 +28,9 @@ from meshwright.compile.forbidden import forbidding, require_untouched
 from meshwright.compile.init import Blueprint
 from meshwright.compile.outcome import normalise
 from meshwright.compile.picked import Picks
-from meshwright.compile.precision import computing, with_shared_casts
+from meshwright.compile.precision import with_shared_casts
 from meshwright.compile.random import RandomMode
+from meshwright.compile.region import FLOAT32, Precision, precisely
 from meshwright.compile.samples import sample_dims, with_draws
 from meshwright.compile.script import Recorder, Script
 from meshwright.compile.settings import default_dtype, in_dtype, straight_checkpoint, unvalidated
@@ -98,7 +99,7 @@ class _How:
 
     samples: int
     dtype: torch.dtype | None
-    precision: str
+    precision: Precision
     training: bool
     predict: bool
 
@@ -110,7 +111,7 @@ def trace_unit(
     samples: int,
     *,
     dtype: torch.dtype | None = None,
-    precision: str = "float32",
+    precision: Precision = FLOAT32,
     training: bool = True,
     predict: bool = False,
 ) -> Unit:
@@ -122,7 +123,7 @@ def trace_unit(
         example: the form of the batch.
         samples: in the micro-batch, over all ranks.
         dtype: floating tensors' dtype instead of their own (float64 to verify).
-        precision: of a plan; what the forward and its backward compute in.
+        precision: of the plan; what the forward and its backward compute in.
         training: with gradients, in training mode; else forward only, in evaluation mode.
         predict: `loss` returns tensors per sample, which the program gives as `output/*`.
 
@@ -165,7 +166,7 @@ def _trace(
             lambda: trace_function(function, fakes, places, model.make), model.module, turn
         )
         program = unsorted_experts(require_kept(program))
-    return program if how.precision == "float32" else with_shared_casts(program), run
+    return with_shared_casts(program) if how.precision.short else program, run
 
 
 @contextlib.contextmanager
@@ -286,7 +287,7 @@ def _unit(
         Picks(),
         Checks() as checks,
     ):
-        with forbidding(model), computing(how.precision):
+        with forbidding(model), precisely(how.precision, model.module):
             found = torch.func.functional_call(whole, state, (batch,), tie_weights=False)
         require_untouched(parameters, wanted)
         unwritten = kept(model, inputs)

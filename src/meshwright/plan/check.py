@@ -203,7 +203,7 @@ def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
-    "precision": ("float32", "bf16"),
+    "precision": ("float32", "bf16", "fp16", "bf16-pure"),
     "offload": ("none",),
     "regime": ("bsp",),
     "codec": ("none",),
@@ -215,11 +215,9 @@ RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
 REMEDIES: Final[dict[tuple[str, int | str | None], str]] = {
     **{("precision", word): "write precision=bf16" for word in ("bfloat16", "bf16-mixed")},
     **{("precision", word): "drop precision, which is float32" for word in ("fp32", "float", "32")},
-    **{
-        ("precision", word): "use precision=bf16, which has float32's range and needs no loss "
-        "scaling"
-        for word in ("fp16", "float16", "half", "16")
-    },
+    **{("precision", word): "write precision=fp16" for word in ("float16", "half", "16")},
+    **{("precision", word): "write precision=fp16" for word in ("fp16-mixed", "16-mixed")},
+    **{("precision", word): "write precision=bf16-pure" for word in ("bf16-true", "pure-bf16")},
 }
 
 

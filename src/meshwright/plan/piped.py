@@ -165,6 +165,18 @@ def old_gradients_are_used_as_they_come(plan: Plan, facts: Facts) -> tuple[Probl
 
 def _unflushed(plan: Plan, facts: Facts, asked: str) -> Iterator[Problem]:
     flush = "use a schedule that flushes, such as 1f1b"
+    if plan.scales:
+        yield Problem(
+            f"{asked} has begun the next steps by the time that gradients of fp16 are found to "
+            "overflow, and their step has to be left out",
+            f"use precision=bf16, which needs no loss scaling, or {flush}",
+        )
+    if plan.precision == "bf16-pure":
+        yield Problem(
+            f"{asked} keeps older versions of the weights, which precision=bf16-pure does not "
+            "round by itself",
+            f"use precision=bf16, or {flush}",
+        )
     if facts.clip_norm is not None:
         yield Problem(
             f"{asked} has no moment at which all stages' gradients of a minibatch are there, which "

@@ -13,7 +13,7 @@ from typing import Final, Literal, cast, get_args
 from meshwright.errors import PlanError, UsageError, nearest
 from meshwright.plan.named import ASYNCHRONOUS, OWN, PAIRED, PRESETS
 
-__all__ = ["AXES", "COUNTS", "KEYS", "Attention", "Plan"]
+__all__ = ["AXES", "COUNTS", "KEYS", "PRECISIONS", "Attention", "Plan"]
 
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
 COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
@@ -36,6 +36,8 @@ _OPTIONAL: Final = (  # None: left to Meshwright
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][A-Za-z0-9_.:()+-]*")
 _REPLICAS: Final = re.compile(r"[1-9][0-9]{0,5}(-[1-9][0-9]{0,5})*")
+PRECISIONS: Final = ("float32", "bf16", "fp16")
+"""What a module may compute in."""
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
 
 Gather = Literal["step", "microbatch"]
@@ -68,8 +70,9 @@ class Plan:
             goes from block to block; `selective`, what is cheap for its bytes; `marks`, the model's
             `torch.utils.checkpoint` regions; `budget:2GiB`, the least with which a rank's whole
             bill fits.
-        precision: what forward and backward compute in: float32 (every tensor in its own dtype),
-            or bf16, with float32 weights, accumulators, reductions and optimizer.
+        precision: what forward and backward compute in: float32 (every tensor in its own dtype);
+            bf16 or fp16, with float32 weights, accumulators, reductions and optimizer (fp16 scales
+            the loss); or bf16-pure, whose weights, gradients and optimizer state are bf16 too.
         offload: what is kept in host memory.
         regime: how replicas stay consistent.
         codec: gradient compression on the wire.
@@ -80,6 +83,7 @@ class Plan:
         max_fallback: MiB that a rank may receive per step for an op that has no rule and is
             computed whole; more is refused.
         layouts: (parameter name pattern, mesh axis or None for each dim) pairs.
+        precisions: (module path pattern, precision) pairs: modules that compute in another one.
         cuts: module paths at which pipeline stages begin.
         actions: a schedule of one's own in place of `schedule`: of each pipeline rank, its stages'
             forwards and backwards in order, as in `0F0,0F1,0B0,0B1`.
@@ -110,6 +114,7 @@ class Plan:
     attention: Attention | None = None
     max_fallback: int = 64
     layouts: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+    precisions: tuple[tuple[str, str], ...] = ()
     cuts: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
 
@@ -117,6 +122,7 @@ class Plan:
         for key in KEYS:
             _require(key, self.value(key))
         _require_layouts(self.layouts)
+        _require_precisions(self.precisions)
         _require_names("cuts", self.cuts)
         _require_names("actions", self.actions)
 
@@ -192,12 +198,11 @@ class Plan:
         """The shortest text that `parse` reads back as this plan.
 
         Raises:
-            UsageError: the plan has `layouts`, `cuts` or `actions`, which only TOML can write.
+            UsageError: the plan has `layouts`, `precisions`, `cuts` or `actions`, which only TOML
+                can write.
         """
-        lists = {"layouts": self.layouts, "cuts": self.cuts, "actions": self.actions}
-        for name, value in lists.items():
-            if value:
-                raise UsageError(f"a plan with {name} has no one-line text; write it as TOML")
+        for name in self.lists:
+            raise UsageError(f"a plan with {name} has no one-line text; write it as TOML")
         set_keys = [key for key in KEYS if self.value(key) != _DEFAULTS[key]]
         items = [f"{key}={self.value(key)}" for key in set_keys if key != "zero"]
         if self.zero:
@@ -205,12 +210,39 @@ class Plan:
         return ",".join(items) or "data"
 
     @property
+    def lists(self) -> tuple[str, ...]:
+        """The fields it sets that have no one-line text."""
+        found: dict[str, tuple[object, ...]] = {
+            "layouts": self.layouts,
+            "precisions": self.precisions,
+            "cuts": self.cuts,
+            "actions": self.actions,
+        }
+        return tuple(name for name, value in found.items() if value)
+
+    @property
+    def scales(self) -> bool:
+        """Whether something computes in fp16, so that the loss is scaled."""
+        return "fp16" in (self.precision, *(precision for _, precision in self.precisions))
+
+    @property
+    def short(self) -> bool:
+        """Whether something computes in 16 bits."""
+        asked = (self.precision, *(precision for _, precision in self.precisions))
+        return any(precision != "float32" for precision in asked)
+
+    @property
     def label(self) -> str:
         """The plan for people to read: its text, and how many layouts and cuts it has beside."""
-        listed = (("layout", len(self.layouts)), ("cut", len(self.cuts)))
+        listed = (
+            ("layout", len(self.layouts)),
+            ("module precision", len(self.precisions)),
+            ("cut", len(self.cuts)),
+        )
         beside = [f"{n} {name}{'s' * (n > 1)}" for name, n in listed if n]
         beside += ["actions of its own"] * bool(self.actions)
-        return " + ".join([replace(self, layouts=(), cuts=(), actions=()).text(), *beside])
+        plain = replace(self, layouts=(), precisions=(), cuts=(), actions=())
+        return " + ".join([plain.text(), *beside])
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -285,6 +317,16 @@ def _require_layouts(layouts: tuple[tuple[str, tuple[str | None, ...]], ...]) ->
                     f"layout of {pattern!r} names the mesh axis {axis!r}; "
                     f"{nearest(str(axis), AXES)}"
                 )
+
+
+def _require_precisions(precisions: tuple[tuple[str, str], ...]) -> None:
+    _require_names("precisions", tuple(pattern for pattern, _ in precisions))
+    for pattern, precision in precisions:
+        if precision not in PRECISIONS:
+            raise PlanError(
+                f"precision of {pattern!r} is {precision!r}, but a module computes in one of "
+                f"{', '.join(PRECISIONS)}; {nearest(str(precision), PRECISIONS)}"
+            )
 
 
 def _require_new(key: str, values: dict[str, int | str], text: str) -> None:

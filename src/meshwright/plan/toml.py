@@ -1,4 +1,4 @@
-"""Plans as TOML, which can also write `layouts`, `cuts` and `actions`; and plans from any text.
+"""Plans as TOML, which also writes `layouts`, `precisions`, `cuts`, `actions`; plans of any text.
 
 data = 2
 zero = 3
@@ -6,6 +6,9 @@ cuts = ["blocks.4"]
 
 [layouts]
 "blocks.*.attention.weight" = ["tensor", "none"]
+
+[precisions]
+"*norm*" = "float32"
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ def to_toml(plan: Plan) -> str:
     for pattern, dims in plan.layouts:
         axes = tuple(_NO_AXIS if axis is None else axis for axis in dims)
         lines.append(f"{_literal(pattern)} = {_literal(axes)}")
+    if plan.precisions:
+        lines += ["", "[precisions]"]
+    lines += [f"{_literal(pattern)} = {_literal(name)}" for pattern, name in plan.precisions]
     return "\n".join(lines) + "\n"
 
 
@@ -52,7 +58,7 @@ def from_toml(text: str, name: str = "plan") -> Plan:
         UsageError: not TOML (a key twice included), an unknown key, a value of the wrong kind.
     """
     values = _loaded(text, name)
-    known = (*KEYS, "layouts", *_LISTS)
+    known = (*KEYS, "layouts", "precisions", *_LISTS)
     for key in values:
         if key not in known:
             raise UsageError(f"{name} has an unknown key {key!r}; {nearest(key, known)}")
@@ -61,6 +67,8 @@ def from_toml(text: str, name: str = "plan") -> Plan:
             values[key] = _names(key, values[key], name)
     if "layouts" in values:
         values["layouts"] = _layouts(values["layouts"], name)
+    if "precisions" in values:
+        values["precisions"] = _precisions(values["precisions"], name)
     try:
         return from_values(values)
     except PlanError as error:
@@ -119,6 +127,14 @@ def _layouts(value: object, name: str) -> tuple[tuple[str, tuple[str | None, ...
         )
         for pattern, dims in value.items()
     )
+
+
+def _precisions(value: object, name: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{name}: precisions takes a table of module pattern = precision, not {value!r}"
+        )
+    return tuple(value.items())
 
 
 def _literal(value: object) -> str:

@@ -19,6 +19,7 @@ from meshwright.compile.example import Example
 from meshwright.compile.init import Blueprint
 from meshwright.compile.lower import Segment, lower
 from meshwright.compile.precision import promoting
+from meshwright.compile.region import FLOAT32, Precision
 from meshwright.compile.settings import in_dtype
 from meshwright.compile.unit import Unit, trace_unit
 from meshwright.job import Job
@@ -96,6 +97,7 @@ class Build:
         dtype: of all floating tensors, where it is not their own (float64 to verify).
         states: layouts of every parameter's state.
         compiled: segments run compiled by inductor.
+        precision: of the plan, its patterns resolved.
         stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
         chosen: what is saved for the backward, where the plan has a budget.
         traces: of an optimizer that is not elementwise, where its state is sharded.
@@ -109,6 +111,7 @@ class Build:
     states: dict[str, StateLayouts]
     dtype: torch.dtype | None = None
     compiled: bool = False
+    precision: Precision = FLOAT32
     stages: Staged | None = None
     chosen: Chosen | None = None
     traces: Traces | None = None
@@ -155,7 +158,7 @@ class Build:
     @property
     def promotes(self) -> bool:
         """Whether programs are traced in the plan's precision and run promoted to `dtype`."""
-        return self.dtype is not None and self.plan.precision != "float32"
+        return self.dtype is not None and self.precision.short
 
     def values(self) -> dict[str, Value]:
         """Dtype and global shape of every parameter."""
@@ -216,7 +219,7 @@ class Build:
     ) -> Unit:
         """The traced program of a micro-batch form; traced once."""
         function = loss or self.job.loss
-        precision = self.plan.precision
+        precision = self.precision
         stage = self.mesh.stages[0]
         splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
         split = *splits, *self._shared_sequences()

@@ -90,7 +90,7 @@ def facts_of(session: Session) -> dict[str, str]:
     return {
         "meshwright version": VERSION,
         "torch version": str(torch.__version__),
-        "plan": to_toml(build.plan) if build.plan.layouts else build.plan.text(),
+        "plan": to_toml(build.plan) if build.plan.lists else build.plan.text(),
         "batch_size": str(job.batch_size),
         "seed": str(job.seed),
         "clip_norm": str(job.clip_norm),

@@ -19,7 +19,7 @@ from typing_extensions import override
 from meshwright.comm.base import all_gather, all_reduce
 from meshwright.compile.init import built
 from meshwright.compile.outcome import normalise
-from meshwright.compile.precision import computing
+from meshwright.compile.region import precisely
 from meshwright.compile.settings import recast
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
@@ -98,7 +98,7 @@ class EagerWorker(Worker):
     ) -> Generator[Any, Any, Result]:
         """Evaluate or predict one batch: this rank's samples, sums and rows from all."""
         self.module.eval()
-        with torch.no_grad(), computing(self.build.plan.precision):
+        with torch.no_grad(), precisely(self.build.precision, self.module):
             found = (forward or self.build.job.loss)(self.module, tree)
         self.module.train()
         counted = size >= len(self.group.ranks) or self.rank == self.group.ranks[0]
@@ -180,11 +180,14 @@ class _EagerWork(AheadWork):
     def __init__(self, worker: EagerWorker, fetched: Fetched, upcoming: int | None) -> None:
         super().__init__(worker, fetched, upcoming)
         self.eager = worker
+        self.buffers: dict[str, Tensor] = {}
 
     @override
     def load(self, microbatch: int) -> Mapping[str, Tensor]:
         """Run micro-batch k and add its sums to the state's accumulators."""
         worker, fetched = self.eager, self.fetched
+        if not microbatch and (self.state.scaling is not None or self.policy.nonfinite == "skip"):
+            self.buffers = {n: b.clone() for n, b in worker.module.named_buffers()}
         micro = fetched.micros[microbatch]
         leaves = fetched.leaves[microbatch]
         values = worker.state.values
@@ -192,7 +195,7 @@ class _EagerWork(AheadWork):
             hash((worker.build.job.seed, fetched.firsts[microbatch], worker.rank)) % 2**63
         )
         watched = Watched()
-        with watching(watched), computing(worker.build.plan.precision):
+        with watching(watched), precisely(worker.build.precision, worker.module):
             found = worker.build.job.loss(worker.module, micro.example.build(leaves))
         values |= {f"watch/{name}": tensor.detach() for name, tensor in watched.found.items()}
         total, weight, metrics = normalise(found, leaves[0].shape[0])
@@ -245,6 +248,8 @@ class _EagerWork(AheadWork):
     def commit(self, values: dict[str, Tensor]) -> Any:
         """Buffers that the forward replaced become the state."""
         for name, buffer in self.eager.module.named_buffers():
+            if self.skipped:  # the forward changed them all the same
+                buffer.copy_(self.buffers[name])
             values[f"buffer/{name}"] = buffer
         return super().commit(values)
 

@@ -45,6 +45,7 @@ class Report:
         worst: by kind.
         limits: by kind.
         first_only: gradients of later steps, which follow other weights, do not count.
+        first: the first step that was applied, where one was.
         floor: of the scale of a tensor's error, in root mean squares of its kind.
         explains: the kind whose tensors the reference's own rounding may explain.
         over: tensors of that kind over their limit, and their error.
@@ -54,6 +55,7 @@ class Report:
     worst: dict[str, Worst] = field(default_factory=lambda: dict.fromkeys(KINDS, Worst()))
     limits: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, LAW))
     first_only: bool = False
+    first: int | None = None
     floor: float = FLOOR
     explains: str = "weights"
     over: dict[str, float] = field(default_factory=dict)

@@ -25,11 +25,13 @@ from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name, dtype_of
+from meshwright.run.kept import KEPT, cast_from, may_cast, read_cast
 from meshwright.run.match import compare as match
 from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
 from meshwright.run.saver import Saver
+from meshwright.run.scaling import restored, saved
 from meshwright.run.weights import read
 from meshwright.run.worker import Make, Worker
 
@@ -100,10 +102,12 @@ def meta_of(
         scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
     return {
         "plan": worker.build.plan.label,
+        "precision": worker.build.precision.base,
         "batch_size": job.batch_size,
         "seed": job.seed,
         "optimizer": {**_optimizer_meta(worker), "state": dict(plain)},
         "scheduler": scheduler,
+        "scaling": saved(state.scaling),
         "data": _data_state(worker, step),
         "extra": dict(extra),
     }
@@ -245,7 +249,7 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
             fake = worker.build.model.parameters[bare]
             layout = worker.build.states[bare].weights
             for there, here in pieces(tuple(fake.shape), layout, axes, coordinates):
-                checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
+                read_cast(checkpoint, box(tensor, here), name, tuple(start for start, _ in there))
         elif kind == "buffer":
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
     _read_optimizer(worker, checkpoint)
@@ -256,6 +260,8 @@ def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     meta = checkpoint.meta
     if worker.state.scheduler is not None and meta["scheduler"] is not None:
         worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
+    if worker.state.scaling is not None:
+        worker.state.rescale(restored(worker.state.scaling, meta.get("scaling")))
     if worker.source is not None and meta["data"] is not None:
         worker.source.restore(meta["data"])
         worker.read = True
@@ -282,6 +288,8 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     job = worker.build.job
     wanted = _wanted(worker)
     entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
+    if may_cast(worker, checkpoint):
+        wanted = cast_from(wanted, entries)
     problems = compare(entries, wanted)
     if problems:
         raise StorageError(describe(problems, str(checkpoint.path)))
@@ -355,6 +363,8 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
             tensor = torch.empty(local_shape(shape, layout, *where), dtype=dtype_of(entry.dtype))
             for there, here in pieces(shape, layout, *where):
                 checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
+            if may_cast(worker, checkpoint) and entry.dtype in KEPT:
+                tensor = tensor.to(state.shards[bare].dtype)
         else:
             tensor = checkpoint.read(name)
         state.optimizer.state[state.shards[bare]][slot] = tensor

@@ -11,6 +11,7 @@ from torch import nn
 
 from meshwright.compile.deferred import DeferredBatchNorm
 from meshwright.compile.init import blueprint
+from meshwright.compile.region import precision_of, shorten
 from meshwright.compile.unit import Unit
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.job import Job
@@ -63,10 +64,12 @@ def prepare(
     over = job.normalize_over if norms else None
     require(plan, replace(known, normalize_over=over, normalizes=norms))
     _require_whole_batches(plan, model.module)
+    precision = precision_of(plan, model)
+    shorten(model, precision.stored)
     made = recipe(model, job.optimizer)
     values = values_of(model.parameters, dtype)
     moved = {n for n in made.names if model.parameters[n].requires_grad}
-    build = Build(job, plan, mesh_of(plan), model, made, {}, dtype)
+    build = Build(job, plan, mesh_of(plan), model, made, {}, dtype, precision=precision)
     build.units = {} if units is None else units
     work = _work_layouts(build, data)
     if plan.pipeline > 1 or plan.gather is not None:
@@ -113,6 +116,12 @@ def _traces(build: Build, *, split: bool) -> Traces | None:
         return None
     if is_elementwise(made):
         return None
+    if plan.precision == "bf16-pure":
+        raise PlanError(
+            f"plan asks for precision=bf16-pure, whose weights each rank rounds where they lie, "
+            f"but {made.kind.__name__} is not elementwise: ranks step it jointly in this plan; use "
+            "precision=bf16, or data parallelism alone"
+        )
     why = unsplittable(made)
     if why is None:
         return Traces(made)

@@ -8,6 +8,7 @@ casts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +19,37 @@ from torch.utils import _pytree as pytree
 from meshwright.compile.draw import SampleDim, draw, position_operand
 from meshwright.compile.init import Blueprint, built
 from meshwright.compile.outcome import normalise
-from meshwright.compile.precision import computing
 from meshwright.compile.random import RandomMode
+from meshwright.compile.region import FLOAT32, Precision, precisely
 from meshwright.compile.settings import default_dtype, in_dtype, recast, straight_checkpoint
-from meshwright.job import Job
+from meshwright.job import Job, LossScale
 from meshwright.run.build import micro_ranges
 from meshwright.run.data import Source
+from meshwright.run.scaling import nonfinite
+from meshwright.run.stochastic import Rounding
 
 __all__ = ["Reference", "Snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole tensors after one step, by global name (`gradient/` as they were applied)."""
+    """The whole tensors after one step, by global name.
+
+    Attributes:
+        loss: of the step.
+        gradients: as they were applied; none of a step that overflowed.
+        weights: parameters and buffers.
+        optimizer: its state.
+        loss_scale: of the step; None where nothing computes in fp16.
+        skipped: it overflowed, so that nothing was applied.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 class Reference:
@@ -50,7 +64,8 @@ class Reference:
         draws: Callable[[Any, int], Sequence[SampleDim | None]],
         dtype: torch.dtype | None,
         *,
-        precision: str = "float32",
+        precision: Precision = FLOAT32,
+        rounding: Rounding | None = None,
         flipped: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -65,6 +80,7 @@ class Reference:
             dtype: float64, or None for the model's own.
             precision: of the plan: the code runs under autocast, as users would; in float64, where
                 nothing is rounded, its creations keep torch's default dtype until they are used.
+            rounding: of what the plan keeps in bf16, whole; its draws are those of the plan.
             flipped: samples in the opposite order, draws too: same sums in another order.
             start: weights to begin with instead of the factory's, by global name.
         """
@@ -76,6 +92,12 @@ class Reference:
             _load(self.model, names, start)
         if dtype is not None:
             recast(self.model, dtype)
+        self.rounding = rounding if dtype is None else None
+        kept = self.rounding.numbers if self.rounding is not None else {}
+        for name, parameter in self.model.named_parameters():
+            if name in kept:
+                parameter.data = parameter.data.bfloat16()
+        self.scaler = _scaler(job) if precision.scales and dtype is None else None
         self.optimizer = job.optimizer(self.model)
         self.scheduler = job.schedule(self.optimizer) if job.schedule is not None else None
         self.model.train()
@@ -93,21 +115,68 @@ class Reference:
     def _step(self, step: int) -> Snapshot:
         size = self.job.batch_size
         total, weight = 0.0, 0.0
+        buffers = [b.clone() for b in self.model.buffers()] if self.scaler is not None else []
         for k, (start, stop) in enumerate(micro_ranges(size, self.microbatches)):
             part, share = self._microbatch(step, k, start, stop)
             total, weight = total + part, weight + share
-        trained = [p for p in self.model.parameters() if p.grad is not None]
+        gradients, scale, skipped = self._update(step, size / weight, buffers)
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+        found = self._weights(), self._slots()
+        return Snapshot(total / weight, gradients, *found, scale, skipped)
+
+    def _update(
+        self, step: int, factor: float, buffers: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], float | None, bool]:
+        """Step the optimizer on gradients times `factor`; these, the loss scale, whether skipped.
+
+        A step that overflowed leaves nothing: `buffers` come back.
+        """
+        gradients = {name: p.grad for name, p in self._named() if p.grad is not None}
+        skipped = self.scaler is not None and bool(nonfinite(gradients.values()))
+        scale = None if self.scaler is None else self.scaler.get_scale()
+        kept = {} if self.rounding is None else self.rounding.numbers
+        named = dict(self._named())
+        with (
+            nullcontext()
+            if self.rounding is None or skipped
+            else self.rounding.wide(
+                self.optimizer, {n: named[n] for n in kept if n in gradients}, step
+            )
+        ):
+            for name, gradient in gradients.items():
+                named[name].grad = gradient.to(named[name].dtype)
+            found = self._step_optimizer([named[name] for name in gradients], factor)
+            applied = (
+                {} if skipped else {n: g.clone() for n, g in zip(gradients, found, strict=True)}
+            )
+        self.model.zero_grad(set_to_none=True)  # also what the optimizer does not hold
+        if skipped:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        return applied, scale, skipped
+
+    def _step_optimizer(self, trained: Sequence[nn.Parameter], factor: float) -> list[Tensor]:
+        """As a user would; the gradients that it was given."""
+        if self.scaler is not None:
+            scale, held = self.scaler.get_scale(), self.optimizer.param_groups
+            self.scaler.unscale_(self.optimizer)
+            mine = {id(parameter) for group in held for parameter in group["params"]}
+            for parameter in trained:
+                if id(parameter) not in mine and parameter.grad is not None:
+                    parameter.grad /= scale
         for parameter in trained:
             assert parameter.grad is not None
-            parameter.grad *= size / weight
+            parameter.grad *= factor
         if self.job.clip_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.job.clip_norm)
-        gradients = {name: p.grad.clone() for name, p in self._named() if p.grad is not None}
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)  # also what the optimizer does not hold
-        if self.scheduler is not None:
-            self.scheduler.step()
-        return Snapshot(total / weight, gradients, self._weights(), self._slots())
+        found = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return found
 
     def _microbatch(self, step: int, k: int, start: int, stop: int) -> tuple[float, float]:
         tree = self.source.fetch(step, start, stop, (start, stop)).tree
@@ -123,12 +192,13 @@ class Reference:
         # Not around the fetch: datasets make the same samples on both sides.
         mode = RandomMode(emit, promote=self.dtype == torch.float64)
         exact = self.dtype is not None  # then nothing is rounded, and autocast has no part in it
-        default = self.dtype if self.precision == "float32" else None
+        default = None if self.precision.short else self.dtype
         with default_dtype(default), straight_checkpoint(), mode:
-            with computing("float32" if exact else self.precision):
+            with precisely(FLOAT32 if exact else self.precision, self.model):
                 found = self.job.loss(self.model, tree)
             total, weight, _ = normalise(found, stop - start)
-            (total / self.job.batch_size).backward()
+            mean = total / self.job.batch_size
+            (mean if self.scaler is None else self.scaler.scale(mean)).backward()
         return float(total.detach()), float(weight)
 
     def _as_given(self, tensor: Tensor) -> Tensor:
@@ -145,6 +215,18 @@ class Reference:
     def _slots(self) -> dict[str, Tensor]:
         name_of = {id(p): name for name, p in self._named()}
         return slots(self.optimizer, name_of)
+
+
+def _scaler(job: Job) -> torch.amp.GradScaler:
+    """torch's own, as the job has the loss scale move."""
+    rule = job.loss_scale or LossScale()
+    return torch.amp.GradScaler(
+        "cpu",
+        init_scale=rule.initial,
+        growth_factor=rule.growth,
+        backoff_factor=rule.backoff,
+        growth_interval=rule.interval,
+    )
 
 
 def slots(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> dict[str, Tensor]:

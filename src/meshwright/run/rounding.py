@@ -4,8 +4,8 @@ In float32 that is what first-step gradients are held to. In float64 it explains
 a weight whose true gradient is zero (a key bias, a bias before a norm), whose rounding Adam divides
 by its eps. Such a tensor, and no other, may be over the law by what it differs by in the reference.
 
-In bf16 a rank's term of a gradient is rounded before the sum, to half a unit in the last place of
-its largest element. Docs: decisions/0010.
+In 16 bits a rank's term of a gradient is rounded before the sum, to half a unit in the last place
+of its largest element. Docs: decisions/0010.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from meshwright.run.measure import Report, Worst, compare, order
+from meshwright.compile.region import Precision
+from meshwright.run.measure import KINDS, LAW, Report, Worst, compare, order
 from meshwright.run.reference import Reference, Snapshot
 
 __all__ = [
-    "BF16",
     "allow_zeros",
-    "bf16_report",
     "float32_limits",
     "own_rounding",
     "same_sums",
-    "settle_bf16",
+    "settle_short",
+    "short_report",
 ]
 
 TIMES = 4
@@ -33,10 +33,12 @@ LARGEST = 1e-6
 """More rounding than this would measure nothing: it explains no error."""
 
 
-BF16 = {"loss": 2.0**-9, "gradients": 2.0**-7}
-"""Limits in bf16: its rounding error, and the unit in the last place of the largest element."""
-BF16_FLOOR = 2.0**-7
-"""A gradient that is zero but for rounding (a key bias) is compared at this part of all others."""
+ULP = {"bf16": 2.0**-7, "fp16": 2.0**-10}
+"""The unit in the last place of the largest element, by what something computes in.
+
+It is the limit of a gradient, and a quarter of it, the rounding error, that of the loss. A gradient
+that is zero but for rounding (a key bias) is compared at this part of all others.
+"""
 SAME = 1e-8
 
 
@@ -80,18 +82,23 @@ def own_rounding(
     return {name: TIMES * error for name, error in own.items() if error <= LARGEST}
 
 
-def bf16_report() -> Report:
-    """A report of what the law in bf16 is about."""
-    return Report(limits=dict(BF16), first_only=True, floor=BF16_FLOOR, explains="gradients")
+def short_report(precision: Precision) -> Report:
+    """A report of what the law in 16 bits is about; the loss scale is to be the reference's own."""
+    used = {name.partition("-")[0] for name in (precision.base, *dict(precision.modules).values())}
+    ulp = max(ULP[name] for name in used if name in ULP)
+    limits = {"loss": ulp / 4, "gradients": ulp}
+    limits |= {"loss scale": LAW} if precision.scales else {}
+    worst = dict.fromkeys((*KINDS, *limits), Worst())
+    return Report(worst, limits, first_only=True, floor=ulp, explains="gradients")
 
 
-def settle_bf16(report: Report, first: Reference, others: Sequence[Reference], steps: int) -> None:
+def settle_short(report: Report, first: Reference, others: Sequence[Reference], steps: int) -> None:
     """Hold each tensor to the larger of the limit and what other orders of summation cost it.
 
     The report then shows the tensor that is furthest over, or nearest to, what it is allowed.
 
     Args:
-        report: of a run in bf16, over all ranks.
+        report: of a run in 16 bits, over all ranks.
         first: the reference.
         others: the same with its sums in other orders.
         steps: that were run.
@@ -101,10 +108,10 @@ def settle_bf16(report: Report, first: Reference, others: Sequence[Reference], s
         here = first.after(step)
         for other in (reference.after(step) for reference in others):
             apart = max(apart, abs(other.loss - here.loss) / max(abs(here.loss), 1e-300))
-            if step == 0:
-                found = compare(other.gradients, here.gradients, _whole, _kind, BF16_FLOOR)
+            if step == report.first:
+                found = compare(other.gradients, here.gradients, _whole, _kind, report.floor)
                 own = {name: max(error, found.get(name, 0.0)) for name, error in own.items()}
-    report.limits["loss"] = max(BF16["loss"], TIMES * apart)
+    report.limits["loss"] = max(report.limits["loss"], TIMES * apart)
     report.rounding = {name: TIMES * error for name, error in own.items()}
     _show_worst(report)
 
@@ -112,10 +119,10 @@ def settle_bf16(report: Report, first: Reference, others: Sequence[Reference], s
 def allow_zeros(report: Report, exact: Mapping[str, Tensor]) -> None:
     """A gradient that is zero in float64 (a bias before a norm) is the rounding of what cancels.
 
-    It may be as far off as `BF16_FLOOR` of all others.
+    It may be as far off as the report's `floor` of all others.
 
     Args:
-        report: of a run in bf16, settled.
+        report: of a run in 16 bits, settled.
         exact: the float64 gradients of the first step.
     """
     squares = sum(float(tensor.abs().square().sum()) for tensor in exact.values())
@@ -129,7 +136,8 @@ def allow_zeros(report: Report, exact: Mapping[str, Tensor]) -> None:
 def _show_worst(report: Report) -> None:
     """Put the tensor that is furthest over, or nearest to, what it is allowed into the report."""
     if report.over:
-        allowed = {name: max(BF16["gradients"], limit) for name, limit in report.rounding.items()}
+        limit = report.floor
+        allowed = {name: max(limit, own) for name, own in report.rounding.items()}
         name = max(allowed, key=lambda name: order(report.over[name] / allowed[name]))
         report.worst["gradients"] = Worst(report.over[name], name, 0)
         report.limits["gradients"] = allowed[name]

@@ -15,6 +15,8 @@ from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
 from meshwright.run.joint import Joint
 from meshwright.run.part import box
+from meshwright.run.scaling import Scaling, nonfinite, require_found
+from meshwright.run.stochastic import Rounding
 
 __all__ = ["Metrics", "Policy", "RankState", "StepWork", "Totals", "require_checks", "summed"]
 
@@ -34,7 +36,14 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """A step's global numbers; `flags` are those that any rank raised."""
+    """A step's global numbers.
+
+    Attributes:
+        skipped: nothing of it was applied.
+        flags: those that any rank raised.
+        loss_scale: what the loss was scaled by; None where nothing computes in fp16.
+        overflowed: its gradients, under that scale, were not finite.
+    """
 
     step: int
     loss: float
@@ -43,6 +52,8 @@ class Metrics:
     skipped: bool
     watched: Mapping[str, Tensor]
     flags: frozenset[str] = frozenset()
+    loss_scale: float | None = None
+    overflowed: bool = False
 
     def __getitem__(self, name: str) -> float:
         """`loss`, or a metric by name."""
@@ -61,6 +72,8 @@ class RankState:
         joint: steps parameters of which other ranks hold what their update needs.
         inplace: parameters whose whole tensor is refreshed from gathered shards.
         partly: of those counted that are fused, the boxes of their shards that are.
+        scaling: of the loss; None where nothing computes in fp16.
+        rounding: of what is kept in bf16; None where nothing is.
     """
 
     values: dict[str, Tensor]
@@ -71,6 +84,13 @@ class RankState:
     joint: Joint
     scheduler: Any = None
     partly: Mapping[str, tuple[Bounds, ...]] = field(default_factory=dict)
+    scaling: Scaling | None = None
+    rounding: Rounding | None = None
+
+    def rescale(self, scaling: Scaling) -> None:
+        """Take a loss scale for the next step."""
+        self.values["scale"] = scaling.operand(self.values["scale"])
+        self.scaling = scaling
 
     def lies(
         self, name: str, slot: str, tensor: Tensor, like: tuple[tuple[int, ...], Layout]
@@ -88,6 +108,9 @@ class RankState:
             return joint
         alike = tensor.shape == self.shards[name].shape and tensor.dim()
         return like if alike else (tuple(tensor.shape), REPLICATED)
+
+
+_SHORT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True)
@@ -138,7 +161,7 @@ class StepWork:
         self.flags = flags or {}
         self.digests_differ = False
         self.totals = Totals(torch.zeros(0), ())
-        self.skipped = False
+        self.skipped = self.overflowed = False
         self.norm: float | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
         self.expected: tuple[str, ...] = ()  # totals of the step, of which this rank makes some
@@ -153,6 +176,9 @@ class StepWork:
         found = summed(values, self.expected)
         if self.policy.clip_norm is not None:
             found["norm2"] = self._squares(values)
+        if self.state.scaling is not None:
+            mine = (f"reduced/{name}" for name in self.state.trained)
+            found["overflow"] = nonfinite(values[name] for name in mine if name in values)
         digest = float(self.next_digest)
         known = {"digest": digest, "digest2": digest * digest}
         known |= {f"flag/{name}": float(raised) for name, raised in self.flags.items()}
@@ -168,7 +194,10 @@ class StepWork:
                 continue
             gradient, boxes = values[f"reduced/{name}"], self.state.partly.get(name)
             mine += [gradient] if boxes is None else [box(gradient, bounds) for bounds in boxes]
-        return nn.utils.get_total_norm(mine).to(torch.float64).square()
+        short = [gradient.float() for gradient in mine if gradient.dtype in _SHORT]
+        wide = [gradient for gradient in mine if gradient.dtype not in _SHORT]
+        norms = [nn.utils.get_total_norm(found).to(torch.float64) for found in (wide, short)]
+        return torch.stack(norms).square().sum()
 
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums over the ranks, and decide: go on, skip, or raise."""
@@ -190,6 +219,11 @@ class StepWork:
             )
         if self.policy.clip_norm is not None:
             self.norm = math.sqrt(self.totals["norm2"]) / (weight * float(self.scale))
+        if self.state.scaling is not None and self.totals["overflow"] > 0:
+            self.skipped = self.overflowed = True
+            after = self.state.scaling.after(overflowed=True)
+            require_found(after, self.step, self.totals["loss"] / weight)
+            return
         finite = math.isfinite(self.totals["loss"]) and math.isfinite(self.norm or 0.0)
         if not finite and self.policy.nonfinite == "raise":
             what = "the loss" if not math.isfinite(self.totals["loss"]) else "the gradient norm"
@@ -212,9 +246,12 @@ class StepWork:
             coefficient = self.policy.clip_norm / (self.norm + 1e-6)
             factor *= min(coefficient, 1.0)  # as torch does, NaN stays NaN
         gradients = self.gradients(values)
-        if factor != 1.0 and gradients:  # a stage of a pipeline may have none
-            torch._foreach_mul_(list(gradients.values()), factor)
-        yield from self.apply(gradients)
+        rounding = self.state.rounding
+        later = frozenset() if rounding is None else rounding.numbers.keys()
+        now = [gradient for name, gradient in gradients.items() if name not in later]
+        if factor != 1.0 and now:  # a stage of a pipeline may have none
+            torch._foreach_mul_(now, factor)
+        yield from self.apply(gradients, factor)
         for name, shard in self.state.shards.items():
             values[f"shard/{name}"] = shard.data
 
@@ -227,23 +264,42 @@ class StepWork:
                 found[name] = gradient.to(values[f"model/{name}"].dtype)
         return found
 
-    def apply(self, gradients: Mapping[str, Tensor]) -> Generator[Any, Any, None]:
-        """Step the optimizer with these; an exchange where it needs what lies on other ranks."""
-        if self.keep_gradients is not None:
-            self.keep_gradients.update((name, g.clone()) for name, g in gradients.items())
-        if not self.skipped:
-            rest = yield from self.state.joint.run(gradients)
-            rest &= self.state.shards.keys()
-            for name in rest:
-                self.state.shards[name].grad = gradients[name]
-            before = {name: self.state.shards[name].data for name in rest}
-            self.state.optimizer.step()
-            self.state.optimizer.zero_grad(set_to_none=True)
-            for name, held in before.items():
-                shard = self.state.shards[name]
-                if shard.data_ptr() != held.data_ptr():  # replaced: it may be a part of a whole
-                    held.copy_(shard.data)
-                    shard.data = held
+    def apply(
+        self, gradients: Mapping[str, Tensor], factor: float = 1.0
+    ) -> Generator[Any, Any, None]:
+        """Step the optimizer with these; an exchange where it needs what lies on other ranks.
+
+        Those of what is kept in bf16 are yet to be times `factor`.
+        """
+        rounding, optimizer, shards = self.state.rounding, self.state.optimizer, self.state.shards
+        self._note(gradients, factor)
+        if self.skipped:
+            return
+        if rounding is not None:
+            rounding.step(optimizer, shards, gradients, factor, self.step)
+            return
+        rest = yield from self.state.joint.run(gradients)
+        rest &= shards.keys()
+        for name in rest:
+            shards[name].grad = gradients[name]
+        before = {name: shards[name].data for name in rest}
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for name, held in before.items():
+            shard = shards[name]
+            if shard.data_ptr() != held.data_ptr():  # replaced: it may be a part of a whole
+                held.copy_(shard.data)
+                shard.data = held
+
+    def _note(self, gradients: Mapping[str, Tensor], factor: float) -> None:
+        """Keep what is applied, where somebody asked for it."""
+        if self.keep_gradients is None:
+            return
+        later = frozenset() if self.state.rounding is None else self.state.rounding.numbers.keys()
+        self.keep_gradients.clear()
+        for name, gradient in gradients.items() if not self.overflowed else ():
+            kept = gradient.float().mul_(factor) if name in later else gradient.clone()
+            self.keep_gradients[name] = kept
 
     def commit(self, values: dict[str, Tensor]) -> Metrics:
         """Gathered weights and new buffers become the state."""
@@ -263,7 +319,10 @@ class StepWork:
             del values[name]
         if self.state.scheduler is not None and not self.skipped:
             self.state.scheduler.step()
-        return self.metrics(watched)
+        metrics = self.metrics(watched)
+        if self.state.scaling is not None:
+            self.state.rescale(self.state.scaling.after(overflowed=self.overflowed))
+        return metrics
 
     def metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
         """The step's global numbers."""
@@ -272,7 +331,9 @@ class StepWork:
         metrics = {n: _mean(totals[f"metric/{n}"], totals[f"metric-weight/{n}"]) for n in named}
         loss = totals["loss"] / totals["weight"]
         flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
-        return Metrics(self.step, loss, metrics, self.norm, self.skipped, watched, flags)
+        scale = None if self.state.scaling is None else self.state.scaling.scale
+        told = (self.norm, self.skipped, watched, flags, scale, self.overflowed)
+        return Metrics(self.step, loss, metrics, *told)
 
 
 def summed(values: Mapping[str, Tensor], expected: Sequence[str]) -> dict[str, Tensor]:

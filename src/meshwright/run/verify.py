@@ -30,14 +30,14 @@ from meshwright.run.recurrence import Recurrence, stages_of
 from meshwright.run.reference import Reference, Snapshot, slots
 from meshwright.run.rounding import (
     allow_zeros,
-    bf16_report,
     float32_limits,
     own_rounding,
     same_sums,
-    settle_bf16,
+    settle_short,
+    short_report,
 )
 from meshwright.run.step import Policy
-from meshwright.run.worker import Make, Worker
+from meshwright.run.worker import Make, Worker, rounding_of
 
 __all__ = [
     "KINDS",
@@ -70,7 +70,8 @@ def reference_for(build: Build, source: Source, **how: Any) -> Reference:
 
     plan = build.plan
     usual = {
-        "microbatches": plan.microbatches, "precision": plan.precision, "dtype": build.dtype
+        "microbatches": plan.microbatches, "precision": build.precision, "dtype": build.dtype,
+        "rounding": rounding_of(build),
     }  # fmt: skip
     if plan.asynchronous and build.stages is not None:
         usual |= {"pipe": pipe_of(build), "stages": stages_of(build), "drains": DRAINS}
@@ -90,6 +91,11 @@ def verify_rank(
         upcoming = step + 1 if step + 1 < steps else None
         metrics, _ = yield from worker.step(fetched, upcoming)
         snapshot = reference.after(step)
+        scaled = metrics.loss_scale, metrics.overflowed
+        if snapshot.loss_scale is not None and scaled != (snapshot.loss_scale, snapshot.skipped):
+            report.add("loss scale", math.inf, "loss scale", step)
+        if report.first is None and not metrics.overflowed:
+            report.first = step
         compare_step(worker, metrics.loss, snapshot, step, report)
         if worker.ahead is not None:
             fetched = worker.ahead
@@ -121,7 +127,7 @@ def compare_step(
         report.floor,
         lambda name: build.holds(worker.rank, f"model/{name}"),
     )
-    for name, error in found.items() if step == 0 or not report.first_only else ():
+    for name, error in found.items() if step == report.first or not report.first_only else ():
         report.add("gradients", error, name, step)
     state = {n: t for n, t in worker.state.values.items() if n.startswith(("model/", "buffer/"))}
     found = compare(
@@ -171,7 +177,7 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
         worker.group,
         "verify's report of rounding",
     )
-    whole = replace(report, worst=dict.fromkeys(KINDS, Worst()), over={})
+    whole = replace(report, worst=dict.fromkeys(report.worst, Worst()), over={})
     for found in everyone:
         for kind, (error, tensor, step) in found.items():
             whole.add(kind, math.inf if error < 0 else error, tensor, step)
@@ -203,7 +209,7 @@ class Trial:
     @property
     def rounds(self) -> bool:
         """Whether the plan computes in less than its state's precision, here too."""
-        return self.build.dtype is None and self.build.plan.precision != "float32"
+        return self.build.dtype is None and self.build.precision.short
 
     def source(self) -> Source:
         """The data, from its beginning."""
@@ -226,14 +232,19 @@ class Trial:
 
     def report(self) -> Report:
         """An empty report, with what is to be in it."""
-        return bf16_report() if self.rounds else Report(first_only=self.build.dtype is None)
+        return (
+            short_report(self.build.precision)
+            if self.rounds
+            else Report(first_only=self.build.dtype is None)
+        )
 
     def settle(self, report: Report, steps: int) -> None:
         """Take in what the law allows for the reference's own rounding."""
         if self.rounds:
-            settle_bf16(report, self.reference(), self.other_orders(), steps)
+            settle_short(report, self.reference(), self.other_orders(), steps)
             if report.over and not report.passed:
-                allow_zeros(report, self.reference(dtype=torch.float64).after(0).gradients)
+                exact = self.reference(dtype=torch.float64).after(report.first or 0)
+                allow_zeros(report, exact.gradients)
         elif self.build.dtype is None:
             first, other = self.reference(), self.reference(flipped=True)
             report.limits = float32_limits(first.after(0), other.after(0))
@@ -260,18 +271,15 @@ class Trial:
         """The report as plain data."""
         worst = report.worst_tensor
         kinds = tuple(report.limits) if self.rounds else KINDS
-        name = "{} in bf16".format if self.rounds else str
+        short = self.build.plan.precision if self.build.plan.precision != "float32" else "16 bits"
+        name = f"{{}} in {short}".format if self.rounds else str
         return {
             "passed": report.passed,
             "plan": self.build.plan.label,
             "recurrence": self.build.plan.asynchronous,
             "ranks": self.build.mesh.size,
             "steps": steps,
-            "dtype": "bf16"
-            if self.rounds
-            else "float32"
-            if self.build.dtype is None
-            else "float64",
+            "dtype": short if self.rounds else "float32" if self.build.dtype is None else "float64",
             "worst_relative_error": {name(kind): report.worst[kind].error for kind in kinds},
             "worst_tensor": worst.tensor,
             "worst_step": worst.step,
@@ -304,7 +312,7 @@ def _start(job: Job, build: Build) -> dict[str, Tensor]:
 def verify_local(job: Job, plan: Plan, ranks: int, steps: int, dtype: str) -> dict[str, Any]:
     """Verify with all ranks in this thread, in lockstep; where it fails, name the first op.
 
-    A plan that computes in bf16 is verified in float64, the same ops without their rounding, and
+    A plan that computes in 16 bits is verified in float64, the same ops without their rounding, and
     as it is; `float32` leaves the former out.
     """
     return _both(plan, dtype, lambda dtype: try_local(Trial.of(job, plan, ranks, dtype), steps))
@@ -320,7 +328,7 @@ def verify_session(job: Job, plan: Plan, comm: Comm, steps: int, dtype: str) -> 
 
 def _both(plan: Plan, dtype: str, run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     found = run(dtype)
-    if plan.precision == "float32" or dtype != "float64":
+    if not plan.short or dtype != "float64":
         return found
     rounded = run("float32")
     merged = {key: {**found[key], **rounded[key]} for key in ("worst_relative_error", "law")}

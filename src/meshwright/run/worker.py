@@ -33,11 +33,13 @@ from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.joint import Joint
 from meshwright.run.optimizer import build as build_optimizer
-from meshwright.run.optimizer import scheduled
+from meshwright.run.optimizer import is_separable, scheduled
 from meshwright.run.part import box, finer
+from meshwright.run.scaling import scaling_of
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
+from meshwright.run.stochastic import Boxes, Rounding
 
-__all__ = ["Fetched", "Make", "Worker", "advance", "initial_state"]
+__all__ = ["Fetched", "Make", "Worker", "advance", "initial_state", "rounding_of"]
 
 Make = Callable[[str, Tensor, Bounds], Tensor | None]
 """(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
@@ -83,7 +85,10 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
             if build.holds(rank, f"{kind}/{name}"):
                 values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake)
     values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
-    return _with_optimizer(build, rank, values)
+    state = _with_optimizer(build, rank, values)
+    if build.precision.scales:
+        state.rescale(scaling_of(build.job.loss_scale, build.job.batch_size))
+    return state
 
 
 def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankState:
@@ -110,7 +115,9 @@ def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankS
     seen = frozenset(name for name, boxes in counts.items() if boxes)
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
     joint = _joint(build, rank, shards, optimizer)
-    return RankState(values, shards, optimizer, seen, trained, joint, scheduler, partly)
+    rounding = rounding_of(build, coordinates)
+    told = scheduler, partly, None, rounding
+    return RankState(values, shards, optimizer, seen, trained, joint, *told)
 
 
 def _joint(
@@ -125,6 +132,23 @@ def _joint(
     parameters = {name: values[name] for name in split}
     place = build.place(rank)
     return Joint(traces, build.axes, place, parameters, build.states, shards, optimizer)
+
+
+def rounding_of(build: Build, coordinates: Mapping[str, int] | None = None) -> Rounding | None:
+    """How what a rank keeps in bf16 is stepped; of whole tensors without `coordinates`."""
+    numbers = {
+        name: number
+        for number, name in enumerate(build.model.parameters)
+        if name in build.precision.stored
+    }
+    if not numbers or build.dtype is not None:
+        return None
+    shapes = {name: tuple(build.model.parameters[name].shape) for name in numbers}
+    boxes: dict[str, Boxes] = {}
+    for name, shape in shapes.items() if coordinates is not None else ():
+        assert coordinates is not None
+        boxes[name] = tuple(pieces(shape, build.states[name].optimizer, build.axes, coordinates))
+    return Rounding(build.job.seed, numbers, shapes, boxes, not is_separable(build.recipe))
 
 
 @dataclass(frozen=True, slots=True)

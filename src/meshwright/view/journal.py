@@ -69,7 +69,7 @@ class Journal:
         line = {**line_of(record), **self._added}
         self._added = {}
         if record.metrics.skipped:
-            self.note(line["step"], f"step {line['step']} was skipped: its loss is {line['loss']}")
+            self.note(line["step"], _skipped(record))
         self._log(line)
         if self._console is not None:
             self._console.step(line)
@@ -164,4 +164,16 @@ def line_of(record: Record) -> dict[str, Any]:
     }
     if metrics.gradient_norm is not None:
         line["gradient_norm"] = metrics.gradient_norm
+    if metrics.loss_scale is not None:
+        line["loss_scale"] = metrics.loss_scale
     return line
+
+
+def _skipped(record: Record) -> str:
+    """Why nothing of a step was applied."""
+    metrics = record.metrics
+    if metrics.overflowed:
+        why = f"its gradients overflowed fp16 at a loss scale of {metrics.loss_scale:g}"
+    else:
+        why = f"its loss is {metrics.loss}"
+    return f"step {metrics.step + 1} was skipped: {why}"

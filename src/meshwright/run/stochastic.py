@@ -1,0 +1,168 @@
+"""Stochastic rounding: how weights and optimizer state that are kept in bf16 are updated.
+
+The optimizer computes in float32, a few parameters at a time; what it made is rounded up or down
+with the chance of its distance, so that the mean over draws is the number itself (Gupta et al.
+2015), and updates too small for bf16's 8 bits are not lost. An element's draw is keyed by (seed,
+parameter, step) and its place in the whole tensor: every layout rounds alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from meshwright.compile.draw import philox, scrambled
+from meshwright.program.layout import Bounds
+
+__all__ = ["Boxes", "Rounding", "rounded"]
+
+Boxes = tuple[tuple[Bounds, Bounds], ...]
+"""Where the parts of a rank's tensor lie: in the whole, and in it."""
+
+_STREAM = 2**41
+"""Draws of streams of their own, far from those of steps and of initialisation."""
+
+_LANES = 4  # 16-bit draws in a word
+_CHUNK = 2**21
+"""Elements that are widened at a time: 8 MiB of each of weights, gradients and slots."""
+
+
+def rounded(x: Tensor, draws: Tensor) -> Tensor:
+    """`x`, float32, in bf16: to the neighbour that a draw from [0, 65536) chooses.
+
+    What bf16 can hold stays as it is, infinities and NaN too.
+    """
+    bits = x.contiguous().view(torch.int32) + draws
+    found = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isfinite(), found, x.to(torch.bfloat16))
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What of a rank's state is kept in bf16, and how it is stepped.
+
+    Attributes:
+        seed: of the job.
+        numbers: of each parameter kept so, its number in the model.
+        shapes: whole.
+        boxes: of the rank's shards; where one has none, it is the whole.
+        together: the optimizer steps all parameters at once, as they depend on each other.
+    """
+
+    seed: int
+    numbers: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    boxes: Mapping[str, Boxes]
+    together: bool = False
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        shards: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor],
+        factor: float,
+        at: int,
+    ) -> None:
+        """Step the optimizer on all shards that have a gradient.
+
+        Args:
+            optimizer: over the shards.
+            shards: by name.
+            gradients: by name; of what is kept in bf16 not yet times `factor`.
+            factor: of those.
+            at: the step.
+        """
+        for chunk in self._chunks([name for name in shards if name in gradients], shards):
+            mine = {name: shards[name] for name in chunk}
+            with self.wide(optimizer, {n: p for n, p in mine.items() if n in self.numbers}, at):
+                for name, shard in mine.items():
+                    short = name in self.numbers
+                    given = gradients[name]
+                    shard.grad = given.to(shard.dtype).mul_(factor) if short else given
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    def _chunks(
+        self, names: Sequence[str], shards: Mapping[str, nn.Parameter]
+    ) -> Iterator[Sequence[str]]:
+        """What is stepped at once, what is not kept in bf16 first; one at least, if of nothing."""
+        chunk = list(names) if self.together else [n for n in names if n not in self.numbers]
+        size = 0
+        for name in () if self.together else names:
+            if name not in self.numbers:
+                continue
+            if size and size + shards[name].numel() > _CHUNK:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(name)
+            size += shards[name].numel()
+        yield chunk
+
+    @contextmanager
+    def wide(
+        self, optimizer: torch.optim.Optimizer, shards: Mapping[str, nn.Parameter], at: int
+    ) -> Iterator[None]:
+        """Within, these and their optimizer state are float32; then they are rounded, step `at`."""
+        kept = {name: shard.data for name, shard in shards.items()}
+        for shard in shards.values():
+            shard.grad = None
+            shard.data = shard.data.float()
+            slots = optimizer.state.get(shard, {})
+            slots |= {k: v.float() for k, v in slots.items() if _follows(v, shard, torch.bfloat16)}
+        yield
+        for name, shard in shards.items():
+            slots = optimizer.state.get(shard, {})
+            moved = [k for k, v in slots.items() if _follows(v, shard, torch.float32)]
+            draws = self._draws(name, at, 1 + len(moved))
+            kept[name].copy_(rounded(shard.data, next(draws)))
+            for slot in moved:
+                slots[slot] = rounded(slots[slot], next(draws))
+            shard.grad, shard.data = None, kept[name]
+
+    def _draws(self, name: str, at: int, count: int) -> Iterator[Tensor]:
+        """For each of `count` tensors of a shard's shape, numbers from [0, 65536)."""
+        place = _places(self.shapes[name], self.boxes.get(name))
+        source = philox(self.seed, _STREAM + self.numbers[name], (at, 0)).bit_generator
+        for first in range(0, count, _LANES):
+            words = scrambled(place, int(source.random_raw()))
+            for lane in range(min(_LANES, count - first)):
+                drawn = (words >> np.uint64(16 * lane)) & np.uint64(0xFFFF)
+                yield torch.from_numpy(np.asarray(drawn, np.int32))
+
+
+def _follows(value: Any, shard: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a value of an optimizer's state is one number of this dtype per element."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return False
+    return value.shape == shard.shape and value.dtype == dtype
+
+
+def _places(shape: tuple[int, ...], boxes: Boxes | None) -> npt.NDArray[np.uint64]:
+    """The place of each element of a rank's part in the whole tensor, row by row."""
+    if boxes is None:
+        return np.arange(prod(shape), dtype=np.uint64).reshape(shape)
+    if len(boxes) == 1:
+        return _box(shape, boxes[0][0])
+    local = tuple(
+        max(here[dim][0] + here[dim][1] for _, here in boxes) for dim in range(len(shape))
+    )
+    found = np.zeros(local, np.uint64)
+    for there, here in boxes:
+        found[tuple(slice(start, start + size) for start, size in here)] = _box(shape, there)
+    return found
+
+
+def _box(shape: tuple[int, ...], bounds: Bounds) -> npt.NDArray[np.uint64]:
+    found = np.zeros((), np.uint64)
+    for size, (start, length) in zip(shape, bounds, strict=True):
+        inner = np.arange(start, start + length, dtype=np.uint64)
+        found = found[..., None] * np.uint64(size) + inner
+    return found
