@@ -26,8 +26,8 @@ from meshwright.run.foreign.source import Item, Source, require_tiled, shown
 from meshwright.run.foreign.symbols import Global, Made
 from meshwright.run.foreign.torchfile import TYPES, open_torch
 from meshwright.run.foreign.unpickled import PICKLE_BYTES, allow, unpickled
+from meshwright.run.header import dtype_name
 from meshwright.run.region import Region
-from meshwright.run.shard import dtype_name
 
 __all__ = ["METADATA", "open_dcp"]
 

@@ -13,8 +13,8 @@ from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
 from meshwright.run.checkpoint import Checkpoint, Piece, open_checkpoint, save
 from meshwright.run.foreign.source import Item, Source
+from meshwright.run.header import dtype_of
 from meshwright.run.region import Region
-from meshwright.run.shard import dtype_of
 
 __all__ = ["IMPORTED", "open_native", "write_native"]
 

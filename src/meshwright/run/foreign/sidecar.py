@@ -24,7 +24,8 @@ from torch import Tensor
 from meshwright.errors import StorageError
 from meshwright.run.durable import opened, read_small, write_file
 from meshwright.run.foreign.source import Source, bare, kind, shown
-from meshwright.run.manifest import MANIFEST_BYTES, check_meta, seal
+from meshwright.run.manifest import MANIFEST_BYTES, seal
+from meshwright.run.meta import check_meta
 from meshwright.run.region import Region
 
 __all__ = ["SIDECAR", "read_sidecar", "with_sidecar", "write_sidecar"]

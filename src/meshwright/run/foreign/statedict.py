@@ -14,8 +14,8 @@ from meshwright.run.foreign.source import Item, Source, bare, shown
 from meshwright.run.foreign.symbols import Global, Made
 from meshwright.run.foreign.torchfile import listed, open_torch
 from meshwright.run.foreign.torchwrite import rebuilt, stored, write_torch
+from meshwright.run.header import dtype_name
 from meshwright.run.region import Region, whole
-from meshwright.run.shard import dtype_name
 
 __all__ = ["open_statedict", "write_statedict"]
 

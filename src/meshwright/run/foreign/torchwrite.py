@@ -23,7 +23,7 @@ from meshwright.run.foreign.pickled import pickled
 from meshwright.run.foreign.source import Item, Source, tensor_of
 from meshwright.run.foreign.symbols import Global, Made, Persistent
 from meshwright.run.foreign.torchfile import STORAGES
-from meshwright.run.shard import dtype_of
+from meshwright.run.header import dtype_of
 
 __all__ = ["Stored", "archive", "rebuilt", "stored", "write_torch"]
 

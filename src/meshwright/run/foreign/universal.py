@@ -24,8 +24,8 @@ from meshwright.run.foreign.mapped import Lies, check, mapped
 from meshwright.run.foreign.source import Item, Source, shown
 from meshwright.run.foreign.symbols import Made
 from meshwright.run.foreign.torchfile import open_torch
+from meshwright.run.header import dtype_name
 from meshwright.run.region import Region, whole
-from meshwright.run.shard import dtype_name
 
 __all__ = ["LATEST", "STATES", "WEIGHTS", "ZERO", "is_universal", "open_universal"]
 
