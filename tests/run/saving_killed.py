@@ -154,7 +154,10 @@ def killed_at_random(root, count, seed):
     was in before may have changed a byte.
     """
     dice = random.Random(seed)
-    step = 0
+    step = 1
+    began = time.monotonic()
+    save_step(root, step, step)
+    most = 4 * (time.monotonic() - began)  # so that some are killed in their first save, not all
     for _ in range(count):
         known = {name: digests(root / name) for name in steps_in(root)}
         told, tell = os.pipe()
@@ -168,7 +171,7 @@ def killed_at_random(root, count, seed):
                 os._exit(1)
         os.close(tell)
         os.read(told, 2)
-        time.sleep(dice.uniform(0.0, 0.05))  # the random moment; nothing waits for it
+        time.sleep(dice.uniform(0.0, most))  # the random moment; nothing waits for it
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(told)
