@@ -9,7 +9,7 @@ the rank keeps its part of what comes out. Either way the numbers are those of o
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,15 @@ from meshwright.program.pieces import Table, run_pieces
 from meshwright.program.program import Program, Value
 from meshwright.program.update import update_program
 from meshwright.program.zero import StateLayouts, slot_layout
+from meshwright.run.beside import beside
 from meshwright.run.executor import Machine, Place, follow
 from meshwright.run.optimizer import Recipe, build
 from meshwright.run.part import part_of
 
 __all__ = ["Joint", "Traces", "numbers_of"]
+
+_BESIDE = 2**26
+"""Bytes of the parameters whose steps go on side by side while each waits for collectives."""
 
 _LOOPS = {"foreach": False, "fused": False}
 """How a step is traced: over one parameter, kernels over many have nothing to add."""
@@ -86,7 +90,11 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A rank's program, ready to run: its results by name, and where they are found."""
+    """A rank's program, ready to run: its results by name, and where they are found.
+
+    Attributes:
+        machine: with the program's functions and calls; each run has values of its own.
+    """
 
     body: tuple[Instruction, ...]
     machine: Machine
@@ -94,13 +102,9 @@ class _Ready:
 
     def run(self, given: Mapping[str, Tensor]) -> Generator[Any, Any, dict[str, Tensor]]:
         """The program's outputs; an exchange."""
-        values = self.machine.values
-        values.update(given)
-        try:
-            yield from follow(self.machine, self.body)
-            return {name: values[there] for name, there in self.results.items()}
-        finally:
-            values.clear()
+        machine = replace(self.machine, values=dict(given), pending={})
+        yield from follow(machine, self.body)
+        return {name: machine.values[there] for name, there in self.results.items()}
 
 
 @dataclass(slots=True)
@@ -135,9 +139,12 @@ class Joint:
 
     def run(self, gradients: Mapping[str, Tensor]) -> Generator[Any, Any, Set[str]]:
         """Step what is stepped jointly; the names of the other gradients; an exchange."""
-        for name, group in self._in_order():
-            if name in gradients:
-                yield from self._step(name, gradients[name], group)
+        steps = (
+            (self.parameters[name].bytes, self._step(name, gradients[name], group))
+            for name, group in self._in_order()
+            if name in gradients
+        )
+        yield from beside(steps, _BESIDE)
         return gradients.keys() - self.parameters.keys()
 
     def layout(self, name: str, slot: str, local: Tensor) -> tuple[tuple[int, ...], Layout] | None:

@@ -116,7 +116,7 @@ def _traces(build: Build, *, split: bool) -> Traces | None:
         return None
     if is_elementwise(made):
         return None
-    if plan.precision == "bf16-pure":
+    if plan.precision == "bf16-pure" or build.precision.stored:
         raise PlanError(
             f"plan asks for precision=bf16-pure, whose weights each rank rounds where they lie, "
             f"but {made.kind.__name__} is not elementwise: ranks step it jointly in this plan; use "
