@@ -32,10 +32,10 @@ def commands(text):
 
 
 def files(text):
-    """(name, source) of the Python blocks that begin with their file's name."""
+    """(name, source) of the blocks of Python and TOML that begin with their file's name."""
     for language, body in _FENCE.findall(text):
-        named = re.match(r"# (\w+\.py)\n", body)
-        if language == "python" and named:
+        named = re.match(r"# (\w+\.(?:py|toml))\n", body)
+        if language in ("python", "toml") and named:
             yield named[1], body
 
 

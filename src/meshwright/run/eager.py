@@ -164,7 +164,9 @@ def _list(build: Build, rank: int, microbatches: int) -> Lowered:
     body += [Instruction("Finish"), Instruction("Agree", axis="data"), Instruction("Update")]
     body.append(Instruction("Commit"))
     lists = InstructionList((), tuple(body), (), tuple(table.segments), tuple(table.calls))
-    return Lowered(Compiled(lists, (), (reduce,)), ())
+    # Gradients of bf16 weights are widened to be summed.
+    functions = build.lower(rank, table.segments)
+    return Lowered(Compiled(lists, (), (reduce,)), functions)
 
 
 def _sums(total: Tensor, weight: Any, metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, Tensor]:
