@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -84,6 +85,7 @@ def verified(cell, words):
         [sys.executable, "-m", "meshwright", "verify", file, *given, "--json",
          "--plan", cell.split(" ")[1], "--ranks", "processes"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=220,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
