@@ -17,6 +17,7 @@ from examples import digits, gpt
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.job import Job
 from meshwright.run.checkpoint import newest, open_checkpoint
+from meshwright.run.manifest import record_of, seal
 from tests.run.jobs import Net, Points, adamw, alone, job, losses, on_ranks, sgd, step
 
 STEP = 20
@@ -250,6 +251,20 @@ def test_what_a_checkpoint_is_of(tmp_path):
 
     with pytest.raises(UserCodeError, match="has 40 samples, but had 50 when the checkpoint"):
         alone(job(data=lambda: Points(40))).resume(tmp_path)
+
+
+def test_a_checkpoint_without_optimizer_state_is_no_place_to_go_on_from(tmp_path):
+    path = saved(job(), "data=2", tmp_path, steps=1)
+    manifest = path / "manifest.json"
+    tree = json.loads(manifest.read_bytes())
+    del tree["sha256"]
+    assert tree["meta"]["optimizer"]["slots"] == {"step": 4, "exp_avg": 4, "exp_avg_sq": 4}
+    del tree["entries"]["optimizer/exp_avg/up.weight"]
+    data = seal(tree)
+    manifest.write_bytes(data)
+    (path / "commit.json").write_bytes(record_of(data))
+    told = refused(job(), tmp_path)
+    assert "has the optimizer's exp_avg of 3 of 4 parameters; take a whole one" in told
 
 
 def test_the_newest_whole_one_is_taken(tmp_path):

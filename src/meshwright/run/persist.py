@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from meshwright.comm.base import Group, gather_json
-from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.program.layout import (
     REPLICATED,
@@ -23,13 +23,13 @@ from meshwright.program.layout import (
 )
 from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
-from meshwright.run.compare import Wanted, compare, describe
-from meshwright.run.header import dtype_name, dtype_of
-from meshwright.run.kept import KEPT, cast_from, may_cast, read_cast
+from meshwright.run.header import dtype_of
+from meshwright.run.kept import KEPT, may_cast, read_cast
 from meshwright.run.match import compare as match
 from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
+from meshwright.run.same import require_same_job
 from meshwright.run.saver import Saver
 from meshwright.run.scaling import restored, saved
 from meshwright.run.weights import read
@@ -40,7 +40,6 @@ __all__ = [
     "go_on",
     "pieces_of",
     "read_state",
-    "require_same_job",
     "restore",
     "save_worker",
     "stage_worker",
@@ -142,7 +141,7 @@ def _require_json(extra: Mapping[str, Any]) -> None:
 
 
 def _optimizer_meta(worker: Worker) -> dict[str, Any]:
-    """Its class, and its groups' parameters and settings."""
+    """Its class, its groups' parameters and settings, and of how many each tensor is kept."""
     names, optimizer = worker.build.recipe.groups, worker.state.optimizer
     groups = [
         {
@@ -155,7 +154,13 @@ def _optimizer_meta(worker: Worker) -> dict[str, Any]:
         }
         for (members, _), group in zip(names, optimizer.param_groups, strict=True)
     ]
-    return {"class": type(optimizer).__name__, "groups": groups}
+    slots = Counter(
+        slot
+        for shard in worker.state.shards.values()
+        for slot, value in optimizer.state.get(shard, {}).items()
+        if isinstance(value, Tensor)
+    )
+    return {"class": type(optimizer).__name__, "groups": groups, "slots": dict(slots)}
 
 
 def _plain_state(worker: Worker) -> dict[str, Any]:
@@ -277,68 +282,6 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     require_same_job(worker, checkpoint)
     read_state(worker, checkpoint)
     return go_on(worker, checkpoint)
-
-
-def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of another model, optimizer or batch size.
-
-    Raises:
-        StorageError: says in what they differ.
-    """
-    job = worker.build.job
-    wanted = _wanted(worker)
-    entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
-    if may_cast(worker, checkpoint):
-        wanted = cast_from(wanted, entries)
-    problems = compare(entries, wanted)
-    if problems:
-        raise StorageError(describe(problems, str(checkpoint.path)))
-    for what in ("batch_size", "seed"):
-        saved, now = checkpoint.meta[what], {"batch_size": job.batch_size, "seed": job.seed}[what]
-        if saved != now:
-            raise StorageError(
-                f"checkpoint {checkpoint.path} was trained with {what}={saved}, the job has {now}; "
-                "samples would be repeated or lost: use the same, or --fresh"
-            )
-    _require_same_optimizer(worker, checkpoint)
-
-
-def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
-    saved, kind = checkpoint.meta["optimizer"], type(worker.state.optimizer).__name__
-    if saved["class"] != kind:
-        raise StorageError(
-            f"checkpoint {checkpoint.path} holds the state of {saved['class']}, the job uses "
-            f"{kind}; use the same optimizer, or weights= to start from exported weights"
-        )
-    old, new = saved["groups"], worker.build.recipe.groups
-    if len(old) != len(new):
-        raise StorageError(
-            f"checkpoint {checkpoint.path} has {_counted(len(old))}, the job makes "
-            f"{_counted(len(new))}; make the same groups"
-        )
-    for number, (was, (names, _)) in enumerate(zip(old, new, strict=True)):
-        moved = sorted(set(was["parameters"]) ^ set(names))
-        if moved:
-            where = "the checkpoint's" if moved[0] in was["parameters"] else "the job's"
-            raise StorageError(
-                f"checkpoint {checkpoint.path}: {moved[0]} is in {where} optimizer group {number} "
-                f"only ({len(moved)} such parameters); make the same groups"
-            )
-
-
-def _counted(groups: int) -> str:
-    return "1 optimizer group" if groups == 1 else f"{groups} optimizer groups"
-
-
-def _wanted(worker: Worker) -> dict[str, Wanted]:
-    """Every parameter and buffer of the model, whichever rank holds it."""
-    model, dtype = worker.build.model, worker.build.dtype
-    named = [(f"model/{name}", fake) for name, fake in model.parameters.items()]
-    named += [(f"buffer/{name}", fake) for name, fake in model.buffers.items()]
-    return {
-        name: Wanted(dtype_name(in_dtype(fake.dtype, dtype)), tuple(fake.shape))
-        for name, fake in named
-    }
 
 
 def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:

@@ -31,6 +31,7 @@ from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.prepare import prepare
+from meshwright.run.same import require_same_job
 from meshwright.run.saver import BUSY, Saver
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
@@ -225,22 +226,16 @@ class Session:
         return found
 
     def _tell_of_saves(self) -> None:
-        self.notes += self.saver.told
-        self.saver.told.clear()
+        told, self.saver.told = self.saver.told, []
+        self.notes += told
 
     def resume(self, root: Path) -> Path | None:
         """Go on from the newest whole checkpoint in `root`; None where there is none."""
         self._drain()
         worker = self.worker
-        found = self.comm.perform(
-            resume(
-                root,
-                self.everyone,
-                worker.rank,
-                use=partial(persist.read_state, worker),
-                fits=partial(persist.require_same_job, worker),
-            )
-        )
+        use, fits = (partial(act, worker) for act in (persist.read_state, require_same_job))
+        exchange = resume(root, self.everyone, worker.rank, use=use, fits=fits)
+        found = self.comm.perform(exchange)
         self.notes += [*found.damaged, *found.unfinished]
         if found.path is None:
             return None
@@ -248,6 +243,7 @@ class Session:
             worker.restart()
             self.extra = persist.go_on(worker, checkpoint)
             self.step = checkpoint.step
+        self.saver.trusted.add(found.path.name)  # all ranks have read it
         self.fetched = None
         return Path(found.path)
 

@@ -1,0 +1,90 @@
+"""Whether a checkpoint is of the job that is to go on from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from meshwright.compile.settings import in_dtype
+from meshwright.errors import StorageError
+from meshwright.run.compare import Wanted, compare, describe
+from meshwright.run.header import dtype_name
+from meshwright.run.kept import cast_from, may_cast
+from meshwright.run.restore import Checkpoint
+from meshwright.run.worker import Worker
+
+__all__ = ["require_same_job"]
+
+
+def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another model, optimizer or batch size.
+
+    Raises:
+        StorageError: says in what they differ.
+    """
+    job = worker.build.job
+    wanted = _wanted(worker)
+    entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
+    if may_cast(worker, checkpoint):
+        wanted = cast_from(wanted, entries)
+    problems = compare(entries, wanted)
+    if problems:
+        raise StorageError(describe(problems, str(checkpoint.path)))
+    for what in ("batch_size", "seed"):
+        saved, now = checkpoint.meta[what], {"batch_size": job.batch_size, "seed": job.seed}[what]
+        if saved != now:
+            raise StorageError(
+                f"checkpoint {checkpoint.path} was trained with {what}={saved}, the job has {now}; "
+                "samples would be repeated or lost: use the same, or --fresh"
+            )
+    _require_same_optimizer(worker, checkpoint)
+
+
+def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
+    saved, kind = checkpoint.meta["optimizer"], type(worker.state.optimizer).__name__
+    _require_optimizer_state(checkpoint)
+    if saved["class"] != kind:
+        raise StorageError(
+            f"checkpoint {checkpoint.path} holds the state of {saved['class']}, the job uses "
+            f"{kind}; use the same optimizer, or weights= to start from exported weights"
+        )
+    old, new = saved["groups"], worker.build.recipe.groups
+    if len(old) != len(new):
+        raise StorageError(
+            f"checkpoint {checkpoint.path} has {_counted(len(old))}, the job makes "
+            f"{_counted(len(new))}; make the same groups"
+        )
+    for number, (was, (names, _)) in enumerate(zip(old, new, strict=True)):
+        moved = sorted(set(was["parameters"]) ^ set(names))
+        if moved:
+            where = "the checkpoint's" if moved[0] in was["parameters"] else "the job's"
+            raise StorageError(
+                f"checkpoint {checkpoint.path}: {moved[0]} is in {where} optimizer group {number} "
+                f"only ({len(moved)} such parameters); make the same groups"
+            )
+
+
+def _require_optimizer_state(checkpoint: Checkpoint) -> None:
+    """What the first rank held of the optimizer must be there: a step with less is another step."""
+    names = [name.split("/", 2) for name in checkpoint.entries]
+    found = Counter(slot for kind, slot, *_ in names if kind == "optimizer")
+    for slot, told in checkpoint.meta["optimizer"].get("slots", {}).items():
+        if found[slot] < told:
+            raise StorageError(
+                f"checkpoint {checkpoint.path} has the optimizer's {slot} of {found[slot]} of "
+                f"{told} parameters; take a whole one, or only its weights (Job(weights=))"
+            )
+
+
+def _counted(groups: int) -> str:
+    return "1 optimizer group" if groups == 1 else f"{groups} optimizer groups"
+
+
+def _wanted(worker: Worker) -> dict[str, Wanted]:
+    """Every parameter and buffer of the model, whichever rank holds it."""
+    model, dtype = worker.build.model, worker.build.dtype
+    named = [(f"model/{name}", fake) for name, fake in model.parameters.items()]
+    named += [(f"buffer/{name}", fake) for name, fake in model.buffers.items()]
+    return {
+        name: Wanted(dtype_name(in_dtype(fake.dtype, dtype)), tuple(fake.shape))
+        for name, fake in named
+    }
