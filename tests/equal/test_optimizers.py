@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from meshwright.run.measure import Report
 from meshwright.run.persist import restore, save_worker
 from meshwright.run.restore import open_checkpoint
 from meshwright.run.verify import compare_step, verify_rank
+from tests.equal.cells import MODELS
 from tests.equal.fused import FUSED
 from tests.equal.harness import Case, assert_equal
+from tests.equal.mixtures import mixtral
 from tests.equal.optimizers import OPTIMIZERS, WHOLE, job_of, matrices
 from tests.run.jobs import Net
 
@@ -78,6 +81,17 @@ def test_only_what_cannot_be_traced_is_run_on_whole_tensors(name):
 def test_fused_weights_of_unequal_parts_are_stepped_whole():
     made = replace(FUSED["uneven"](1), optimizer=OPTIMIZERS["lamb"])
     assert_equal(Case(made).verify("zero1,data=2,tensor=2", steps=2))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["lamb", "adafactor"])
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [("gpt, dropout", "zero1,data=2,context=2"), ("mixtral", "zero1,data=2,expert=2")],
+)
+def test_axes_of_sequences_and_experts(model, plan, name):
+    made = mixtral() if model == "mixtral" else replace(MODELS[model](Path()), batch_size=8)
+    assert_equal(Case(replace(made, optimizer=OPTIMIZERS[name])).verify(plan, steps=2))
 
 
 def lr_is_not_an_input(patch):

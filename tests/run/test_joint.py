@@ -93,7 +93,11 @@ def test_what_a_step_sends_is_foretold(name, sent):
     assert {r["phase"] for r in rows} == {"finish"}
 
 
-@pytest.mark.parametrize("name", ["lamb", "adafactor", "shampoo", "muon"])
+def matrix(*values):
+    return pytest.param(*values, marks=pytest.mark.matrix)
+
+
+@pytest.mark.parametrize("name", ["shampoo", matrix("lamb"), matrix("adafactor"), matrix("muon")])
 def test_what_the_state_holds_is_foretold(name):
     made = job(optimizer=OPTIMIZERS[name])
     told = explain(made, Plan.parse("zero1,data=2"), 2)["memory"]
