@@ -245,7 +245,7 @@ def test_what_ranks_step_jointly_is_not_rounded():
         on_ranks(made, "zero3,data=2" + PURE, step)
     first, second = on_ranks(made, "data=2" + PURE, lambda s: losses(s, 3))
     assert first == second
-    assert first[-1] < first[0]
+    assert len(set(first)) == 3
 
 
 def test_exports_have_the_dtypes_that_are_kept(tmp_path):
