@@ -251,7 +251,9 @@ def test_both_doors_and_a_plain_loop_agree():
     assert losses(alone(made, "data=1,precision=bf16"), 4) != wanted
 
 
-@pytest.mark.parametrize("base", ["bf16", "fp16", "bf16-pure"])
+@pytest.mark.parametrize(
+    "base", ["bf16-pure", *(pytest.param(b, marks=pytest.mark.matrix) for b in ("bf16", "fp16"))]
+)
 def test_a_plan_with_exceptions_is_one_device(base):
     asked = Plan(
         data=2, zero=3, precision=base, precisions=(("*norm", "float32"), ("head", "float32"))

@@ -298,19 +298,20 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
         if kind != "optimizer" or bare not in state.shards:
             continue
         whole = tuple(build.model.parameters[bare].shape)
-        layout = build.states[bare].optimizer if whole and entry.shape == whole else REPLICATED
+        alike = bool(whole) and entry.shape == whole
+        layout = build.states[bare].optimizer if alike else REPLICATED
+        cast = alike and entry.dtype in KEPT and may_cast(worker, checkpoint)
+        kind = dtype_name(state.shards[bare].dtype) if cast else entry.dtype
         if bare in state.joint.parameters:
-            layout = state.joint.expect(bare, slot, Value(entry.dtype, entry.shape))
+            layout = state.joint.expect(bare, slot, Value(kind, entry.shape))
         if layout.placements:
             shape, where = entry.shape, (build.axes, worker.place.coordinates)
             tensor = torch.empty(local_shape(shape, layout, *where), dtype=dtype_of(entry.dtype))
             for there, here in pieces(shape, layout, *where):
                 checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
-            if may_cast(worker, checkpoint) and entry.dtype in KEPT:
-                tensor = tensor.to(state.shards[bare].dtype)
         else:
             tensor = checkpoint.read(name)
-        state.optimizer.state[state.shards[bare]][slot] = tensor
+        state.optimizer.state[state.shards[bare]][slot] = tensor.to(dtype_of(kind))
     for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=True):
         group.update({key: from_plain(value) for key, value in kept["settings"].items()})
 
