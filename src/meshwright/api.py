@@ -144,6 +144,7 @@ class Run:
                 nonfinite=self._nonfinite,
                 eager=self._eager,
                 compiled=self._compiled,
+                offload=contract.offload or self._offload(contract),
             )
             stack.callback(self._session.close)
             if not self._eager:  # there the user's own forward draws from the process's generators
@@ -207,6 +208,11 @@ class Run:
     def plan(self) -> Plan:
         """The plan, `data` filled."""
         return self.session.build.plan
+
+    def _offload(self, contract: Contract) -> Path:
+        """What is offloaded to disk lies beside the runs, or in the run's own folder."""
+        given = self._folder["run_dir"] or contract.run_dir
+        return Path(given or "runs") / "offload"
 
     def _open_folder(self) -> None:
         assert self._contract is not None

@@ -21,6 +21,7 @@ __all__ = ["Contract", "here", "read", "write"]
 
 RUN_DIR = "MESHWRIGHT_RUN_DIR"
 PLAN = "MESHWRIGHT_PLAN"
+OFFLOAD = "MESHWRIGHT_OFFLOAD"
 TIMEOUT = "MESHWRIGHT_TIMEOUT"
 STORE_FD = "MESHWRIGHT_STORE_FD"
 TOKEN_FD = "MESHWRIGHT_TOKEN_FD"
@@ -46,6 +47,7 @@ class Contract:
         token: hex text that all ranks hold, never printed; None where the engine gives none.
         run_dir: the run's folder, if it has been chosen.
         plan: a plan's text that overrides the script's.
+        offload: the folder of what is offloaded to disk.
         store_fd: an inherited listening socket for rank 0's store.
         hosted: torchrun's agent runs the store.
         attempt: tells restarts of one world apart.
@@ -60,6 +62,7 @@ class Contract:
     token: str | None = field(default=None, repr=False)
     run_dir: Path | None = None
     plan: str | None = None
+    offload: Path | None = None
     store_fd: int | None = None
     hosted: bool = False
     attempt: str = "0"
@@ -112,6 +115,7 @@ def read(environ: Mapping[str, str]) -> Contract:
     common = {
         "run_dir": Path(environ[RUN_DIR]) if environ.get(RUN_DIR) else None,
         "plan": environ.get(PLAN) or None,
+        "offload": Path(environ[OFFLOAD]) if environ.get(OFFLOAD) else None,
         "timeout": _seconds(environ),
         "comm": _comm(environ),
     }
@@ -148,6 +152,7 @@ def write(contract: Contract, token_fd: int | None) -> dict[str, str]:
         STORE_FD: contract.store_fd,
         RUN_DIR: contract.run_dir,
         PLAN: contract.plan,
+        OFFLOAD: contract.offload,
         TIMEOUT: contract.timeout,
         COMM: contract.comm,
         ATTEMPT: contract.attempt,

@@ -9,6 +9,7 @@ from typing import Final
 
 from meshwright.errors import PlanError
 from meshwright.plan.facts import Check, Facts, Problem
+from meshwright.plan.offloaded import offload_is_known
 from meshwright.plan.piped import (
     actions_are_of_ranks,
     cuts_make_the_stages,
@@ -204,7 +205,6 @@ def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
     "precision": ("float32", "bf16", "fp16", "bf16-pure"),
-    "offload": ("none",),
     "regime": ("bsp",),
     "codec": ("none",),
     "redundancy": (0,),
@@ -258,5 +258,6 @@ CHECKS: Final[dict[str, Check]] = {
     "attention": attention_has_a_context,
     "batch norm": batch_norm_keeps_its_samples,
     "remat": remat_is_known,
+    "offload": offload_is_known,
     "version": version_runs_it,
 }

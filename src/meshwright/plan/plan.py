@@ -12,6 +12,7 @@ from typing import Final, Literal, cast, get_args
 
 from meshwright.errors import PlanError, UsageError, nearest
 from meshwright.plan.named import ASYNCHRONOUS, OWN, PAIRED, PRESETS
+from meshwright.plan.offload import Part, Tier, offloads
 
 __all__ = ["AXES", "COUNTS", "KEYS", "PRECISIONS", "Attention", "Plan"]
 
@@ -73,7 +74,9 @@ class Plan:
         precision: what forward and backward compute in: float32 (every tensor in its own dtype);
             bf16 or fp16, with float32 weights, accumulators, reductions and optimizer (fp16 scales
             the loss); or bf16-pure, whose weights, gradients and optimizer state are bf16 too.
-        offload: what is kept in host memory.
+        offload: what rests outside the device's memory: `none`; `host` or `disk`, all that can; or
+            parts (`optimizer`, `gradients`, `params`, `activations`) with a tier each, joined by
+            `+`: `optimizer:disk+params` (the tier left out is `host`).
         regime: how replicas stay consistent.
         codec: gradient compression on the wire.
         redundancy: snapshots kept on peers.
@@ -172,6 +175,11 @@ class Plan:
     def asynchronous(self) -> bool:
         """Whether the pipeline never flushes, so that gradients are of weights some updates old."""
         return self.schedule in ASYNCHRONOUS
+
+    @property
+    def offloads(self) -> dict[Part, Tier]:
+        """Where the parts rest that are offloaded."""
+        return offloads(self.offload)
 
     def filled(self, world: int) -> Plan:
         """This plan with `data` set, where it was absent, to as many ranks as `world` leaves it.

@@ -6,21 +6,28 @@ op that makes it to the last one that reads it, as the lowered code frees it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from meshwright.program.assemble import Compiled
 from meshwright.program.donate import bases
 from meshwright.program.program import Op, Program
 
-__all__ = ["live_bytes", "memory_bill"]
+__all__ = ["brought", "live_bytes", "memory_bill"]
 
 
-def live_bytes(program: Program) -> tuple[int, int]:
+def live_bytes(program: Program, leaving: tuple[str, ...] = ()) -> tuple[int, int]:
     """(saved, peak): bytes made in the forward that the backward reads, and the most alive at once.
 
-    Inputs (state, the batch) are not counted.
+    Inputs (state, the batch) are not counted. Outputs stay to the end, but those whose names begin
+    as one of `leaving`, which are offloaded as they are made.
     """
     base = bases(program)
     inputs = {base[value] for _, value in program.inputs}
-    end: dict[int, int] = {base[value]: len(program.ops) for _, value in program.outputs}
+    end: dict[int, int] = {
+        base[value]: len(program.ops)
+        for name, value in program.outputs
+        if not name.startswith(leaving or ("\n",))
+    }
     for place, op in enumerate(program.ops):
         for value in op.inputs:
             end[base[value]] = max(end.get(base[value], 0), place)
@@ -45,8 +52,10 @@ def _is_saved(program: Program, op: Op, last: int) -> bool:
     return op.phase == "forward" and read
 
 
-def memory_bill(compiled: Compiled, optimizer_bytes: int) -> dict[str, int]:
-    """Bytes by part on one rank.
+def memory_bill(
+    compiled: Compiled, optimizer_bytes: int, away: Collection[str] = ()
+) -> dict[str, int]:
+    """Bytes by part on one rank, without those that are offloaded (`away`, as a plan calls them).
 
     `weights`, `gradients`, `optimizer` and `buffers` stay from step to step (gradients from their
     micro-batch to the update); `saved activations` live from forward to backward; `working memory`
@@ -61,12 +70,36 @@ def memory_bill(compiled: Compiled, optimizer_bytes: int) -> dict[str, int]:
     gradients = sum(
         program.values[v].bytes for n, v in program.outputs if n.startswith("gradient/")
     )
-    saved, peak = max((live_bytes(u.program) for _, u in compiled.units), key=lambda x: x[1])
+    leaving = ("gradient/",) if "gradients" in away else ()
+    gradients = 0 if leaving else gradients
+    each = (live_bytes(u.program, leaving) for _, u in compiled.units)
+    saved, peak = max(each, key=lambda x: x[1])
+    if "params" in away:
+        peak += brought(compiled)
     return {
-        "weights": held("model/"),
+        "weights": 0 if "params" in away else held("model/"),
         "gradients": gradients,
-        "optimizer": optimizer_bytes,
+        "optimizer": 0 if "optimizer" in away else optimizer_bytes,
         "buffers": held("buffer/") + held("constant/"),
         "saved activations": saved,
         "working memory": max(0, peak - saved - gradients),
     }
+
+
+def brought(compiled: Compiled) -> int:
+    """The most bytes of offloaded weights that are there at once."""
+    (_, unit), *_ = compiled.units
+    sizes = {name: unit.program.values[value].bytes for name, value in unit.program.inputs}
+    alive: dict[str, int] = {}
+    most = 0
+    for each in compiled.instructions.body:
+        if each.kind == "Load" and each.offloads:
+            alive |= {
+                pending.removeprefix("~"): sizes.get(name, 0)
+                for name, pending in zip(each.inputs, each.outputs, strict=True)
+            }
+            most = max(most, sum(alive.values()))
+        elif each.kind == "Free":
+            for name in each.inputs:
+                alive.pop(name, None)
+    return most

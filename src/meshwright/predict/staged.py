@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from meshwright.predict.memory import live_bytes
@@ -23,22 +23,29 @@ __all__ = ["staged_bill"]
 _SUMS = ("gradient/", "reduced/")
 
 
-def staged_bill(compiled: Compiled, weights: int, buffers: int, optimizer: int) -> dict[str, int]:
+def staged_bill(
+    compiled: Compiled,
+    weights: Mapping[str, int],
+    buffers: int,
+    optimizer: int,
+    away: Collection[str] = (),
+) -> dict[str, int]:
     """Bytes by part on one rank; as of `memory_bill`, activations of all micro-batches alive.
 
     Args:
         compiled: what the rank runs.
-        weights: bytes that it holds of them between steps.
+        weights: bytes that it holds of each between steps, by `model/` name.
         buffers: likewise.
         optimizer: bytes of its state.
+        away: what is offloaded, as a plan calls it.
     """
-    walk = _Walk(compiled)
+    walk = _Walk(compiled, resting=dict(weights))
     for instruction in compiled.instructions.body:
         walk.take(instruction)
     return {
-        "weights": weights,
+        "weights": 0 if "params" in away else sum(weights.values()),
         "gradients": walk.most["gradient"],
-        "optimizer": optimizer,
+        "optimizer": 0 if "optimizer" in away else optimizer,
         "buffers": buffers,
         "saved activations": walk.most["activation"],
         "working memory": max(0, walk.peak - walk.most["activation"] - walk.most["gradient"]),
@@ -58,6 +65,7 @@ class _Walk:
         sums: names of values that become gradients.
         insides: of each segment, most bytes that it makes at once.
         makers: of each collective, the program that holds it.
+        resting: bytes of what is offloaded, by name.
     """
 
     compiled: Compiled
@@ -70,6 +78,7 @@ class _Walk:
     sums: set[str] = field(default_factory=set)
     insides: dict[int, int] = field(default_factory=dict)
     makers: dict[int, Program] = field(default_factory=dict)
+    resting: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         programs = [local.program for _, local in self.compiled.units]
@@ -86,6 +95,8 @@ class _Walk:
     def take(self, instruction: Instruction) -> None:
         """Go on by one instruction."""
         match instruction.kind:
+            case "Load" | "Wait" | "Stash" if instruction.offloads:
+                self._offloaded(instruction)
             case "Run":
                 self._run(instruction)
             case "Wait":
@@ -95,6 +106,19 @@ class _Walk:
             case "Free":
                 for name in instruction.inputs:
                     self._drop(name)
+
+    def _offloaded(self, instruction: Instruction) -> None:
+        """What rests elsewhere takes no room here but from its Load to its Free."""
+        for source, name in zip(instruction.inputs, instruction.outputs, strict=True):
+            if instruction.kind == "Stash":
+                storage = self.held.get(source)
+                self.resting[name] = 0 if storage is None else self.sizes[storage][1]
+                self._drop(name)
+            elif instruction.kind == "Load":
+                self._name(name, self._new("weight", self.resting.get(source, 0)))
+            else:
+                self._name(name, self.held.get(source))
+                self._drop(source)
 
     def _run(self, instruction: Instruction) -> None:
         lists, index = self.compiled.instructions, instruction.segment

@@ -43,7 +43,7 @@ def calls(instructions: InstructionList) -> Iterator[Call]:
             done += work[instruction.segment]
         elif instruction.kind == "Start":
             begun[instruction.outputs[0]] = done
-        elif instruction.kind == "Wait" and instruction.peer is None:
+        elif instruction.kind == "Wait" and instruction.peer is None and not instruction.offloads:
             assert instruction.segment is not None
             beside = done - begun.pop(instruction.inputs[0])
             yield Call(instructions.calls[instruction.segment], instruction.microbatch, beside)

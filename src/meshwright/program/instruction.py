@@ -40,7 +40,7 @@ class Instruction:
         microbatch: which micro-batch it serves; None for what is done once a step.
         version: of the weights it reads (0 is the newest).
         inputs, outputs: names of values; a Free's inputs are what it frees.
-        axis: of a Start or Wait.
+        axis: of a Start or Wait; the tier of a Load, Wait or Stash of what is offloaded.
         peer: of a Send, Recv or the Wait for one, the rank at the other end; its segment is an
             index into the list's `messages`.
         draws: of a Run with random ops, which of its inputs is the position, and how many random
@@ -57,6 +57,11 @@ class Instruction:
     axis: str | None = None
     draws: tuple[int, int] | None = None
     peer: int | None = None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether it moves a value from or to another tier than the device's memory."""
+        return self.axis in ("host", "disk")
 
     def __str__(self) -> str:
         """`Run 3 @0: a, b -> c`."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from meshwright.plan.offload import TIERS, Part
 from meshwright.predict.memory import memory_bill
 from meshwright.predict.staged import staged_bill
 from meshwright.program.layout import local_shape
+from meshwright.program.offload import MOVED
 from meshwright.program.program import Value
 from meshwright.run.build import Build, Micro, micro_ranges, values_of
 from meshwright.run.foreseen import joint_bytes
+from meshwright.run.offload.kept import CHUNK, chunks_of
+from meshwright.run.offload.probe import steps_apart
 from meshwright.schedule.bubble import endless
 
-__all__ = ["bills"]
+__all__ = ["away", "bills"]
 
 
 def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
@@ -30,11 +34,11 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
             joint = joint_bytes(build, rank)
             alone = (n for n in build.recipe.names if n in shards and n not in joint)
             held = sum(joint.values()) + slots * sum(shards[n].bytes for n in alone)
-            compiled = build.lowered(rank, micros).compiled
+            compiled, gone = build.lowered(rank, micros).compiled, build.plan.offloads
             seen[form] = (
-                memory_bill(compiled, held)
+                memory_bill(compiled, held, gone)
                 if build.stages is None
-                else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held))
+                else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
         yield seen[form]
 
@@ -48,15 +52,17 @@ def _staged(build: Build, rank: int, bill: dict[str, int]) -> dict[str, int]:
     return {**bill, "older weights": older * bill["weights"]}
 
 
-def _state(build: Build, rank: int) -> tuple[int, int]:
-    """Bytes of the weights and of the buffers that a rank holds between steps."""
+def _state(build: Build, rank: int) -> tuple[dict[str, int], int]:
+    """Bytes of the weights that a rank holds between steps, by name, and of its buffers."""
     coordinates, values = build.place(rank).coordinates, build.values()
-    weights = sum(
-        Value(value.dtype, local_shape(value.shape, layout, build.axes, coordinates)).bytes
+    weights = {
+        f"model/{name}": Value(
+            value.dtype, local_shape(value.shape, layout, build.axes, coordinates)
+        ).bytes
         for name, value in values.items()
         if build.holds(rank, f"model/{name}")
         for layout in (build.states[name].weights,)
-    )
+    }
     kept = values_of(build.model.buffers, build.dtype)
     return weights, sum(v.bytes for n, v in kept.items() if build.holds(rank, f"buffer/{n}"))
 
@@ -71,3 +77,34 @@ def _shards(build: Build, rank: int) -> dict[str, Value]:
             shape = local_shape(value.shape, layout, build.axes, coordinates)
             found[name] = Value(value.dtype, shape)
     return found
+
+
+def away(build: Build, rank: int) -> dict[str, int]:
+    """Bytes that a rank keeps outside its device's memory, by tier; what passes through counts.
+
+    A step on the host holds a chunk of weights and gradients there, where they do not rest on it;
+    three chunks of what is read from a disk: one comes, one is stepped, one goes.
+    """
+    asked, shards = build.plan.offloads, _shards(build, rank)
+    held = {n: v.bytes for n, v in shards.items() if n in build.recipe.names}
+    weights, _ = _state(build, rank)
+    optimizer = build.recipe.slots() * sum(held.values())
+    sums = sum(v.bytes for v in shards.values())
+    sizes: dict[Part, int] = {
+        "optimizer": optimizer, "gradients": sums, "params": sum(weights.values())
+    }  # fmt: skip
+    found = {tier: sum(sizes[p] for p, t in asked.items() if t == tier) for tier in TIERS}
+    if asked:
+        found["host"] += _passing(build, held)
+    return found
+
+
+def _passing(build: Build, held: Mapping[str, int]) -> int:
+    """Bytes of a chunk's tensors that pass through the host, as often as they are there."""
+    asked, slots = build.plan.offloads, build.recipe.slots()
+    most = CHUNK if steps_apart(build.recipe) else sum(held.values())
+    sizes = [sum(held[name] for name in names) for names in chunks_of(held, most)]
+    here = all(asked.get(part) == "host" for part in MOVED)  # nothing of a chunk is copied
+    far = slots * (asked.get("optimizer") == "disk")
+    far += sum(1 for part in MOVED if asked.get(part) == "disk")
+    return (0 if here else 2 * max(sizes, default=0)) + far * sum(sorted(sizes)[-3:])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from meshwright.program.context import split_sequences
 from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
+from meshwright.program.offload import MOVED, offloaded, viewed_again
 from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
@@ -101,6 +104,7 @@ class Build:
         stages: of a pipeline, a traced micro-batch and the stages of its ops; None without one.
         chosen: what is saved for the backward, where the plan has a budget.
         traces: of an optimizer that is not elementwise, where its state is sharded.
+        offload: the folder of what is offloaded to disk.
     """
 
     job: Job
@@ -115,6 +119,7 @@ class Build:
     stages: Staged | None = None
     chosen: Chosen | None = None
     traces: Traces | None = None
+    offload: Path = field(default_factory=lambda: Path(gettempdir()) / "meshwright-offload")
     units: dict[tuple[Hashable, ...], Unit] = field(default_factory=dict)
     lists: dict[tuple[Hashable, ...], Lowered] = field(default_factory=dict)
     micros: dict[tuple[Hashable, ...], StageMicro] = field(default_factory=dict)
@@ -222,7 +227,7 @@ class Build:
         precision = self.precision
         stage = self.mesh.stages[0]
         splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
-        split = *splits, *self._shared_sequences()
+        split = *splits, *self._shared_sequences(), self._fetches
         key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
@@ -236,6 +241,11 @@ class Build:
             )
             self.units[key] = self._split(unit)
         return self.units[key]
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether weights come whole from another tier; under ZeRO-3 they are gathered anyway."""
+        return "params" in self.plan.offloads and self.plan.zero < 3
 
     def _shared_sequences(self) -> tuple[Hashable, ...]:
         """What programs whose sequences are split depend on."""
@@ -253,6 +263,8 @@ class Build:
             program, attention = formed(program, parts, tensor, self.plan.attention)
         if stage.axis_size("expert") > 1:
             program = dispatched(program)
+        if self._fetches:
+            program = viewed_again(program)
         return replace(unit, program=program, attention=attention)
 
     def lowered(
@@ -281,6 +293,7 @@ class Build:
                 if self.stages is None
                 else self._staged(rank, programs, training=how.get("training", True))
             )
+            compiled = self._offloaded(compiled)
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = self.lower(rank, compiled.instructions.segments)
             constants = {name: t for unit in units for name, t in unit.constants.items()}
@@ -288,6 +301,15 @@ class Build:
             totals = tuple(dict.fromkeys(name for name in found if name.startswith("total/")))
             self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
+
+    def _offloaded(self, compiled: Compiled) -> Compiled:
+        """The list with loads and stashes of what the plan offloads."""
+        tiers = {part: tier for part, tier in self.plan.offloads.items() if part in MOVED}
+        if not tiers or self.plan.asynchronous:
+            return compiled
+        weights = [f"model/{name}" for name in self.model.parameters]
+        lists = offloaded(compiled.instructions, weights, tiers)
+        return replace(compiled, instructions=lists)
 
     def kept(self, program: Program) -> frozenset[int] | None:
         """The forward values of a micro-batch, as it is placed, that the backward may read."""

@@ -26,7 +26,7 @@ from meshwright.program.fallback import fallbacks
 from meshwright.program.fold import folded, pattern_of
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
-from meshwright.run.bill import bills
+from meshwright.run.bill import away, bills
 from meshwright.run.build import Build, Micro, values_of
 from meshwright.run.eager import EagerWorker
 from meshwright.run.foreseen import describe_optimizer, update_rows
@@ -135,6 +135,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     rank = 0 if piped is None else most_moved(build, piped)
     compiled, axes = build.lowered(rank, micros).compiled, build.lines(rank)
     rows = (*collectives(compiled, axes), *update_rows(build, rank))
+    moves = build.plan.offload != "none"
     return {
         **_setting(build),
         **({} if piped is None else {"pipeline": piped}),
@@ -147,7 +148,8 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         "attention": _near(_attention(build, micros)),
         "block": _near(block(compiled, axes).as_json()),
         "memory": [
-            {"rank": rank, "parts": parts} for rank, parts in enumerate(bills(build, micros))
+            {"rank": rank, "parts": parts, **({"away": away(build, rank)} if moves else {})}
+            for rank, parts in enumerate(bills(build, micros))
         ],
     }
 

@@ -30,6 +30,7 @@ __all__ = [
     "Place",
     "Sharing",
     "Step",
+    "Store",
     "Timing",
     "execute",
     "follow",
@@ -64,7 +65,7 @@ class Timing:
         timing = cls()
         for instruction, (began, ended) in zip(body, pairwise(stamps), strict=True):
             match instruction.kind:
-                case "Load":
+                case "Load" if not instruction.offloads:
                     timing.data += ended - began
                 case "Run":
                     timing.compute += ended - began
@@ -108,6 +109,19 @@ class Step(Protocol):
         """Make what was held aside the state; the step's result."""
 
 
+class Store(Protocol):
+    """What rests outside the device's memory, by the names of values."""
+
+    def load(self, name: str) -> Callable[[], Tensor]:
+        """Begin to copy a value here; the function waits for it."""
+
+    def stash(self, name: str, tensor: Tensor) -> Tensor:
+        """Begin to copy a value there; what it is from now on."""
+
+    def settle(self) -> None:
+        """Wait until all that was stashed is there."""
+
+
 @runtime_checkable
 class Sharing(Protocol):
     """A step whose ranks agree in parts."""
@@ -127,6 +141,7 @@ def execute(
     values: Environment,
     place: Place,
     dtype: torch.dtype | None = None,
+    store: Store | None = None,
 ) -> Generator[Any, Any, None]:
     """Interpret `program`: one step per `Step` sent in, until None is sent.
 
@@ -136,8 +151,9 @@ def execute(
         values: the rank's state by name; steps read and change it.
         place: the rank's.
         dtype: of all floating tensors, where it is not the program's.
+        store: of what the program loads from and stashes in other tiers.
     """
-    machine = Machine(functions, values, place, dtype=dtype)
+    machine = Machine(functions, values, place, dtype=dtype, store=store)
     machine.learn(program.calls, program.messages)
     step: Step | None = yield Committed()
     while step is not None:
@@ -201,6 +217,7 @@ class Machine:
         values: by name.
         place: the rank's.
         dtype: of all floating tensors, where it is not the program's.
+        store: of what is offloaded.
     """
 
     functions: Sequence[Callable[..., Sequence[Tensor]]]
@@ -210,6 +227,8 @@ class Machine:
     parcels: list[_Parcel] = field(default_factory=list)
     pending: dict[str, Handle] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    store: Store | None = None
+    coming: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def learn(self, calls: Sequence[tuple[Op, ...]], messages: Sequence[Message]) -> None:
         """Take in the calls and messages that are new at the ends of their tables."""
@@ -231,6 +250,11 @@ class Machine:
 
 
 def _load(machine: Machine, instruction: Instruction, step: Step) -> None:
+    if instruction.offloads:
+        assert machine.store is not None
+        for name, pending in zip(instruction.inputs, instruction.outputs, strict=True):
+            machine.coming[pending] = machine.store.load(name)
+        return
     assert instruction.microbatch is not None
     operands = step.load(instruction.microbatch)
     for name in instruction.outputs:
@@ -254,10 +278,16 @@ def _free(machine: Machine, instruction: Instruction, _: Step | None) -> None:
 
 def _stash(machine: Machine, instruction: Instruction, _: Step) -> None:
     kept = [machine.values[name] for name in instruction.inputs]
+    if instruction.offloads:
+        assert machine.store is not None
+        named = zip(instruction.outputs, kept, strict=True)
+        kept = [machine.store.stash(name, tensor) for name, tensor in named]
     machine.values.update(zip(instruction.outputs, kept, strict=True))
 
 
 def _finish(machine: Machine, _: Instruction, step: Step) -> None:
+    if machine.store is not None:
+        machine.store.settle()
     step.finish(machine.values)
 
 
@@ -290,6 +320,10 @@ def _recv(machine: Machine, instruction: Instruction, _: Step) -> Generator[Any,
 
 
 def _wait(machine: Machine, instruction: Instruction, _: Step | None) -> Generator[Any, Any, None]:
+    if instruction.offloads:
+        for pending, name in zip(instruction.inputs, instruction.outputs, strict=True):
+            machine.values[name] = machine.coming.pop(pending)()
+        return
     tensors = yield Wait(machine.pending.pop(instruction.inputs[0]))
     if instruction.peer is not None:
         machine.values.update(zip(instruction.outputs, tensors, strict=True))

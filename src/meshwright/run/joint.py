@@ -8,7 +8,8 @@ the rank keeps its part of what comes out. Either way the numbers are those of o
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,14 +138,26 @@ class Joint:
         for name in self.parameters:
             self.optimizer.state.pop(self.shards[name], None)
 
-    def run(self, gradients: Mapping[str, Tensor]) -> Generator[Any, Any, Set[str]]:
-        """Step what is stepped jointly; the names of the other gradients; an exchange."""
-        steps = (
-            (self.parameters[name].bytes, self._step(name, gradients[name], group))
-            for name, group in self._in_order()
-            if name in gradients
-        )
-        yield from beside(steps, _BESIDE)
+    def run(
+        self,
+        gradients: Mapping[str, Tensor],
+        holding: Callable[[str], AbstractContextManager[object]] | None = None,
+    ) -> Generator[Any, Any, Set[str]]:
+        """Step what is stepped jointly; the names of the other gradients; an exchange.
+
+        `holding(name)` has the state of a parameter at hand while it is stepped: one at a time.
+        """
+        named = ((name, group) for name, group in self._in_order() if name in gradients)
+        if holding is None:
+            steps = (
+                (self.parameters[name].bytes, self._step(name, gradients[name], group))
+                for name, group in named
+            )
+            yield from beside(steps, _BESIDE)
+        else:
+            for name, group in named:
+                with holding(name):
+                    yield from self._step(name, gradients[name], group)
         return gradients.keys() - self.parameters.keys()
 
     def layout(self, name: str, slot: str, local: Tensor) -> tuple[tuple[int, ...], Layout] | None:

@@ -64,6 +64,8 @@ class _Teller:
                 told = self._start(instruction)
             case "Send" | "Recv":
                 told = self._message(instruction)
+            case "Load" | "Wait" | "Stash" if instruction.offloads:
+                told = self._moved(instruction)
             case "Wait" if instruction.peer is not None:
                 told = self._arrived(instruction)
             case "Wait":
@@ -79,6 +81,17 @@ class _Teller:
                 told = {"name": _NAMES.get(kind, kind)}
         micro = {} if instruction.microbatch is None else {"microbatch": instruction.microbatch}
         return {"kind": instruction.kind, **told, **micro}
+
+    def _moved(self, instruction: Instruction) -> dict[str, Any]:
+        """What goes to another tier, or comes from it."""
+        for read, made in zip(instruction.inputs, instruction.outputs, strict=True):
+            self.sizes[made] = self.sizes.get(read, 0)
+        names = [name for name in instruction.inputs if name in self.weights]
+        self.weights |= {f"here/{name}": name for name in names}
+        size = sum(self.sizes[name] for name in instruction.outputs)
+        words = {"Load": "load from", "Stash": "stash in"}
+        act = words.get(instruction.kind, "wait for")
+        return {"name": f"{act} {instruction.axis}", "bytes": size}
 
     def _alias(self, instruction: Instruction) -> None:
         for read, made in zip(instruction.inputs, instruction.outputs, strict=True):

@@ -23,7 +23,7 @@ from meshwright.program.layout import (
 )
 from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
-from meshwright.run.header import dtype_of
+from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.kept import KEPT, may_cast, read_cast
 from meshwright.run.match import compare as match
 from meshwright.run.meta import check_meta
@@ -62,6 +62,10 @@ def _pieces(
 def pieces_of(worker: Worker) -> list[Piece]:
     """Everything this rank holds, by global name."""
     build = worker.build
+    if worker.state.kept is not None:
+        worker.state.kept.settle()
+    if worker.state.store is not None:
+        worker.state.store.require_whole()
     found: list[Piece] = []
     for name, tensor in worker.state.values.items():
         kind, _, bare = name.partition("/")
@@ -257,6 +261,8 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
                 read_cast(checkpoint, box(tensor, here), name, tuple(start for start, _ in there))
         elif kind == "buffer":
             checkpoint.read_into(tensor, name, (0,) * tensor.dim())
+    if worker.state.store is not None:
+        worker.state.store.refresh(values.keys())
     _read_optimizer(worker, checkpoint)
 
 
@@ -312,6 +318,7 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
         else:
             tensor = checkpoint.read(name)
         state.optimizer.state[state.shards[bare]][slot] = tensor.to(dtype_of(kind))
+        state.rest(bare)
     for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=True):
         group.update({key: from_plain(value) for key, value in kept["settings"].items()})
 

@@ -26,6 +26,7 @@ from meshwright.run.budget import choose
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
 from meshwright.run.joint import Traces
+from meshwright.run.offload.probe import steps_apart
 from meshwright.run.optimizer import Recipe, draws, is_elementwise, recipe, unsplittable
 from meshwright.run.staged import staged
 
@@ -77,9 +78,27 @@ def prepare(
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
     split = any(build.states[name].optimizer.placements for name in moved)
     build.traces = _traces(build, split=split)
+    _require_movable(build)
     if (budget := budget_of(plan)) is not None:
         build.chosen = choose(build, first_micros(build, data), budget)
     return build
+
+
+def _require_movable(build: Build) -> None:
+    """What is offloaded can be stepped on the host, and from a disk in chunks of parameters."""
+    plan, kind = build.plan, build.recipe.kind.__name__
+    asked = f"plan asks for offload={plan.offload}"
+    if plan.offloads and build.precision.stored:
+        raise PlanError(
+            f"{asked}, but what is kept in bf16 is rounded at random where it lies; use "
+            "precision=bf16, or drop offload"
+        )
+    if plan.offloads.get("optimizer") == "disk" and not steps_apart(build.recipe):
+        raise PlanError(
+            f"{asked}, but {kind} steps parameters together, so that its state cannot pass through "
+            "memory in parts; use offload=optimizer:host, or an optimizer that steps each "
+            "parameter by itself, such as AdamW"
+        )
 
 
 def _work_layouts(build: Build, data: Any) -> dict[str, Layout]:

@@ -298,14 +298,14 @@ class Session:
         return model
 
     def close(self) -> None:
-        """End data workers."""
-        self.worker.reading.close()
+        """End data workers; what was offloaded goes."""
+        self.worker.close()
         for source in (self.worker.source, self.evaluation):
             if source is not None:
                 source.close()
 
 
-def open_session(
+def open_session(  # noqa: PLR0913 - what is asked of a run, one word each
     job: Job,
     plan: Plan,
     comm: Comm,
@@ -315,6 +315,7 @@ def open_session(
     data: Any = None,
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    offload: Path | None = None,
 ) -> Session:
     """Prepare this rank: model, state, data; nothing has run yet.
 
@@ -327,6 +328,7 @@ def open_session(
         data: what `job.data()` returned, where it was called already.
         dtype: floating tensors' dtype instead of their own.
         compiled: run segments compiled by inductor.
+        offload: the folder of what the plan offloads to disk; a temporary one by default.
     """
     if compiled:
         if eager:
@@ -341,11 +343,13 @@ def open_session(
             f"--eager runs the user's code as it is, which {split[0]}={plan.sizes[split[0]]} would "
             "have to split; use data parallelism alone, or leave --eager out"
         )
-    if eager and plan.remat != "none":
-        raise UsageError(
-            f"--eager runs the user's code as it is, but remat={plan.remat} computes parts of it "
-            "again; leave one of them out"
-        )
+    moved = {"remat": "computes parts of it again", "offload": "moves its state"}
+    for key, does in moved.items() if eager else ():
+        if plan.value(key) != "none":
+            raise UsageError(
+                f"--eager runs the user's code as it is, but {key}={plan.value(key)} {does}; leave "
+                "one of them out"
+            )
     if nonfinite not in ("raise", "skip", "ignore"):
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
     if nonfinite == "skip" and plan.asynchronous:
@@ -355,6 +359,7 @@ def open_session(
         )
     build = prepare(job, plan, comm.world.size, dtype, data)
     build.compiled = compiled
+    build.offload = offload or build.offload
     require_host(build, comm.world.local_size)
     told = pipeline_notes(build.plan, job.batch_size)
     notes = [*build.model.notes, *notes_on(plan.precision), *told]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
 from meshwright.run.joint import Joint
+from meshwright.run.offload.kept import Kept
+from meshwright.run.offload.store import Store
 from meshwright.run.part import box
 from meshwright.run.scaling import Scaling, nonfinite, require_found
 from meshwright.run.stochastic import Rounding
@@ -72,6 +74,8 @@ class RankState:
         joint: steps parameters of which other ranks hold what their update needs.
         inplace: parameters whose whole tensor is refreshed from gathered shards.
         partly: of those counted that are fused, the boxes of their shards that are.
+        kept: steps the optimizer on the host, where anything of it is offloaded.
+        store: weights and gradients that are.
         scaling: of the loss; None where nothing computes in fp16.
         rounding: of what is kept in bf16; None where nothing is.
     """
@@ -86,11 +90,18 @@ class RankState:
     partly: Mapping[str, tuple[Bounds, ...]] = field(default_factory=dict)
     scaling: Scaling | None = None
     rounding: Rounding | None = None
+    kept: Kept | None = None
+    store: Store | None = None
 
     def rescale(self, scaling: Scaling) -> None:
         """Take a loss scale for the next step."""
         self.values["scale"] = scaling.operand(self.values["scale"])
         self.scaling = scaling
+
+    def rest(self, name: str) -> None:
+        """The optimizer was given state of a parameter: it goes where it rests."""
+        if self.kept is not None:
+            self.kept.rest((name,))
 
     def lies(
         self, name: str, slot: str, tensor: Tensor, like: tuple[tuple[int, ...], Layout]
@@ -192,12 +203,22 @@ class StepWork:
         for name in self.state.trained:
             if name not in self.state.counted or f"reduced/{name}" not in values:
                 continue
-            gradient, boxes = values[f"reduced/{name}"], self.state.partly.get(name)
-            mine += [gradient] if boxes is None else [box(gradient, bounds) for bounds in boxes]
-        short = [gradient.float() for gradient in mine if gradient.dtype in _SHORT]
-        wide = [gradient for gradient in mine if gradient.dtype not in _SHORT]
-        norms = [nn.utils.get_total_norm(found).to(torch.float64) for found in (wide, short)]
-        return torch.stack(norms).square().sum()
+            gradient, boxes = self._read(values, name), self.state.partly.get(name)
+            found = [gradient] if boxes is None else [box(gradient, bounds) for bounds in boxes]
+            # One at a time of those that come from a disk.
+            mine += [_norm(found)] if self._far else found
+        return _norm(mine).square()
+
+    @property
+    def _far(self) -> bool:
+        """Whether gradients rest on disk."""
+        return self.state.kept is not None and "gradients" in self.state.kept.far
+
+    def _read(self, values: Mapping[str, Tensor], name: str) -> Tensor:
+        """A reduced gradient."""
+        if self._far and self.state.store is not None:
+            return self.state.store.load(f"reduced/{name}")()
+        return values[f"reduced/{name}"]
 
     def agree(self) -> Generator[Any, Any, None]:
         """Reduce the sums over the ranks, and decide: go on, skip, or raise."""
@@ -245,9 +266,10 @@ class StepWork:
         if self.norm is not None and self.policy.clip_norm is not None:
             coefficient = self.policy.clip_norm / (self.norm + 1e-6)
             factor *= min(coefficient, 1.0)  # as torch does, NaN stays NaN
-        gradients = self.gradients(values)
-        rounding = self.state.rounding
-        later = frozenset() if rounding is None else rounding.numbers.keys()
+        jointly = self.state.joint.parameters.keys() if self._far else ()
+        read = {n: self._read(values, n) for n in jointly if f"reduced/{n}" in values}
+        gradients = {**self.gradients(values), **read}
+        later = self._late(gradients)
         now = [gradient for name, gradient in gradients.items() if name not in later]
         if factor != 1.0 and now:  # a stage of a pipeline may have none
             torch._foreach_mul_(now, factor)
@@ -269,7 +291,7 @@ class StepWork:
     ) -> Generator[Any, Any, None]:
         """Step the optimizer with these; an exchange where it needs what lies on other ranks.
 
-        Those of what is kept in bf16 are yet to be times `factor`.
+        Those of what is kept in bf16, or rests on disk, are yet to be times `factor`.
         """
         rounding, optimizer, shards = self.state.rounding, self.state.optimizer, self.state.shards
         self._note(gradients, factor)
@@ -278,8 +300,13 @@ class StepWork:
         if rounding is not None:
             rounding.step(optimizer, shards, gradients, factor, self.step)
             return
-        rest = yield from self.state.joint.run(gradients)
+        kept = self.state.kept
+        holding = () if kept is None else (kept.holding,)
+        rest = yield from self.state.joint.run(gradients, *holding)
         rest &= shards.keys()
+        if kept is not None:
+            kept.step({name: gradients[name] for name in shards if name in rest}, factor)
+            return
         for name in rest:
             shards[name].grad = gradients[name]
         before = {name: shards[name].data for name in rest}
@@ -295,19 +322,28 @@ class StepWork:
         """Keep what is applied, where somebody asked for it."""
         if self.keep_gradients is None:
             return
-        later = frozenset() if self.state.rounding is None else self.state.rounding.numbers.keys()
+        later = self._late(gradients)
         self.keep_gradients.clear()
         for name, gradient in gradients.items() if not self.overflowed else ():
-            kept = gradient.float().mul_(factor) if name in later else gradient.clone()
+            kept = _wide(gradient) * factor if name in later else gradient.clone()
             self.keep_gradients[name] = kept
+
+    def _late(self, names: Iterable[str]) -> Set[str]:
+        """Which gradients are multiplied by the step's factor only where they are applied."""
+        if self._far:
+            return set(names) - self.state.joint.parameters.keys()
+        rounding = self.state.rounding
+        return frozenset() if rounding is None else rounding.numbers.keys()
 
     def commit(self, values: dict[str, Tensor]) -> Metrics:
         """Gathered weights and new buffers become the state."""
         watched: dict[str, Tensor] = {}
+        written: list[str] = []
         for name in [n for n in values if n.startswith(("gathered/", "next/", "watch/"))]:
             kind, _, bare = name.partition("/")
             tensor = values.pop(name)
             if kind == "gathered":
+                written.append(f"model/{bare}")
                 whole = values[f"model/{bare}"]
                 if whole.data_ptr() != tensor.data_ptr():  # else it was gathered in place
                     whole.copy_(tensor)
@@ -315,6 +351,8 @@ class StepWork:
                 watched[bare] = tensor
             elif not self.skipped:
                 values[f"buffer/{bare}"] = tensor
+        if self.state.store is not None:
+            self.state.store.refresh(written)
         for name in [n for n in values if n.startswith(("total/", "shard/"))]:
             del values[name]
         if self.state.scheduler is not None and not self.skipped:
@@ -334,6 +372,19 @@ class StepWork:
         scale = None if self.state.scaling is None else self.state.scaling.scale
         told = (self.norm, self.skipped, watched, flags, scale, self.overflowed)
         return Metrics(self.step, loss, metrics, *told)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all these together, in float64; of short ones it is taken in float32."""
+    short = [tensor.float() for tensor in tensors if tensor.dtype in _SHORT]
+    wide = [tensor for tensor in tensors if tensor.dtype not in _SHORT]
+    norms = [nn.utils.get_total_norm(found).to(torch.float64) for found in (wide, short)]
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """A short gradient in float32."""
+    return gradient.float() if gradient.dtype in _SHORT else gradient
 
 
 def summed(values: Mapping[str, Tensor], expected: Sequence[str]) -> dict[str, Tensor]:

@@ -56,6 +56,8 @@ def _of_stage(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
     if name in build.model.buffers:
         return worker.state.values[f"buffer/{name}"]
     tensor, layout = worker.state.values[f"model/{name}"], build.states[name].weights
+    if worker.state.store is not None:
+        worker.state.store.require_whole((f"model/{name}",))
     if not layout.placements:
         return tensor
     shape = tuple(build.model.parameters[name].shape)

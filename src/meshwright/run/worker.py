@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from meshwright.comm.base import Group, all_reduce
@@ -16,14 +16,6 @@ from meshwright.compile.draw import position_operand
 from meshwright.compile.example import example_of
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import UserCodeError
-from meshwright.program.layout import (
-    REPLICATED,
-    Bounds,
-    Layout,
-    counted,
-    local_shape,
-    pieces,
-)
 from meshwright.program.program import Program
 from meshwright.run.agreement import same_programs
 from meshwright.run.ahead import ReadAhead
@@ -31,124 +23,16 @@ from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
 from meshwright.run.data import Source
 from meshwright.run.executor import Committed, Step, execute
-from meshwright.run.joint import Joint
-from meshwright.run.optimizer import build as build_optimizer
-from meshwright.run.optimizer import is_separable, scheduled
-from meshwright.run.part import box, finer
-from meshwright.run.scaling import scaling_of
-from meshwright.run.step import Metrics, Policy, RankState, StepWork
-from meshwright.run.stochastic import Boxes, Rounding
+from meshwright.run.initial import Make, initial_state, rounding_of
+from meshwright.run.step import Metrics, Policy, StepWork
 
 __all__ = ["Fetched", "Make", "Worker", "advance", "initial_state", "rounding_of"]
-
-Make = Callable[[str, Tensor, Bounds], Tensor | None]
-"""(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
-
 
 _STATE = ("model/", "buffer/", "constant/", "scale")
 """What a rank holds between steps, by how its names begin."""
 
 
 _FAILED_AHEAD = "a rank cannot load the next batch"
-
-
-def initial_state(build: Build, rank: int, make: Make | None = None) -> RankState:
-    """Make this rank's tensors one at a time: its shards, and never more than one whole tensor.
-
-    Args:
-        build: of the job and plan.
-        rank: whose state.
-        make: reads what is given (weights on disk); the rest is initialised.
-    """
-    model, dtype = build.model, build.dtype
-    axes, coordinates = build.axes, build.place(rank).coordinates
-
-    def part(name: str, fake: Tensor, layout: Layout = REPLICATED) -> Tensor:
-        shape = tuple(fake.shape)
-        local = local_shape(shape, layout, axes, coordinates)
-        made = torch.empty(local, dtype=in_dtype(fake.dtype, dtype))
-        whole: Tensor | None = None
-        for there, here in pieces(shape, layout, axes, coordinates):
-            found = make(name, fake, there) if make is not None else None
-            if found is None:
-                whole = model.make(fake) if whole is None else whole
-                found = box(whole, there)
-            box(made, here).copy_(found)
-        return made
-
-    values: dict[str, Tensor] = {}
-    for name, fake in model.parameters.items():
-        if build.holds(rank, f"model/{name}"):
-            values[f"model/{name}"] = part(f"model/{name}", fake, build.states[name].weights)
-    for kind, tensors in (("buffer", model.buffers), ("constant", model.constants)):
-        for name, fake in tensors.items():
-            if build.holds(rank, f"{kind}/{name}"):
-                values[f"{kind}/{name}"] = part(f"{kind}/{name}", fake)
-    values["scale"] = torch.tensor(1.0 / build.job.batch_size, dtype=dtype or torch.float32)
-    state = _with_optimizer(build, rank, values)
-    if build.precision.scales:
-        state.rescale(scaling_of(build.job.loss_scale, build.job.batch_size))
-    return state
-
-
-def _with_optimizer(build: Build, rank: int, values: dict[str, Tensor]) -> RankState:
-    axes, coordinates = build.axes, build.place(rank).coordinates
-    shards: dict[str, nn.Parameter] = {}
-    counts: dict[str, tuple[Bounds, ...]] = {}
-    recipe = build.recipe.of(name for name in build.recipe.names if f"model/{name}" in values)
-    for name in recipe.names:
-        fake, states = build.model.parameters[name], build.states[name]
-        part = values[f"model/{name}"]
-        if states.optimizer != states.weights:
-            shape = tuple(fake.shape)
-            part = finer(part, shape, states.weights, states.optimizer, axes, coordinates)
-        shards[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
-    for name, fake in build.model.parameters.items():
-        if fake.requires_grad and f"model/{name}" in values:
-            layout = build.states[name].optimizer
-            mine = build.counts(rank, f"model/{name}")
-            boxes = counted(tuple(fake.shape), layout, axes, coordinates) if mine else ()
-            counts[name] = boxes
-    trained = tuple(counts)
-    optimizer = build_optimizer(recipe, shards)
-    scheduler = None if build.job.schedule is None else scheduled(optimizer, build.job.schedule)
-    seen = frozenset(name for name, boxes in counts.items() if boxes)
-    partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
-    joint = _joint(build, rank, shards, optimizer)
-    rounding = rounding_of(build, coordinates)
-    told = scheduler, partly, None, rounding
-    return RankState(values, shards, optimizer, seen, trained, joint, *told)
-
-
-def _joint(
-    build: Build,
-    rank: int,
-    shards: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> Joint:
-    """What steps the parameters of which other ranks hold a part that this one's update needs."""
-    traces, values = build.traces, build.values()
-    split = () if traces is None else (n for n in shards if build.states[n].optimizer.placements)
-    parameters = {name: values[name] for name in split}
-    place = build.place(rank)
-    return Joint(traces, build.axes, place, parameters, build.states, shards, optimizer)
-
-
-def rounding_of(build: Build, coordinates: Mapping[str, int] | None = None) -> Rounding | None:
-    """How what a rank keeps in bf16 is stepped; of whole tensors without `coordinates`."""
-    numbers = {
-        name: number
-        for number, name in enumerate(build.model.parameters)
-        if name in build.precision.stored
-    }
-    if not numbers or build.dtype is not None:
-        return None
-    shapes = {name: tuple(build.model.parameters[name].shape) for name in numbers}
-    boxes: dict[str, Boxes] = {}
-    for name, shape in shapes.items() if coordinates is not None else ():
-        assert coordinates is not None
-        boxes[name] = tuple(pieces(shape, build.states[name].optimizer, build.axes, coordinates))
-    return Rounding(build.job.seed, numbers, shapes, boxes, not is_separable(build.recipe))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +76,13 @@ class Worker:
         self.until: int | None = None  # the last step but one that is to be run, where it is known
         self.read = False  # something of the source, since it was opened
         self.unread: int | None = None  # the last step, where the user pushed its batch instead
+
+    def close(self) -> None:
+        """End what runs beside the steps, and remove what was offloaded."""
+        self.reading.close()
+        for tier in (self.state.kept, self.state.store):
+            if tier is not None:
+                tier.close()
 
     def overlap_reading(self) -> None:
         """Read batches while steps compute; only where one rank alone uses this process."""
@@ -318,6 +209,7 @@ class Worker:
                 self.state.values,
                 self.place,
                 self.build.dtype,
+                self.state.store,
             )
             next(started)
             self.running[key] = started

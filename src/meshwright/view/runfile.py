@@ -50,10 +50,15 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """What a rank's memory goes to: (part, bytes), largest kinds first as written."""
+    """What a rank's memory goes to: (part, bytes), largest kinds first as written.
+
+    Attributes:
+        away: (tier, bytes) of what it keeps elsewhere.
+    """
 
     rank: int
     parts: tuple[tuple[str, int], ...]
+    away: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -167,4 +172,5 @@ def _parameter(entry: Mapping[str, Any]) -> Parameter:
 
 def _memory(entry: Mapping[str, Any]) -> RankMemory:
     parts = tuple((name, int(size)) for name, size in numbers(entry.get("parts")))
-    return RankMemory(integer(entry.get("rank")), parts)
+    away = tuple((name, integer(size)) for name, size in mapping(entry.get("away")).items())
+    return RankMemory(integer(entry.get("rank")), parts, away)

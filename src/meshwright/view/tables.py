@@ -107,6 +107,9 @@ def _short(layout: str) -> str:
     return ", ".join(f"{kind} over {axis}" for kind, _, axis in found) if found else layout
 
 
+_AWAY = {"host": "beside it in host memory", "disk": "on disk"}
+
+
 def _memory(setup: Setup) -> Table:
     names = list(dict.fromkeys(name for entry in setup.memory for name, _ in entry.parts))
     bills = equal_bills(setup.memory)
@@ -116,6 +119,9 @@ def _memory(setup: Setup) -> Table:
         table.add_row(Text(name), *map(bytes_text, sizes))
     totals = (bytes_text(entry.total) for _, entry in bills[:_MOST_BILLS])
     table.add_row("in all", *totals, style="bold")
+    for tier in dict.fromkeys(tier for entry in setup.memory for tier, size in entry.away if size):
+        kept = (bytes_text(dict(entry.away).get(tier, 0)) for _, entry in bills[:_MOST_BILLS])
+        table.add_row(_AWAY.get(tier, tier), *kept)
     if len(bills) > _MOST_BILLS:
         table.caption = f"and {len(bills) - _MOST_BILLS} more bills, which are smaller"
     return table

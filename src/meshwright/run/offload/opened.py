@@ -1,0 +1,66 @@
+"""The tiers of a rank, as its plan asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from meshwright.plan.offload import Part
+from meshwright.run.build import Build
+from meshwright.run.offload.disk import Disk
+from meshwright.run.offload.host import Host
+from meshwright.run.offload.kept import CHUNK, Kept
+from meshwright.run.offload.probe import fuses, steps_apart
+from meshwright.run.offload.store import Store
+from meshwright.run.offload.tier import Tier
+
+__all__ = ["kept_of", "store_of", "tier_of"]
+
+_KINDS: Mapping[Part, tuple[str, ...]] = {
+    "params": ("model",),
+    "gradients": ("gradient", "reduced"),
+}
+"""How the names of a part's values begin."""
+
+
+def tier_of(build: Build, rank: int, kind: str) -> Tier:
+    """A tier of one rank: `host`, or `disk`."""
+    return Host() if kind == "host" else Disk(build.offload, rank)
+
+
+def store_of(build: Build, rank: int) -> Store | None:
+    """Where the plan has weights and gradients of a rank rest; None: in the device's memory."""
+    asked = build.plan.offloads
+    tiers: dict[str, Tier] = {}
+    for part, kinds in _KINDS.items():
+        if part in asked:
+            tiers |= dict.fromkeys(kinds, tier_of(build, rank, asked[part]))
+    return Store(tiers) if tiers else None
+
+
+def kept_of(
+    build: Build,
+    rank: int,
+    shards: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    store: Store | None,
+) -> Kept | None:
+    """How a rank's optimizer steps on the host, where anything of it rests there; None: nothing."""
+    asked = build.plan.offloads
+    if not asked.keys() & {"optimizer", "gradients", "params"}:
+        return None
+    kind = asked.get("optimizer")
+    dtype = next((shard.dtype for shard in shards.values()), torch.float32)
+    return Kept(
+        None if kind is None else tier_of(build, rank, kind),
+        shards,
+        optimizer,
+        stays=kind != "disk",
+        fused=dtype.is_floating_point and fuses(build.recipe, dtype),
+        chunk=CHUNK if steps_apart(build.recipe) else None,
+        here=frozenset(part for part in _KINDS if asked.get(part) == "host"),
+        store=store,
+        far=frozenset(part for part in _KINDS if asked.get(part) == "disk"),
+    )
