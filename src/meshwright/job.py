@@ -66,7 +66,7 @@ class Job:
         batch_size: samples per step, over all ranks.
         schedule: `schedule(optimizer)` returns a learning-rate scheduler, stepped once a step.
         evaluation: like `data`, for the held-out set.
-        weights: a file or folder of safetensors to start from.
+        weights: what to start from: a file or folder of safetensors, a run or a checkpoint.
         collate: makes a batch of a list of samples; torch's default when absent.
         clip_norm: the largest global L2 norm that gradients keep.
         loss_scale: how the loss is scaled where a plan computes in fp16; the usual when absent.

@@ -21,14 +21,16 @@ class Command:
 
 
 def commands(text):
-    """The `mw` commands of a document's console blocks, each with what it prints."""
+    """The `mw` commands of each of a document's console blocks, each with what it prints."""
     for language, body in _FENCE.findall(text):
         if language == "console":
+            block = []
             for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
                 command, *lines = part.splitlines()
                 program, *words = shlex.split(command)
                 assert program == "mw", command
-                yield Command(tuple(words), tuple(lines))
+                block.append(Command(tuple(words), tuple(lines)))
+            yield tuple(block)
 
 
 def files(text):

@@ -10,24 +10,26 @@ from tests.laws.console import commands, files, missing, run
 from tests.laws.source import ROOT
 
 CASES = [
-    pytest.param(path, command, id=f"{path.name}-{number}")
+    pytest.param(path, block, id=f"{path.name}-{number}")
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-    for number, command in enumerate(commands(path.read_text(encoding="utf-8")))
+    for number, block in enumerate(commands(path.read_text(encoding="utf-8")))
 ]
 
 PRINTED = {}
 
 
-@pytest.mark.parametrize(("path", "command"), CASES)
-def test_commands_print_what_the_document_says(path, command, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("path", "block"), CASES)
+def test_commands_print_what_the_document_says(path, block, tmp_path, monkeypatch, capfd):
+    """The commands of one block are run one after another in one folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for name, source in files(path.read_text(encoding="utf-8")):
         (tmp_path / name).write_text(source, encoding="utf-8")
-    if command.words not in PRINTED:  # a command that stands in several places is run once
-        PRINTED[command.words] = run(command.words, capfd)
-    printed = PRINTED[command.words]
-    assert missing(command.lines, printed) is None, "\n".join(printed)
+    words = tuple(command.words for command in block)
+    if words not in PRINTED:  # what stands in several places is run once
+        PRINTED[words] = [run(each, capfd) for each in words]
+    for command, printed in zip(block, PRINTED[words], strict=True):
+        assert missing(command.lines, printed) is None, "\n".join(printed)
 
 
 def test_there_are_commands():

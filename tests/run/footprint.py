@@ -20,7 +20,7 @@ from torch import nn
 from meshwright import Job
 from meshwright.cli import main as mw
 from meshwright.plan.plan import Plan
-from meshwright.run.persist import given_weights
+from meshwright.run.given import given_weights
 from meshwright.run.prepare import prepare
 from meshwright.run.worker import initial_state
 

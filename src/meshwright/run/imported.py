@@ -11,12 +11,14 @@ from torch import Tensor
 
 from meshwright.errors import StorageError
 from meshwright.run.checkpoint import Checkpoint, open_checkpoint
+from meshwright.run.manifest import Entry
 from meshwright.run.restore import MANIFEST
 from meshwright.run.retention import listed
 
 __all__ = [
     "checkpoint_in",
     "checkpoints_in",
+    "found_entries",
     "checkpoint_weights",
     "require_optimizer",
     "stored_names",
@@ -97,6 +99,28 @@ def stored_names(
             if name not in found and stored in entries:
                 found[name] = stored
     return found
+
+
+def found_entries(
+    checkpoint: Checkpoint, names: Mapping[str, str], tied: Mapping[str, str]
+) -> dict[str, Entry]:
+    """Weights and buffers by the names that the model has; the others by their own.
+
+    Args:
+        checkpoint: that holds them.
+        names: as of `stored_names`.
+        tied: other names of tensors, under which what was imported may hold them once more.
+    """
+    found = {name: checkpoint.entries[stored] for name, stored in names.items()}
+    used = set(names.values())
+    if "imported" in checkpoint.meta:
+        used |= {f"model/{other}" for other in tied}
+    others = {
+        name: entry
+        for name, entry in checkpoint.entries.items()
+        if name.startswith(("model/", "buffer/")) and name not in used
+    }
+    return found | others
 
 
 def require_optimizer(checkpoint: Checkpoint) -> None:

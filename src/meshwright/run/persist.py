@@ -15,7 +15,6 @@ from meshwright.comm.base import Group, gather_json
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.program.layout import (
     REPLICATED,
-    Bounds,
     Layout,
     local_shape,
     pieces,
@@ -24,19 +23,17 @@ from meshwright.program.layout import (
 from meshwright.program.program import Value
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.header import dtype_name, dtype_of
+from meshwright.run.imported import stored_names
 from meshwright.run.kept import KEPT, may_cast, read_cast
-from meshwright.run.match import compare as match
 from meshwright.run.meta import check_meta
 from meshwright.run.part import box
 from meshwright.run.plain import from_plain, to_plain
-from meshwright.run.same import require_same_job
+from meshwright.run.same import require_same_job, wanted
 from meshwright.run.saver import Saver
 from meshwright.run.scaling import restored, saved
-from meshwright.run.weights import read
-from meshwright.run.worker import Make, Worker
+from meshwright.run.worker import Worker
 
 __all__ = [
-    "given_weights",
     "go_on",
     "pieces_of",
     "read_state",
@@ -98,7 +95,8 @@ def meta_of(
     Raises:
         UserCodeError: `extra`, the schedule or the data's state hold what JSON cannot.
     """
-    state, job = worker.state, worker.build.job
+    state, job, model = worker.state, worker.build.job, worker.build.model
+    kept = _state_dict(worker)
     _require_json(extra)
     scheduler = None
     if state.scheduler is not None:
@@ -113,7 +111,14 @@ def meta_of(
         "scaling": saved(state.scaling),
         "data": _data_state(worker, step),
         "extra": dict(extra),
+        "tied": dict(model.tied),
+        "transient": [name for name in model.buffers if name not in kept],
     }
+
+
+def _state_dict(worker: Worker) -> frozenset[str]:
+    """Names in the model's state dict: a buffer may be kept out of it."""
+    return frozenset(worker.build.model.module.state_dict())
 
 
 def _data_state(worker: Worker, step: int) -> dict[str, Any] | None:
@@ -251,6 +256,7 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
         StorageError: a part that this rank needs is damaged; what was filled before stays so.
     """
     values = worker.state.values
+    names = stored_names(wanted(worker), checkpoint, worker.build.model.tied)
     axes, coordinates = worker.build.axes, worker.place.coordinates
     for name, tensor in values.items():
         kind, _, bare = name.partition("/")
@@ -258,9 +264,10 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
             fake = worker.build.model.parameters[bare]
             layout = worker.build.states[bare].weights
             for there, here in pieces(tuple(fake.shape), layout, axes, coordinates):
-                read_cast(checkpoint, box(tensor, here), name, tuple(start for start, _ in there))
-        elif kind == "buffer":
-            checkpoint.read_into(tensor, name, (0,) * tensor.dim())
+                start = tuple(start for start, _ in there)
+                read_cast(checkpoint, box(tensor, here), names[name], start)
+        elif kind == "buffer" and name in names:
+            checkpoint.read_into(tensor, names[name], (0,) * tensor.dim())
     if worker.state.store is not None:
         worker.state.store.refresh(values.keys())
     _read_optimizer(worker, checkpoint)
@@ -319,30 +326,6 @@ def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
             tensor = checkpoint.read(name)
         state.optimizer.state[state.shards[bare]][slot] = tensor.to(dtype_of(kind))
         state.rest(bare)
-    for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=True):
+    told = "imported" not in checkpoint.meta  # else the job's own settings stay
+    for group, kept in zip(state.optimizer.param_groups, saved["groups"], strict=told):
         group.update({key: from_plain(value) for key, value in kept["settings"].items()})
-
-
-def given_weights(worker_build: Any, path: str | Path) -> tuple[Make, list[str]]:
-    """How to read the job's `weights` for a rank, and what to tell the user.
-
-    Raises:
-        StorageError: names or shapes do not fit, all problems at once.
-    """
-    model = worker_build.model
-    weights = read(path)
-    shapes = {
-        name: tuple(t.shape) for name, t in (*model.parameters.items(), *model.buffers.items())
-    }
-    persistent = set(model.module.state_dict())
-    wanted = {n: s for n, s in shapes.items() if n in persistent or n in model.parameters}
-    found = match(weights.shapes(), wanted, model.tied, where=str(path))
-
-    def make(name: str, _: Tensor, bounds: Bounds) -> Tensor | None:
-        source = found.sources.get(name.partition("/")[2])
-        if source is None or name.startswith("constant/"):
-            return None
-        start, shape = tuple(s for s, _ in bounds), tuple(n for _, n in bounds)
-        return weights.slice(source, start, shape)
-
-    return make, list(found.notes)

@@ -8,11 +8,12 @@ from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name
+from meshwright.run.imported import found_entries, require_optimizer, stored_names
 from meshwright.run.kept import cast_from, may_cast
 from meshwright.run.restore import Checkpoint
 from meshwright.run.worker import Worker
 
-__all__ = ["require_same_job"]
+__all__ = ["require_same_job", "wanted"]
 
 
 def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
@@ -21,14 +22,18 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: says in what they differ.
     """
-    job = worker.build.job
-    wanted = _wanted(worker)
-    entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
+    job, tied, every = worker.build.job, worker.build.model.tied, wanted(worker)
+    names = stored_names(every, checkpoint, tied)
+    asked = {n: want for n, want in every.items() if n in names or _needed(n, checkpoint, worker)}
+    entries = found_entries(checkpoint, names, tied)
     if may_cast(worker, checkpoint):
-        wanted = cast_from(wanted, entries)
-    problems = compare(entries, wanted)
+        asked = cast_from(asked, entries)
+    problems = compare(entries, asked)
     if problems:
         raise StorageError(describe(problems, str(checkpoint.path)))
+    if "imported" in checkpoint.meta:
+        require_optimizer(checkpoint)
+        return
     for what in ("batch_size", "seed"):
         saved, now = checkpoint.meta[what], {"batch_size": job.batch_size, "seed": job.seed}[what]
         if saved != now:
@@ -37,6 +42,13 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
                 "samples would be repeated or lost: use the same, or --fresh"
             )
     _require_same_optimizer(worker, checkpoint)
+
+
+def _needed(name: str, checkpoint: Checkpoint, worker: Worker) -> bool:
+    """Whether a checkpoint must hold it: other formats keep what a state dict has."""
+    kind, _, bare = name.partition("/")
+    kept = "imported" not in checkpoint.meta or kind != "buffer"
+    return kept or bare in worker.build.model.module.state_dict()
 
 
 def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
@@ -79,7 +91,7 @@ def _counted(groups: int) -> str:
     return "1 optimizer group" if groups == 1 else f"{groups} optimizer groups"
 
 
-def _wanted(worker: Worker) -> dict[str, Wanted]:
+def wanted(worker: Worker) -> dict[str, Wanted]:
     """Every parameter and buffer of the model, whichever rank holds it."""
     model, dtype = worker.build.model, worker.build.dtype
     named = [(f"model/{name}", fake) for name, fake in model.parameters.items()]

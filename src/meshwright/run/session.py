@@ -30,6 +30,7 @@ from meshwright.run.data import Source, open_source
 from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
+from meshwright.run.given import given_weights
 from meshwright.run.prepare import prepare
 from meshwright.run.same import require_same_job
 from meshwright.run.saver import BUSY, Saver
@@ -375,7 +376,7 @@ def open_session(  # noqa: PLR0913 - what is asked of a run, one word each
             raise StorageError(
                 f"weights {job.weights} are not there; give a safetensors file or folder"
             )
-        make, missing = persist.given_weights(build, Path(job.weights))
+        make, missing = given_weights(build, Path(job.weights))
         notes += missing
     kind = EagerWorker if eager else worker_of
     worker = kind(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)

@@ -21,10 +21,10 @@ from meshwright.program.layout import Layout
 from meshwright.run.asynchronous import pipe_of, worker_of
 from meshwright.run.build import Build, Micro, has_batch_norm
 from meshwright.run.data import Source, open_source
+from meshwright.run.given import given_weights
 from meshwright.run.lockstep import first_difference
 from meshwright.run.measure import KINDS, LAW, Report, Worst, compare
 from meshwright.run.part import part_of
-from meshwright.run.persist import given_weights
 from meshwright.run.prepare import prepare
 from meshwright.run.recurrence import Recurrence, stages_of
 from meshwright.run.reference import Reference, Snapshot, slots

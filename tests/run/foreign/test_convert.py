@@ -77,6 +77,14 @@ def test_one_foreign_format_to_another(tmp_path, first, second):
     assert open_source(tmp_path / "b").meta == meta()
 
 
+def test_what_else_a_run_keeps_stays_in_its_own_format(tmp_path):
+    more = {**entries(), "average/wte.weight": torch.ones(3)}
+    assert convert(source(more), tmp_path / "a", "meshwright").left_out == ()
+    assert held(open_source(tmp_path / "a")) == wanted(more)
+    assert convert(source(more), tmp_path / "b", "dcp").left_out == ("average/wte.weight",)
+    assert open_source(tmp_path / "b").meta["imported"] == "dcp"  # nothing goes on from a part
+
+
 def test_the_usual_format_keeps_the_optimizer():
     assert usual_format(source()) == "meshwright"
     assert usual_format(source({"model/w": torch.ones(2)})) == "safetensors"
@@ -137,6 +145,12 @@ def test_a_folder_that_is_taken(tmp_path):
     with pytest.raises(UsageError, match="there already"):
         convert(source(), tmp_path / "file", "torch")
     assert sorted((tmp_path / "out").iterdir()) == before
+
+
+def test_the_name_of_another_step(tmp_path):
+    with pytest.raises(UsageError, match="another step's checkpoint; this one's is step-00000020"):
+        convert(source(), tmp_path / "step-00000021", "meshwright")
+    convert(source(), tmp_path / "step-00000021", "torch")  # there it is a name like any other
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -263,6 +263,8 @@ def test_what_is_written_torch_reads(tmp_path):
     from meshwright.run.foreign.statedict import write_statedict
 
     write_statedict(source(), tmp_path)
+    written, _ = listed(open_torch(tmp_path, "model.pt"))
+    assert all(lies.begin % 64 == 0 for lies in written.values())  # as torch's mmap wants
     for how in ({}, {"mmap": True}):
         found = torch.load(tmp_path / "model.pt", weights_only=True, **how)
         assert found["head.weight"].data_ptr() == found["wte.weight"].data_ptr()

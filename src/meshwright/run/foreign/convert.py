@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +17,19 @@ from meshwright.run.foreign.dcpwrite import write_dcp
 from meshwright.run.foreign.hub import open_hub, write_hub
 from meshwright.run.foreign.native import open_native, write_native
 from meshwright.run.foreign.sidecar import with_sidecar, write_sidecar
-from meshwright.run.foreign.source import Source, kind, shown
+from meshwright.run.foreign.source import Source, kind, shown, tensor_of
 from meshwright.run.foreign.statedict import open_statedict, write_statedict
 from meshwright.run.foreign.universal import is_universal, open_universal
 from meshwright.run.foreign.universalwrite import write_universal
 from meshwright.run.imported import checkpoint_in
 from meshwright.run.restore import MANIFEST
+from meshwright.run.retention import step_name, step_of
 from meshwright.run.weights import SHARD_BYTES
 
 __all__ = ["FORMATS", "Written", "checked", "convert", "open_source", "usual_format"]
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
-    "meshwright": ("model", "buffer", "optimizer"),
+    "meshwright": ("model", "buffer", "optimizer"),  # and whatever else a run keeps
     "safetensors": ("model", "buffer"),
     "dcp": ("model", "buffer", "optimizer"),
     "universal": ("model", "buffer", "optimizer"),
@@ -36,6 +37,7 @@ FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What each format has room for."""
 
+_LARGEST: Final = 10**15
 _TORCH: Final = ("*.pt", "*.pth", "*.bin", "*.ckpt")
 
 
@@ -61,7 +63,7 @@ def open_source(path: Path, *, skip_objects: bool = False) -> Source:
         StorageError: nothing that is known lies there, or it is damaged.
     """
     try:
-        return _opened(path, skip_objects=skip_objects)
+        return _counted(_opened(path, skip_objects=skip_objects))
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -88,6 +90,16 @@ def _opened(path: Path, *, skip_objects: bool) -> Source:
     if len(files) == 1:
         return _opened(files[0], skip_objects=skip_objects)
     raise StorageError(_nothing(path, [file.name for file in files]))
+
+
+def _counted(source: Source) -> Source:
+    """The source with the step that its optimizer counted, where nothing else tells one."""
+    name = next((name for name in source.items if name.startswith("optimizer/step/")), None)
+    if source.step is not None or name is None or source.items[name].shape not in ((), (1,)):
+        return source
+    count = float(tensor_of(source, name))
+    whole = count.is_integer() and 0 <= count < _LARGEST
+    return replace(source, step=int(count)) if whole else source
 
 
 def _nothing(path: Path, files: list[str]) -> str:
@@ -147,8 +159,13 @@ def convert(
     """
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UsageError(f"{to} is there already and not empty; name a new folder")
-    kinds = FORMATS[form]
-    left_out = tuple(name for name in source.items if kind(name) not in kinds)
+    named = step_of(to.name)
+    if form == "meshwright" and named not in (None, source.step or 0):
+        raise UsageError(
+            f"{to.name} is the name of another step's checkpoint; this one's is "
+            f"{step_name(source.step or 0)}"
+        )
+    left_out = tuple(name for name in source.items if not _holds(form, name))
     # Something else than a checkpoint's name, so that no run takes half of one for its own.
     aside = to.parent / f".{to.name}.tmp-{secrets.token_hex(8)}"
     try:
@@ -168,6 +185,10 @@ def convert(
     return Written(to, form, len(source.items) - len(left_out), size, left_out)
 
 
+def _holds(form: str, name: str) -> bool:
+    return form == "meshwright" or kind(name) in FORMATS[form]
+
+
 def _write(source: Source, aside: Path, form: str, config: Path | None, shard_bytes: int) -> Path:
     if form == "meshwright":
         return write_native(source, aside)
@@ -179,5 +200,5 @@ def _write(source: Source, aside: Path, form: str, config: Path | None, shard_by
         write_universal(source, aside)
     else:
         write_statedict(source, aside)
-    write_sidecar(source, aside, whole=all(kind(name) in FORMATS[form] for name in source.items))
+    write_sidecar(source, aside, whole=all(_holds(form, name) for name in source.items))
     return aside

@@ -28,7 +28,7 @@ from meshwright.run.foreign.symbols import Global, Made, Persistent
 from meshwright.run.foreign.unpickled import PICKLE_BYTES, unpickled
 from meshwright.run.header import dtype_name
 
-__all__ = ["STORAGES", "TYPES", "leaves", "listed", "open_torch", "plain", "shown"]
+__all__ = ["STORAGES", "TYPES", "leaves", "listed", "open_torch", "shown"]
 
 STORAGES: Final[Mapping[str, torch.dtype]] = {
     "DoubleStorage": torch.float64,
@@ -391,15 +391,6 @@ def _maker(item: Any) -> Global | None:
         return item.maker
     if isinstance(item, list | tuple):
         return next((found for i in item if (found := _maker(i)) is not None), None)
-    return None
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it, or None where it is of another kind."""
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
     return None
 
 
