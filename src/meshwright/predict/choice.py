@@ -23,9 +23,9 @@ from typing import Any
 from meshwright.errors import PlanError
 from meshwright.predict.saving import Saving, Storage
 
-__all__ = ["Choice", "Solved"]
+__all__ = ["NODES", "Choice", "Solved"]
 
-_NODES = 2000
+NODES = 2000
 """Of the search tree; what is found by then is taken, as not proved. No clock: ranks must agree."""
 
 _GAP = 1e-3
@@ -49,12 +49,10 @@ class Solved:
 
     Attributes:
         kept: the storages to save; None where it came to no choice.
-        bytes: held at most at the times that counted, where these were made fewest.
         proved: that there is no better, or none at all.
     """
 
     kept: frozenset[int] | None
-    bytes: float
     proved: bool
 
 
@@ -93,6 +91,8 @@ class Choice:
                 made.rows.append({**there, _ONE: -1.0})
             for reader in storage.readers:
                 made.rows.append({**there, made.repeated[reader]: -1.0})
+        for number in saving.works:
+            made.wanted(number)
         made.soonest = _soonest(saving)
         made.held = [made.bytes_at(time) for time in sorted(times)]
         return made
@@ -102,29 +102,34 @@ class Choice:
         self.upper.append(most)
         return len(self.upper) - 1
 
-    def cheapest(self, limit: int) -> Solved:
-        """The least work again within a limit."""
+    def wanted(self, number: int) -> None:
+        """An op is repeated only for what is read and not saved."""
+        again: Expression = {self.repeated[number]: 1.0}
+        makes = [v for v in self.saving.works[number].makes if v in self.saving.storages]
+        missing: list[Expression] = [{_ONE: 1.0, self.saved[value]: -1.0} for value in makes]
+        reasons: list[Expression] = []
+        for value, absent in zip(makes, missing, strict=True):
+            storage = self.saving.storages[value]
+            reasons += [{self.repeated[reader]: 1.0} for reader in storage.readers]
+            reasons += [] if storage.first is None else [absent]
+        self.rows.append(_sum(*missing, (again, -1.0)))
+        self.rows.append(_sum(*reasons, (again, -1.0)))
+
+    def cheapest(self, limit: int, nodes: int) -> Solved:
+        """The least work again within a limit, as far as so many nodes of a search tree tell."""
+        if any(held.get(_ONE, 0.0) > limit for held in self.held):
+            return Solved(None, proved=True)  # what is always there is too much already
+        if not self.saved:
+            return Solved(frozenset(), proved=True)
+        room = [_sum({_ONE: float(limit)}, (held, -1.0)) for held in self.held]
+        rows = [*self.rows, *(_scaled(row, 1 / max(limit, 1)) for row in room)]
         costs = {v: self.saving.works[number].cost for number, v in self.repeated.items()}
-        return self._solve(costs, {_ONE: float(limit)}, float(limit))
-
-    def smallest(self) -> Solved:
-        """The fewest bytes."""
-        unit = float(max(self.saving.fixed, default=0) or 1)
-        most = self.new(float("inf"))
-        return self._solve({most: 1.0}, {most: unit}, unit, most)
-
-    def _solve(
-        self, costs: Expression, limit: Expression, unit: float, most: int | None = None
-    ) -> Solved:
-        rows = [*self.rows]
-        rows += [_scaled(_sum(limit, (held, -1.0)), 1 / max(unit, 1.0)) for held in self.held]
         whole = {*self.saved.values(), *self.repeated.values()}
-        result = _milp(rows, self.upper, whole, costs, _NODES if most is None else _NODES // 20)
+        result = _milp(rows, self.upper, whole, costs, nodes)
         if result.x is None:
-            return Solved(None, 0.0, result.status == _INFEASIBLE)
+            return Solved(None, result.status == _INFEASIBLE)
         kept = frozenset(v for v, place in self.saved.items() if result.x[place] > 0.5)
-        held = 0.0 if most is None else float(result.x[most]) * unit
-        return Solved(kept, held, result.status == 0)
+        return Solved(kept, result.status == 0)
 
     def bytes_at(self, time: int) -> Expression:
         """The bytes at a time."""
