@@ -148,7 +148,9 @@ def test_a_budget_is_kept_and_more_room_means_less_work():
 
 
 def test_a_budget_that_cannot_be_kept_says_the_least_that_can():
-    with pytest.raises(PlanError, match=r"the least that a rank can hold is .* \([0-9]+ bytes\)") as e:
+    with pytest.raises(
+        PlanError, match=r"the least that a rank can hold is .* \([0-9]+ bytes\)"
+    ) as e:
         case("gpt, deep").build("data=2,remat=budget:1KiB")
     least = int(str(e.value).partition("(")[2].partition(" ")[0])
     build = case("gpt, deep").build(f"data=2,remat=budget:{least}")

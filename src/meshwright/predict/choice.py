@@ -8,7 +8,7 @@ Each op is repeated once at most. Per storage v and forward op o that makes it:
 
 At the time t of a backward op, v takes its bytes
 
-    saved      s_v          until its last reader; s_v and r_w and not e_w,t-1 for repeated readers w
+    saved      s_v          until its last reader; s_v and r_w and not e_w,t-1 for one repeated, w
     repeated   e_ot         likewise
 
 which are linear in s, r, e and an auxiliary variable for each `and`.

@@ -53,9 +53,7 @@ def least(saving: Saving) -> Best:
     return Best(best, proved)
 
 
-def _within(
-    saving: Saving, limit: int, times: set[int], nodes: int
-) -> tuple[Best | None, bool]:
+def _within(saving: Saving, limit: int, times: set[int], nodes: int) -> tuple[Best | None, bool]:
     """The best choice found within a limit; whether it is best, or that there is none, is proved.
 
     Times that are found to matter are added to `times`.

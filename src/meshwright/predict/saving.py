@@ -180,8 +180,8 @@ def _begun(saving: Saving, there: set[int]) -> dict[int, int]:
     """Repeated op -> the backward op before which that is done."""
     found: dict[int, int] = {}
     wanted = ((s.first, v) for v, s in saving.storages.items() if s.first is not None)
-    for time, value in sorted(wanted):
-        waiting = [value]
+    for time, first in sorted(wanted):
+        waiting = [first]
         while waiting:
             value = waiting.pop()
             number = saving.storages[value].maker
