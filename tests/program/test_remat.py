@@ -20,7 +20,7 @@ from tests.equal.cells import example
 from tests.equal.harness import Case
 from tests.program.chains import chain
 
-WIDTH, TOKENS, BATCH, FLOAT = 16, 64, 2, 4
+WIDTH, TOKENS, BATCH, FLOAT = 16, 64, 4, 4
 STREAM = WIDTH * TOKENS * BATCH * FLOAT
 """Bytes of what goes from block to block."""
 
@@ -46,12 +46,13 @@ class Stack(nn.Module):
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(Scores() for _ in range(depth))
+        self.last = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
-        return x.square().mean()
+        return self.last(x).square().mean()
 
 
 @cache
@@ -154,6 +155,7 @@ def test_blocks_begin_where_layers_do(depth):
     program = traced(depth)
     found = borders(Forward.of(program))
     begun = {program.ops[number].module.split(".")[1] for number in found[:-1]}
+    assert program.ops[found[-1]].module == "last"
     assert begun == {str(layer) for layer in range(depth)}
 
 
@@ -164,4 +166,4 @@ def test_without_layers_segments_are_cut_where_little_crosses():
     assert 2 <= len(found) <= 6
     plain, again = (live_bytes(p) for p in (program, rematerialised(program, full(program)).program))
     assert again[0] < plain[0] / 2
-    assert again[1] < plain[1]
+    assert again[1] <= plain[1]  # weights and their gradients are as large

@@ -105,7 +105,7 @@ class Choice:
     def wanted(self, number: int) -> None:
         """An op is repeated only for what is read and not saved."""
         again: Expression = {self.repeated[number]: 1.0}
-        makes = [v for v in self.saving.works[number].makes if v in self.saving.storages]
+        makes = self.saving.works[number].makes
         missing: list[Expression] = [{_ONE: 1.0, self.saved[value]: -1.0} for value in makes]
         reasons: list[Expression] = []
         for value, absent in zip(makes, missing, strict=True):
@@ -143,6 +143,10 @@ class Choice:
                 continue
             terms.append((self._saved_at(value, storage, time), size))
             terms.append((self._again_at(value, storage, time), size))
+        for number, work in self.saving.works.items():
+            if work.spare and time >= self.saving.end:
+                terms.append((self.begun_at(number, time), float(work.spare)))
+                terms.append((self.begun_at(number, time - 1), -float(work.spare)))
         return _sum(*terms)
 
     def _saved_at(self, value: int, storage: Storage, time: int) -> Expression:
@@ -191,8 +195,8 @@ class Choice:
         Ops that read come after those that make, so that this goes no deeper than programs do.
         """
         again: Expression = {self.repeated[number]: 1.0}
-        makes = [v for v in self.saving.works[number].makes if v in self.saving.storages]
-        single = len(self.saving.works[number].makes) == 1
+        makes = self.saving.works[number].makes
+        single = len(makes) == 1
         due: list[Expression] = []
         for value in makes:
             storage = self.saving.storages[value]
@@ -233,9 +237,7 @@ def _soonest(saving: Saving) -> dict[int, int]:
     found: dict[int, int] = {}
     for number in sorted(saving.works, reverse=True):
         for value in saving.works[number].makes:
-            storage = saving.storages.get(value)
-            if storage is None:
-                continue
+            storage = saving.storages[value]
             times = [found[reader] for reader in storage.readers if reader in found]
             times += [] if storage.first is None else [storage.first]
             found[number] = min([*times, found.get(number, len(saving.fixed))])
