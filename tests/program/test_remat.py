@@ -110,7 +110,9 @@ def test_repeats_stand_right_before_their_readers():
     """Of each block's own, nothing is there while another block's backward runs."""
     program = rematerialised(traced(5), full(traced(5))).program
     end = forward_end(program)
-    modules = [op.module.split(".")[1] for op in program.ops[end:] if op.module.startswith("blocks")]
+    modules = [
+        op.module.split(".")[1] for op in program.ops[end:] if op.module.startswith("blocks")
+    ]
     turns = [name for k, name in enumerate(modules) if not k or modules[k - 1] != name]
     assert turns == ["4", "3", "2", "1", "0"]
 
@@ -164,6 +166,8 @@ def test_without_layers_segments_are_cut_where_little_crosses():
     forward = Forward.of(program)
     found = borders(forward)
     assert 2 <= len(found) <= 6
-    plain, again = (live_bytes(p) for p in (program, rematerialised(program, full(program)).program))
+    plain, again = (
+        live_bytes(p) for p in (program, rematerialised(program, full(program)).program)
+    )
     assert again[0] < plain[0] / 2
     assert again[1] <= plain[1]  # weights and their gradients are as large

@@ -130,7 +130,11 @@ def saving_of(
             costs[number],
             forward.read(number),
             tuple(sorted(forward.root_made(number) & chosen)),
-            sum(sizes[value] for value in forward.root_made(number) - chosen),
+            sum(
+                sizes[value]
+                for value in program.ops[number].results
+                if forward.root[value] == value and value not in chosen
+            ),
         )
         for number in sorted(numbers)
     }
