@@ -13,6 +13,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.check import CHECKS, RUNS, Facts, check, require
 from meshwright.plan.named import ASYNCHRONOUS, SCHEDULES
 from meshwright.plan.plan import KEYS, Plan
+from meshwright.plan.remat import budget_of
 
 sizes = st.integers(1, 40)
 
@@ -419,3 +420,26 @@ def test_the_remedy_for_batch_norm_fits(groups, parts, group, stated):
 
 def test_an_unknown_batch_is_not_checked():
     assert check(Plan(data=4, microbatches=100), Facts(4, normalizes=True)) == ()
+
+
+@pytest.mark.parametrize(
+    ("remat", "words"),
+    [
+        ("half", "known: full, marks, none, selective"),
+        ("selectiv", "did you mean 'selective'?"),
+        ("budget", "write remat=budget:SIZE"),
+        ("budget:", "remat=budget: takes bytes"),
+        ("budget:much", "remat=budget: takes bytes, as in 512KiB, 2MiB or 1.5GiB, not 'much'"),
+        ("budget:0", "give it the bytes that a rank may hold"),
+    ],
+)
+def test_remat_is_a_policy_or_a_budget(remat, words):
+    (problem,) = check(Plan(data=1, remat=remat), Facts(1))
+    assert words in str(problem)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "selective", "marks", "budget:2GiB", "budget:9"])
+def test_remat_that_there_is(remat):
+    assert check(Plan.parse(f"data=1,remat={remat}"), Facts(1)) == ()
+    assert Plan.parse(Plan(data=1, remat=remat).text()) == Plan(data=1, remat=remat)
+    assert budget_of(Plan(remat=remat)) == {"budget:2GiB": 2**31, "budget:9": 9}.get(remat)

@@ -8,7 +8,7 @@ Each op is repeated once at most. Per storage v and forward op o that makes it:
 
 At the time t of a backward op, v takes its bytes
 
-    saved      s_v          until its last reader; s_v and r_w and not e_w,t-1 for repeated readers w
+    saved      s_v          until its last reader; s_v and r_w and not e_w,t-1 for one repeated, w
     repeated   e_ot         likewise
 
 which are linear in s, r, e and an auxiliary variable for each `and`.
@@ -23,9 +23,9 @@ from typing import Any
 from meshwright.errors import PlanError
 from meshwright.predict.saving import Saving, Storage
 
-__all__ = ["Choice", "Solved"]
+__all__ = ["NODES", "Choice", "Solved"]
 
-_NODES = 2000
+NODES = 2000
 """Of the search tree; what is found by then is taken, as not proved. No clock: ranks must agree."""
 
 _GAP = 1e-3
@@ -49,12 +49,10 @@ class Solved:
 
     Attributes:
         kept: the storages to save; None where it came to no choice.
-        bytes: held at most at the times that counted, where these were made fewest.
         proved: that there is no better, or none at all.
     """
 
     kept: frozenset[int] | None
-    bytes: float
     proved: bool
 
 
@@ -93,6 +91,8 @@ class Choice:
                 made.rows.append({**there, _ONE: -1.0})
             for reader in storage.readers:
                 made.rows.append({**there, made.repeated[reader]: -1.0})
+        for number in saving.works:
+            made.wanted(number)
         made.soonest = _soonest(saving)
         made.held = [made.bytes_at(time) for time in sorted(times)]
         return made
@@ -102,29 +102,34 @@ class Choice:
         self.upper.append(most)
         return len(self.upper) - 1
 
-    def cheapest(self, limit: int) -> Solved:
-        """The least work again within a limit."""
+    def wanted(self, number: int) -> None:
+        """An op is repeated only for what is read and not saved."""
+        again: Expression = {self.repeated[number]: 1.0}
+        makes = self.saving.works[number].makes
+        missing: list[Expression] = [{_ONE: 1.0, self.saved[value]: -1.0} for value in makes]
+        reasons: list[Expression] = []
+        for value, absent in zip(makes, missing, strict=True):
+            storage = self.saving.storages[value]
+            reasons += [{self.repeated[reader]: 1.0} for reader in storage.readers]
+            reasons += [] if storage.first is None else [absent]
+        self.rows.append(_sum(*missing, (again, -1.0)))
+        self.rows.append(_sum(*reasons, (again, -1.0)))
+
+    def cheapest(self, limit: int, nodes: int) -> Solved:
+        """The least work again within a limit, as far as so many nodes of a search tree tell."""
+        if any(held.get(_ONE, 0.0) > limit for held in self.held):
+            return Solved(None, proved=True)  # what is always there is too much already
+        if not self.saved:
+            return Solved(frozenset(), proved=True)
+        room = [_sum({_ONE: float(limit)}, (held, -1.0)) for held in self.held]
+        rows = [*self.rows, *(_scaled(row, 1 / max(limit, 1)) for row in room)]
         costs = {v: self.saving.works[number].cost for number, v in self.repeated.items()}
-        return self._solve(costs, {_ONE: float(limit)}, float(limit))
-
-    def smallest(self) -> Solved:
-        """The fewest bytes."""
-        unit = float(max(self.saving.fixed, default=0) or 1)
-        most = self.new(float("inf"))
-        return self._solve({most: 1.0}, {most: unit}, unit, most)
-
-    def _solve(
-        self, costs: Expression, limit: Expression, unit: float, most: int | None = None
-    ) -> Solved:
-        rows = [*self.rows]
-        rows += [_scaled(_sum(limit, (held, -1.0)), 1 / max(unit, 1.0)) for held in self.held]
         whole = {*self.saved.values(), *self.repeated.values()}
-        result = _milp(rows, self.upper, whole, costs, _NODES if most is None else _NODES // 20)
+        result = _milp(rows, self.upper, whole, costs, nodes)
         if result.x is None:
-            return Solved(None, 0.0, result.status == _INFEASIBLE)
+            return Solved(None, result.status == _INFEASIBLE)
         kept = frozenset(v for v, place in self.saved.items() if result.x[place] > 0.5)
-        held = 0.0 if most is None else float(result.x[most]) * unit
-        return Solved(kept, held, result.status == 0)
+        return Solved(kept, result.status == 0)
 
     def bytes_at(self, time: int) -> Expression:
         """The bytes at a time."""
@@ -138,6 +143,10 @@ class Choice:
                 continue
             terms.append((self._saved_at(value, storage, time), size))
             terms.append((self._again_at(value, storage, time), size))
+        for number, work in self.saving.works.items():
+            if work.spare and time >= self.saving.end:
+                terms.append((self.begun_at(number, time), float(work.spare)))
+                terms.append((self.begun_at(number, time - 1), -float(work.spare)))
         return _sum(*terms)
 
     def _saved_at(self, value: int, storage: Storage, time: int) -> Expression:
@@ -186,8 +195,8 @@ class Choice:
         Ops that read come after those that make, so that this goes no deeper than programs do.
         """
         again: Expression = {self.repeated[number]: 1.0}
-        makes = [v for v in self.saving.works[number].makes if v in self.saving.storages]
-        single = len(self.saving.works[number].makes) == 1
+        makes = self.saving.works[number].makes
+        single = len(makes) == 1
         due: list[Expression] = []
         for value in makes:
             storage = self.saving.storages[value]
@@ -228,9 +237,7 @@ def _soonest(saving: Saving) -> dict[int, int]:
     found: dict[int, int] = {}
     for number in sorted(saving.works, reverse=True):
         for value in saving.works[number].makes:
-            storage = saving.storages.get(value)
-            if storage is None:
-                continue
+            storage = saving.storages[value]
             times = [found[reader] for reader in storage.readers if reader in found]
             times += [] if storage.first is None else [storage.first]
             found[number] = min([*times, found.get(number, len(saving.fixed))])

@@ -44,11 +44,18 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A forward op that may be repeated: its cost, and the storages that it reads and makes."""
+    """A forward op that may be repeated.
+
+    Attributes:
+        cost: of doing it.
+        reads, makes: storages.
+        spare: bytes that it makes beside, and nobody reads.
+    """
 
     cost: float
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    spare: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,12 @@ def saving_of(
         number: Work(
             costs[number],
             forward.read(number),
-            tuple(sorted(forward.root_made(number))),
+            tuple(sorted(forward.root_made(number) & chosen)),
+            sum(
+                sizes[value]
+                for value in program.ops[number].results
+                if forward.root[value] == value and value not in chosen
+            ),
         )
         for number in sorted(numbers)
     }
@@ -165,9 +177,9 @@ def account(saving: Saving, kept: Iterable[int]) -> Account:
         change[last[value] + 1] -= storage.bytes
         always += (storage.copies - 1) * storage.bytes
     for number, time in begun.items():
+        change[time] += saving.works[number].spare
+        change[time + 1] -= saving.works[number].spare
         for value in saving.works[number].makes:
-            if value not in saving.storages:
-                continue
             ends = time if value in there else max(last.get(value, time), time)
             change[time] += saving.storages[value].bytes
             change[ends + 1] -= saving.storages[value].bytes
@@ -180,8 +192,8 @@ def _begun(saving: Saving, there: set[int]) -> dict[int, int]:
     """Repeated op -> the backward op before which that is done."""
     found: dict[int, int] = {}
     wanted = ((s.first, v) for v, s in saving.storages.items() if s.first is not None)
-    for time, value in sorted(wanted):
-        waiting = [value]
+    for time, first in sorted(wanted):
+        waiting = [first]
         while waiting:
             value = waiting.pop()
             number = saving.storages[value].maker

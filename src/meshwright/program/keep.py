@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from meshwright.errors import PlanError
 from meshwright.program.cost import flops
@@ -109,7 +110,7 @@ def _segments(forward: Forward) -> tuple[int, ...]:
         found = _split(places, inside, crossing, total // parts)
         if found is not None:
             ends = [0, *found, forward.end]
-            most = max(inside[b] - inside[a] for a, b in zip(ends, ends[1:], strict=False))
+            most = max(inside[b] - inside[a] for a, b in pairwise(ends))
             best = min(best, (sum(crossing[p] for p in found) + most, found))
         parts += 1
     return best[1]

@@ -57,6 +57,10 @@ class _Part:
         """One that saves everything."""
         return cls(saving, frozenset(saving.storages))
 
+    def saves_all(self, kept: frozenset[int]) -> bool:
+        """Whether nothing is computed again."""
+        return self.saving.storages.keys() <= kept
+
     def solve(self) -> bool:
         """Choose within the limit; whether that could be done."""
         best = None if self.limit is None else fitting(self.saving, self.limit)
@@ -91,9 +95,10 @@ def choose(build: Build, micros: Sequence[Micro], budget: int) -> Chosen:
     for _ in range(_TRIES):
         for part, held in zip(parts, _held(build, micros, program, parts), strict=True):
             part.learn(held, budget)
-        if not any([part.solve() for part in parts]):
+        solved = [part.solve() for part in parts]
+        if not any(solved):
             break
-    if all(part.good == part.saving.storages.keys() for part in parts):
+    if all(part.good is not None and part.saves_all(part.good) for part in parts):
         return Chosen(program, None)
     for part in parts:
         part.kept = least(part.saving).kept if part.good is None else part.good
@@ -111,7 +116,7 @@ def _held(
     build: Build, micros: Sequence[Micro], program: Program, parts: Sequence[_Part]
 ) -> list[int]:
     """What ranks hold with what the parts save now."""
-    whole = all(part.kept == part.saving.storages.keys() for part in parts)
+    whole = all(part.saves_all(part.kept) for part in parts)
     kept = frozenset[int]().union(*(part.kept for part in parts))
     return _bills(build, micros, Chosen(program, None if whole else kept))
 

@@ -33,9 +33,11 @@ from meshwright.run.foreseen import describe_optimizer, update_rows
 from meshwright.run.form import first_micros
 from meshwright.run.optimizer import Recipe
 from meshwright.run.prepare import prepare
+from meshwright.run.remat import describe_remat
 from meshwright.run.session import Session
 from meshwright.run.stages import describe_pipeline, most_moved
 from meshwright.run.worker import Fetched
+from meshwright.schedule.locals import open_unit
 
 VERSION = importlib.metadata.version("meshwright")
 
@@ -140,6 +142,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         **_setting(build),
         **({} if piped is None else {"pipeline": piped}),
         "optimizer": describe_optimizer(build),
+        **({} if build.plan.remat == "none" else {"remat": _remat(build, micros[0])}),
         "compile": build.compiled,
         "traffic": _traffic(rows, sum(1 for _ in calls(compiled.instructions))),
         "collectives": [_near(row.as_json()) for row in rows],
@@ -152,6 +155,12 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
             for rank, parts in enumerate(bills(build, micros))
         ],
     }
+
+
+def _remat(build: Build, micro: Micro) -> dict[str, Any]:
+    """What is computed again in the first micro-batch."""
+    program = open_unit(build.unit(micro).program, build.states)
+    return describe_remat(build.plan, program, build.kept(program))
 
 
 def _attention(build: Build, micros: Sequence[Micro]) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from meshwright.plan.plan import Plan
 from meshwright.plan.remat import BUDGET
+from meshwright.program.cost import flops
 from meshwright.program.keep import POLICIES, full
 from meshwright.program.placing import forward_end
 from meshwright.program.program import Program
+from meshwright.program.remat import Forward
 
-__all__ = ["Chosen", "kept_by"]
+__all__ = ["Chosen", "describe_remat", "kept_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +51,27 @@ def kept_by(plan: Plan, program: Program, chosen: Chosen | None) -> frozenset[in
     if plan.remat == "full" and plan.pipeline > 1:  # a stage is a block (GPipe, section 2.3)
         return frozenset()
     return POLICIES[plan.remat](program)
+
+
+def describe_remat(plan: Plan, program: Program, kept: frozenset[int] | None) -> dict[str, Any]:
+    """What is computed again, as plain data: of one micro-batch, over all its ranks.
+
+    Args:
+        plan: that asks for it.
+        program: the micro-batch.
+        kept: its forward values that are saved.
+    """
+    forward, values = Forward.of(program), program.values
+    everything = frozenset(forward.makers)
+    saved = everything if kept is None else {forward.root[value] for value in kept}
+    again = forward.repeats(saved)
+    work = [flops(op, program) for op in program.ops]
+    return {
+        "policy": plan.remat,
+        "bytes": sum(values[v].bytes for v in forward.saved(saved)),
+        "all_bytes": sum(values[v].bytes for v in forward.saved(everything)),
+        "ops": len(again),
+        "of_ops": forward.end,
+        "flops": sum(work[number] for number in again),
+        "of_flops": sum(work),
+    }

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from meshwright.view.again import remat_line
 from meshwright.view.chart.memory import equal_bills
 from meshwright.view.findings import mesh_finding, verification_text
 from meshwright.view.folder import parse_verification
@@ -39,6 +40,8 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
     parts.append(Text(mesh_finding(setup)))
     if (stages := pipeline_table(run)) is not None:
         parts += [Text(), stages]
+    if again := remat_line(run):
+        parts += [Text(), Text(again)]
     if setup.parameters:
         parts += [Text(), _state(setup)]
     if setup.memory:
