@@ -527,7 +527,7 @@ def verify(
     """Run `steps` steps under a plan and compare every tensor with eager code on one device.
 
     In a world of one, the plan's ranks run in this thread; under a launcher, each process is one.
-    A plan with `precision=bf16` is verified in float64, without its rounding, and as it computes;
+    A plan that computes in 16 bits is verified in float64, without its rounding, and as it does;
     `dtype="float32"` leaves the former out.
 
     Returns:
