@@ -83,7 +83,7 @@ def test_and_every_pair_of_them(model, plan, offload):
     verify(case(model), plan, offload)
 
 
-@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("rest", [pytest.param("host", marks=pytest.mark.matrix), "disk"])
 @pytest.mark.parametrize(("name", "plan"), [
     ("tied", "data=2,pipeline=2,microbatches=2"), ("lamb", "zero3,data=2"),
     ("lamb", "zero1,data=2"), ("clipped", "zero2,data=2,microbatches=2"), ("sgd", "zero3,data=3"),
