@@ -47,12 +47,12 @@ class Contract:
         token: hex text that all ranks hold, never printed; None where the engine gives none.
         run_dir: the run's folder, if it has been chosen.
         plan: a plan's text that overrides the script's.
-        offload: the folder of what is offloaded to disk.
         store_fd: an inherited listening socket for rank 0's store.
         hosted: torchrun's agent runs the store.
         attempt: tells restarts of one world apart.
         timeout: seconds for every wait, in place of the defaults.
         comm: what carries the data, `shared` or `gloo`; None lets `connect` choose.
+        offload: the folder of what is offloaded to disk.
     """
 
     world: World = field(default_factory=World)
@@ -62,12 +62,12 @@ class Contract:
     token: str | None = field(default=None, repr=False)
     run_dir: Path | None = None
     plan: str | None = None
-    offload: Path | None = None
     store_fd: int | None = None
     hosted: bool = False
     attempt: str = "0"
     timeout: float | None = None
     comm: str | None = None
+    offload: Path | None = None
 
     @property
     def supervised(self) -> bool:

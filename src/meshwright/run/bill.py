@@ -95,16 +95,20 @@ def away(build: Build, rank: int) -> dict[str, int]:
     }  # fmt: skip
     found = {tier: sum(sizes[p] for p, t in asked.items() if t == tier) for tier in TIERS}
     if asked:
-        found["host"] += _passing(build, held)
+        found["host"] += _passing(build, held, weights)
     return found
 
 
-def _passing(build: Build, held: Mapping[str, int]) -> int:
-    """Bytes of a chunk's tensors that pass through the host, as often as they are there."""
+def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) -> int:
+    """Bytes of chunks that pass through the host."""
     asked, slots = build.plan.offloads, build.recipe.slots()
     most = CHUNK if steps_apart(build.recipe) else sum(held.values())
-    sizes = [sum(held[name] for name in names) for names in chunks_of(held, most)]
+    chunks = chunks_of(held, most)
+    sizes = [sum(held[name] for name in names) for names in chunks]
     here = all(asked.get(part) == "host" for part in MOVED)  # nothing of a chunk is copied
-    far = slots * (asked.get("optimizer") == "disk")
-    far += sum(1 for part in MOVED if asked.get(part) == "disk")
-    return (0 if here else 2 * max(sizes, default=0)) + far * sum(sorted(sizes)[-3:])
+    far = slots * (asked.get("optimizer") == "disk") + (asked.get("gradients") == "disk")
+    read = [far * size for size in sizes]
+    if asked.get("params") == "disk":  # also of those of which a shard is stepped, the whole
+        whole = (sum(weights[f"model/{name}"] for name in names) for names in chunks)
+        read = [size + more for size, more in zip(read, whole, strict=True)]
+    return (0 if here else 2 * max(sizes, default=0)) + sum(sorted(read)[-3:])

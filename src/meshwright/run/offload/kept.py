@@ -267,6 +267,7 @@ class Kept:
         if self.store is not None:
             self.store.settle()
         self._coming.clear()
+        self._reads = cycle(self._sets)  # a step of one chunk takes room for one
 
 
 def _offset(part: Tensor, whole: Tensor) -> int:
