@@ -6,6 +6,7 @@ from collections import Counter
 
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
+from meshwright.run import averaged
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name
 from meshwright.run.kept import cast_from, may_cast
@@ -22,8 +23,10 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
         StorageError: says in what they differ.
     """
     job = worker.build.job
-    wanted = _wanted(worker)
-    entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(("model/", "buffer/"))}
+    mine = averaged.wanted(worker, checkpoint)
+    wanted = {**_wanted(worker), **mine}
+    kinds = ("model/", "buffer/", *["ema/"] * bool(mine))
+    entries = {n: e for n, e in checkpoint.entries.items() if n.startswith(kinds)}
     if may_cast(worker, checkpoint):
         wanted = cast_from(wanted, entries)
     problems = compare(entries, wanted)
