@@ -166,29 +166,26 @@ def test_an_average_of_16_bits_is_kept_in_32():
     torch.testing.assert_close(average.tensors["w"], torch.full((4,), 1.001))
 
 
-def test_the_bill_has_it():
-    for plan, ranks in (("data=2", 2), ("zero1,data=2", 2)):
+@pytest.mark.parametrize("plan", ["data=2", "zero1,data=2"])
+def test_the_bill_has_it(plan):
+    def body(session):
+        bill, *_ = bills(session.build, session.take().micros)
+        held = session.worker.state.average.tensors.values()
+        return bill["average"], sum(tensor.nbytes for tensor in held)
 
-        def body(session):
-            fetched = session.take()
-            (bill, *_) = bills(session.build, fetched.micros)
-            held = session.worker.state.average.tensors.values()
-            return bill["average"], sum(t.nbytes for t in held)
-
-        (told, is_), *_ = on_ranks(made(), plan, body)
-        assert told == is_ > 0
-        assert ranks
+    (told, held), *_ = on_ranks(made(), plan, body)
+    assert told == held > 0
 
 
 def test_the_user_is_told_what_cannot_be():
-    with pytest.raises(UsageError, match="ema is 1.0, but must be a number above 0 and below 1"):
+    with pytest.raises(UsageError, match=r"ema is 1\.0, but must be a number above 0 and below 1"):
         job(ema=1.0)
     session = alone(job())
     with pytest.raises(UsageError, match=r"give Job\(ema=0.999\)"):
         session.evaluate(Points(), weights="ema")
     with pytest.raises(UsageError, match="use 'current' or 'ema'"):
         session.module("mean")
-    with pytest.raises(PlanError, match="ema=0.8 averages"):
+    with pytest.raises(PlanError, match=r"ema=0\.8 averages"):
         on_ranks(made(), "pipeline=2,schedule=pipedream", lambda session: session)
     with pytest.raises(PlanError, match=r"leave ema out of the job, or drop offload"):
         on_ranks(made(), "zero1,data=2,offload=optimizer", lambda session: session)
