@@ -51,6 +51,7 @@ from meshwright.view.trace import write_trace
 __all__ = ["Run", "explain", "plan_of", "train", "verify", "watch"]
 
 CHECKPOINT_SECONDS = 600.0
+Weights = Literal["current", "ema"]
 
 
 class Run:
@@ -310,22 +311,29 @@ class Run:
         self._journal.add(values)
 
     def evaluate(
-        self, data: Any = None, metrics: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None
+        self,
+        data: Any = None,
+        metrics: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None,
+        *,
+        weights: Weights = "current",
     ) -> dict[str, float]:
         """Loss and metrics over the held-out set.
 
         Args:
             data: like `Job.data()` returns; by default the job's evaluation set.
             metrics: `metrics(model, batch)` returns more of them, as a loss does.
+            weights: the trained ones, or their average (`Job(ema=...)`).
         """
         forward = None if metrics is None else _WithMetrics(self.job.loss, metrics)
-        found = self.session.evaluate(data, forward)
+        found = self.session.evaluate(data, forward, weights)
         self._journal.evaluation(self.session.step, found)
         return found
 
-    def predict(self, data: Any, fn: Callable[[nn.Module, Any], Any]) -> Any:
+    def predict(
+        self, data: Any, fn: Callable[[nn.Module, Any], Any], *, weights: Weights = "current"
+    ) -> Any:
         """`fn(model, batch)` for every sample of `data`, in order; whole on every rank."""
-        return self.session.predict(data, fn)
+        return self.session.predict(data, fn, weights)
 
     def save(self, *, last: bool = False, wait: bool = True) -> Path | None:
         """Save a checkpoint; a failure is told and training goes on, unless it is the last one.
@@ -359,13 +367,13 @@ class Run:
         self._saved_at = time.monotonic()
         return path
 
-    def export(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path, *, weights: Weights = "current") -> None:
         """Write the weights as safetensors under the model's own names."""
-        self.session.export(Path(folder))
+        self.session.export(Path(folder), weights)
 
-    def module(self) -> nn.Module | None:
-        """The whole eager model with current weights, on rank 0; None on the others."""
-        return self.session.module()
+    def module(self, *, weights: Weights = "current") -> nn.Module | None:
+        """The whole eager model with these weights, on rank 0; None on the others."""
+        return self.session.module(weights)
 
     def _describe(self, fetched: Fetched) -> None:
         """Before the first step: agree with all ranks on what will run, and write it down."""

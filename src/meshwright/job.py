@@ -70,6 +70,7 @@ class Job:
         collate: makes a batch of a list of samples; torch's default when absent.
         clip_norm: the largest global L2 norm that gradients keep.
         loss_scale: how the loss is scaled where a plan computes in fp16; the usual when absent.
+        ema: keep an average of the weights, of which this part stays at each step, such as 0.999.
         steps: how many steps to train. At most one of `steps` and `epochs`.
         epochs: how many passes over the data to train.
         normalize_over: samples whose statistics a batch norm shares; the global batch when absent.
@@ -91,6 +92,7 @@ class Job:
     collate: Callable[[list[Any]], Any] | None = None
     clip_norm: float | None = None
     loss_scale: LossScale | None = None
+    ema: float | None = None
     steps: int | None = None
     epochs: int | None = None
     normalize_over: int | None = None
@@ -121,6 +123,7 @@ class Job:
         _require_seed(self.seed)
         _require_clip_norm(self.clip_norm)
         _require_loss_scale(self.loss_scale)
+        _require_ema(self.ema)
         _require_weights(self.weights)
         if self.steps is not None and self.epochs is not None:
             raise UsageError(
@@ -191,6 +194,16 @@ def _require_loss_scale(value: object) -> None:
         raise UsageError(
             f"loss_scale is {_described(value)}, but must be a LossScale, such as "
             "LossScale(initial=1024)"
+        )
+
+
+def _require_ema(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise UsageError(
+            f"ema is {_described(value)}, but must be a number above 0 and below 1, such as 0.999; "
+            "leave it out to keep no average of the weights"
         )
 
 

@@ -215,6 +215,18 @@ def test_more_micro_batches_move_no_more_under_data_and_zero1():
         assert once == four > 0
 
 
+@pytest.mark.parametrize(("zero", "times"), [("zero1", 1), ("zero2", 4), ("zero3", 4)])
+def test_sharded_gradients_are_reduced_every_micro_batch_and_whole_ones_once(zero, times):
+    step = ran(gpt, f"{zero},data=2,microbatches=4")
+    parameters = step.workers[0].build.model.parameters
+    sizes = {n: p.numel() for n, p in parameters.items() if 4 * p.numel() >= WHOLE_BELOW}
+    # What the later micro-batches add to the positions' is not scattered.
+    moved = times * sum(sizes.values()) - (times - 1) * sizes["position.weight"]
+    scattered = sum(row.elements for row in step.rows() if row.op == "reduce_scatter")
+    sent = sum(call.elements for call in step.logs[0] if call.op == "reduce_scatter")
+    assert scattered == sent == moved // 2
+
+
 def test_a_loss_over_the_global_batch_gathers_what_it_compares():
     """Similarities of every sample with every other: features are gathered, and said to be."""
 

@@ -20,6 +20,7 @@ class Facts:
         normalize_over: samples whose statistics a batch norm shares; None where the job leaves it.
         normalizes: the model has batch norm.
         clip_norm: the largest global norm that gradients keep; None where they keep any.
+        ema: decay of the average of the weights; None where there is none.
     """
 
     world: int
@@ -27,6 +28,7 @@ class Facts:
     normalize_over: int | None = None
     normalizes: bool = False
     clip_norm: float | None = None
+    ema: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,12 @@ def _unflushed(plan: Plan, facts: Facts, asked: str) -> Iterator[Problem]:
             f"clip_norm={facts.clip_norm} takes the norm of",
             f"leave clip_norm out of the job, or {flush}",
         )
+    if facts.ema is not None:
+        yield Problem(
+            f"{asked} has no moment at which all stages' weights are of one step, which "
+            f"ema={facts.ema} averages",
+            f"leave ema out of the job, or {flush}",
+        )
     if plan.zero:
         yield Problem(
             f"{asked} computes with several versions of the weights at once, but zero={plan.zero} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from meshwright.plan.offload import TIERS, Part
@@ -40,7 +40,15 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
                 if build.stages is None
                 else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
+            if build.job.ema is not None:
+                seen[form] = {**seen[form], "average": _averaged(shards.values())}
         yield seen[form]
+
+
+def _averaged(shards: Iterable[Value]) -> int:
+    """Bytes of the average of a rank's shards, which is never kept in 16 bits."""
+    short = ("bfloat16", "float16")
+    return sum(value.bytes * (2 if value.dtype in short else 1) for value in shards)
 
 
 def _staged(build: Build, rank: int, bill: dict[str, int]) -> dict[str, int]:

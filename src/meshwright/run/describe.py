@@ -96,6 +96,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "batch_size": str(job.batch_size),
         "seed": str(job.seed),
         "clip_norm": str(job.clip_norm),
+        "ema": str(job.ema),
         "steps": str(job.steps),
         "epochs": str(job.epochs),
         "samples in the data": str(None if source is None else source.length),

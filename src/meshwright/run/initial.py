@@ -16,6 +16,7 @@ from meshwright.program.layout import (
     local_shape,
     pieces,
 )
+from meshwright.run.average import Average
 from meshwright.run.build import Build
 from meshwright.run.joint import Joint
 from meshwright.run.offload.opened import kept_of, store_of
@@ -101,7 +102,8 @@ def _with_optimizer(
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
     joint = _joint(build, rank, shards, optimizer)
     kept = kept_of(build, rank, shards, optimizer, store)
-    told = scheduler, partly, None, rounding_of(build, coordinates), kept, store
+    average = None if build.job.ema is None else Average.of(build.job.ema, shards)
+    told = scheduler, partly, None, rounding_of(build, coordinates), kept, store, average
     return RankState(values, shards, optimizer, seen, trained, joint, *told)
 
 

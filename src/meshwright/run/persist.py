@@ -21,6 +21,7 @@ from meshwright.program.layout import (
     primary,
 )
 from meshwright.program.program import Value
+from meshwright.run import averaged
 from meshwright.run.checkpoint import Checkpoint, Piece, save
 from meshwright.run.header import dtype_name, dtype_of
 from meshwright.run.imported import stored_names
@@ -49,7 +50,8 @@ def _pieces(
     """The boxes of this rank's part; of replicas, and of stages that hold it, one is written."""
     build, where = worker.build, (worker.build.axes, worker.place.coordinates)
     kind, _, rest = name.partition("/")
-    state = f"model/{rest.partition('/')[2]}" if kind == "optimizer" else name
+    own = rest.partition("/")[2] if kind == "optimizer" else rest
+    state = name if kind == "buffer" else f"model/{own}"
     first = build.counts(worker.rank, state)
     for there, here in pieces(shape, layout, *where):
         start = tuple(start for start, _ in there)
@@ -78,6 +80,8 @@ def pieces_of(worker: Worker) -> list[Piece]:
             if not isinstance(value, Tensor):
                 continue  # kept in the manifest
             found += _pieces(worker, name, *worker.state.lies(bare, slot, value, like), value)
+    for entry in averaged.held(worker):
+        found += _pieces(worker, *entry)
     return found
 
 
@@ -109,6 +113,7 @@ def meta_of(
         "optimizer": {**_optimizer_meta(worker), "state": dict(plain)},
         "scheduler": scheduler,
         "scaling": saved(state.scaling),
+        "average": averaged.saved(worker),
         "data": _data_state(worker, step),
         "extra": dict(extra),
         "tied": dict(model.tied),
@@ -270,6 +275,7 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
             checkpoint.read_into(tensor, names[name], (0,) * tensor.dim())
     if worker.state.store is not None:
         worker.state.store.refresh(values.keys())
+    averaged.read(worker, checkpoint)
     _read_optimizer(worker, checkpoint)
 
 

@@ -58,7 +58,7 @@ def prepare(
         UserCodeError: a factory raised or made what it must not.
     """
     plan = plan.filled(world)
-    known = Facts(world, job.batch_size, job.normalize_over, clip_norm=job.clip_norm)
+    known = Facts(world, job.batch_size, job.normalize_over, clip_norm=job.clip_norm, ema=job.ema)
     require(plan, known)
     model = blueprint(job.model, job.seed)
     norms = has_batch_norm(model.module)

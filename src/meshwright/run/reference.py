@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
 from meshwright.compile.draw import SampleDim, draw, position_operand
@@ -38,7 +39,7 @@ class Snapshot:
     Attributes:
         loss: of the step.
         gradients: as they were applied; none of a step that overflowed.
-        weights: parameters and buffers.
+        weights: parameters and buffers, and the average of the former where the job keeps one.
         optimizer: its state.
         loss_scale: of the step; None where nothing computes in fp16.
         skipped: it overflowed, so that nothing was applied.
@@ -100,6 +101,7 @@ class Reference:
         self.scaler = _scaler(job) if precision.scales and dtype is None else None
         self.optimizer = job.optimizer(self.model)
         self.scheduler = job.schedule(self.optimizer) if job.schedule is not None else None
+        self.average = _average(job, self.model)
         self.model.train()
         self.next = 0
         self.kept: dict[int, Snapshot] = {}
@@ -122,6 +124,8 @@ class Reference:
         gradients, scale, skipped = self._update(step, size / weight, buffers)
         if self.scheduler is not None and not skipped:
             self.scheduler.step()
+        if self.average is not None and not skipped:
+            self.average.update_parameters(self.model)
         found = self._weights(), self._slots()
         return Snapshot(total / weight, gradients, *found, scale, skipped)
 
@@ -210,7 +214,14 @@ class Reference:
 
     def _weights(self) -> dict[str, Tensor]:
         found = {f"model/{name}": p.detach().clone() for name, p in self._named()}
-        return found | {f"buffer/{n}": b.detach().clone() for n, b in self.model.named_buffers()}
+        found |= {f"buffer/{n}": b.detach().clone() for n, b in self.model.named_buffers()}
+        if self.average is not None:
+            groups = self.optimizer.param_groups
+            moved = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+            for name, parameter in self.average.module.named_parameters():
+                if id(self.model.get_parameter(name)) in moved:
+                    found[f"ema/{name}"] = parameter.detach().clone()
+        return found
 
     def _slots(self) -> dict[str, Tensor]:
         name_of = {id(p): name for name, p in self._named()}
@@ -227,6 +238,13 @@ def _scaler(job: Job) -> torch.amp.GradScaler:
         backoff_factor=rule.backoff,
         growth_interval=rule.interval,
     )
+
+
+def _average(job: Job, model: nn.Module) -> AveragedModel | None:
+    """torch's own."""
+    if job.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(job.ema))
 
 
 def slots(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
+from meshwright.run import averaged
 from meshwright.run.compare import Wanted, compare, describe
 from meshwright.run.header import dtype_name
 from meshwright.run.imported import found_entries, require_optimizer, stored_names
@@ -22,7 +23,8 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: says in what they differ.
     """
-    job, tied, every = worker.build.job, worker.build.model.tied, wanted(worker)
+    job, tied = worker.build.job, worker.build.model.tied
+    every = {**wanted(worker), **averaged.wanted(worker, checkpoint)}
     names = stored_names(every, checkpoint, tied)
     asked = {n: want for n, want in every.items() if n in names or _needed(n, checkpoint, worker)}
     entries = found_entries(checkpoint, names, tied)

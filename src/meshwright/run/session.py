@@ -21,7 +21,7 @@ from meshwright.compile.precision import notes_on
 from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
-from meshwright.run import persist
+from meshwright.run import averaged, persist
 from meshwright.run.asynchronous import worker_of
 from meshwright.run.auto import require_host
 from meshwright.run.build import Build
@@ -145,22 +145,39 @@ class Session:
         return Record(metrics, timing, seconds, lr, self.job.batch_size)
 
     def evaluate(
-        self, data: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None
+        self,
+        data: Any = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        weights: str = "current",
     ) -> dict[str, float]:
         """Loss and metrics over the held-out set (or `data`), weighted as in training."""
-        self._drain()
-        with self._held_out(data) as source:
+        with self._weighing(weights), self._held_out(data) as source:
             found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
             self._take_notes(source)
         return found
 
-    def predict(self, data: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
+    def predict(
+        self, data: Any, forward: Callable[[nn.Module, Any], Any], weights: str = "current"
+    ) -> Any:
         """What `forward(model, batch)` gives for every sample, in order, on every rank."""
-        self._drain()
-        with closing(self._opened(data)) as source:
+        with self._weighing(weights), closing(self._opened(data)) as source:
             found = self.comm.perform(predict(self.worker, source, forward))
             self._take_notes(source)
         return found
+
+    @contextmanager
+    def _weighing(self, weights: str) -> Iterator[None]:
+        """Nothing in flight, and within, where it is asked for, the average in the weights' place.
+
+        That costs a copy of the rank's weights meanwhile.
+        """
+        averaged.require_weights(weights, self.job)
+        self._drain()
+        kept = {} if weights == "current" else self.comm.perform(averaged.exchanged(self.worker))
+        try:
+            yield
+        finally:
+            averaged.put_back(self.worker, kept)
 
     @contextmanager
     def _held_out(self, data: Any) -> Iterator[Source]:
@@ -244,6 +261,7 @@ class Session:
             worker.restart()
             self.extra = persist.go_on(worker, checkpoint)
             self.step = checkpoint.step
+            self.notes += averaged.noted(worker, checkpoint)
         self.saver.trusted.add(found.path.name)  # all ranks have read it
         self.fetched = None
         return Path(found.path)
@@ -257,7 +275,7 @@ class Session:
         for name in names:
             yield name, self.comm.perform(gathered(self.worker, name))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: str = "current") -> None:
         """Write safetensors under the model's own names, as `from_pretrained` reads them.
 
         Only rank 0 keeps tensors, and no more than one file's.
@@ -265,7 +283,10 @@ class Session:
         Raises:
             StorageError: on every rank, if rank 0 cannot write.
         """
-        self._drain()
+        with self._weighing(weights):
+            self._export(folder)
+
+    def _export(self, folder: Path) -> None:
         tensors, problem = self._whole(exported(self.worker)), ""
         if self.worker.rank == 0:
             given = Path(self.job.weights) if self.job.weights is not None else None
@@ -283,9 +304,12 @@ class Session:
 
         self.comm.perform(together(told, self.everyone, "export"))
 
-    def module(self) -> nn.Module | None:
-        """The whole eager model with the current weights, on rank 0; None on the others."""
-        self._drain()
+    def module(self, weights: str = "current") -> nn.Module | None:
+        """The whole eager model with these weights, on rank 0; None on the others."""
+        with self._weighing(weights):
+            return self._module()
+
+    def _module(self) -> nn.Module | None:
         tensors = self._whole(held(self.worker))
         if self.worker.rank != 0:
             for _ in tensors:

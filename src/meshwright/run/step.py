@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
+from meshwright.run.average import Average
 from meshwright.run.joint import Joint
 from meshwright.run.offload.kept import Kept
 from meshwright.run.offload.store import Store
@@ -78,6 +79,7 @@ class RankState:
         store: weights and gradients that are.
         scaling: of the loss; None where nothing computes in fp16.
         rounding: of what is kept in bf16; None where nothing is.
+        average: of the weights; None where the job keeps none.
     """
 
     values: dict[str, Tensor]
@@ -92,6 +94,7 @@ class RankState:
     rounding: Rounding | None = None
     kept: Kept | None = None
     store: Store | None = None
+    average: Average | None = None
 
     def rescale(self, scaling: Scaling) -> None:
         """Take a loss scale for the next step."""
@@ -357,6 +360,8 @@ class StepWork:
             del values[name]
         if self.state.scheduler is not None and not self.skipped:
             self.state.scheduler.step()
+        if self.state.average is not None and not self.skipped:
+            self.state.average.take(self.state.shards)
         metrics = self.metrics(watched)
         if self.state.scaling is not None:
             self.state.rescale(self.state.scaling.after(overflowed=self.overflowed))

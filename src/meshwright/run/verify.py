@@ -18,6 +18,7 @@ from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout
+from meshwright.run import averaged
 from meshwright.run.asynchronous import pipe_of, worker_of
 from meshwright.run.build import Build, Micro, has_batch_norm
 from meshwright.run.data import Source, open_source
@@ -130,17 +131,20 @@ def compare_step(
     for name, error in found.items() if step == report.first or not report.first_only else ():
         report.add("gradients", error, name, step)
     state = {n: t for n, t in worker.state.values.items() if n.startswith(("model/", "buffer/"))}
+    state |= {name: tensor for name, _, _, tensor in averaged.held(worker)}
     found = compare(
         state,
         snapshot.weights,
         lambda name, t: part(
-            name.partition("/")[2] if name.startswith("model/") else "", t, optimizer=False
+            "" if name.startswith("buffer/") else name.partition("/")[2],
+            t,
+            optimizer=name.startswith("ema/"),
         ),
         lambda name: name.partition("/")[0],
-        held=lambda name: build.holds(worker.rank, name),
+        held=lambda name: build.holds(worker.rank, name.replace("ema/", "model/", 1)),
     )
     for name, error in found.items():
-        report.add("weights", error, name.partition("/")[2], step)
+        report.add("weights", error, name.removeprefix("model/").removeprefix("buffer/"), step)
     names = {id(p): name for name, p in worker.state.shards.items()}
     found = compare(
         slots(worker.state.optimizer, names),

@@ -12,11 +12,12 @@ from meshwright.comm.base import Group, Start, Wait
 from meshwright.compile.interpret import interpret
 from meshwright.compile.settings import in_dtype
 from meshwright.program.assemble import gather_program
+from meshwright.program.layout import Layout
 from meshwright.program.program import Value
 from meshwright.run.build import Build
 from meshwright.run.worker import Worker
 
-__all__ = ["config_of", "exported", "gathered", "held"]
+__all__ = ["config_of", "exported", "gathered", "held", "whole_of"]
 
 
 def exported(worker: Worker) -> tuple[str, ...]:
@@ -52,12 +53,20 @@ def gathered(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
 
 def _of_stage(worker: Worker, name: str) -> Generator[Any, Any, Tensor]:
     """A parameter or buffer of this rank's stage whole, from the stage's ranks."""
-    build, place = worker.build, worker.place
-    if name in build.model.buffers:
+    if name in worker.build.model.buffers:
         return worker.state.values[f"buffer/{name}"]
-    tensor, layout = worker.state.values[f"model/{name}"], build.states[name].weights
     if worker.state.store is not None:
         worker.state.store.require_whole((f"model/{name}",))
+    layout = worker.build.states[name].weights
+    whole = yield from whole_of(worker, name, worker.state.values[f"model/{name}"], layout)
+    return whole
+
+
+def whole_of(
+    worker: Worker, name: str, tensor: Tensor, layout: Layout
+) -> Generator[Any, Any, Tensor]:
+    """Of a parameter's shape, what the stage's ranks hold in this layout; an exchange."""
+    build, place = worker.build, worker.place
     if not layout.placements:
         return tensor
     shape = tuple(build.model.parameters[name].shape)

@@ -20,7 +20,7 @@ from meshwright.run.region import Region
 
 __all__ = ["Renamed", "Rule", "new_name", "parse_rules", "renamed"]
 
-_KINDS: Final = ("model/", "buffer/", "optimizer/")
+_KINDS: Final = ("model/", "buffer/", "optimizer/", "ema/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,127 @@
+"""The average of the weights as a worker holds it: in their place, in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from meshwright.compile.settings import in_dtype
+from meshwright.errors import UsageError
+from meshwright.job import Job
+from meshwright.program.layout import Layout, pieces
+from meshwright.run.average import averaged_dtype
+from meshwright.run.compare import Wanted
+from meshwright.run.header import dtype_name
+from meshwright.run.part import box, part_of
+from meshwright.run.restore import Checkpoint
+from meshwright.run.whole import whole_of
+from meshwright.run.worker import Worker
+
+__all__ = ["exchanged", "held", "noted", "put_back", "read", "require_weights", "saved", "wanted"]
+
+_AVERAGED = "ema"
+
+
+def require_weights(weights: str, job: Job) -> None:
+    """Return if the job has these weights.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if weights not in ("current", _AVERAGED):
+        raise UsageError(f"weights={weights!r}; use 'current' or '{_AVERAGED}'")
+    if weights == _AVERAGED and job.ema is None:
+        raise UsageError(
+            f"weights='{_AVERAGED}' asks for the average of the weights, which the job does not "
+            "keep; give Job(ema=0.999), or use weights='current'"
+        )
+
+
+def exchanged(worker: Worker) -> Generator[Any, Any, dict[str, Tensor]]:
+    """Fill the rank's weights with their average; what they were, for `put_back`; an exchange."""
+    state, build = worker.state, worker.build
+    assert state.average is not None
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state.average.tensors.items():
+        states = build.states[name]
+        part = tensor
+        if states.optimizer != states.weights:
+            whole = yield from whole_of(worker, name, tensor, states.optimizer)
+            part = part_of(whole, states.weights, build.axes, worker.place.coordinates)
+        weights = state.values[f"model/{name}"]
+        kept[name] = weights.clone()
+        weights.copy_(part)
+    return kept
+
+
+def put_back(worker: Worker, kept: Mapping[str, Tensor]) -> None:
+    """The weights are what they were."""
+    for name, tensor in kept.items():
+        worker.state.values[f"model/{name}"].copy_(tensor)
+
+
+def held(worker: Worker) -> Iterator[tuple[str, tuple[int, ...], Layout, Tensor]]:
+    """(Entry of a checkpoint, global shape, layout, this rank's part)."""
+    average, build = worker.state.average, worker.build
+    for name, tensor in average.tensors.items() if average is not None else ():
+        shape = tuple(build.model.parameters[name].shape)
+        yield f"{_AVERAGED}/{name}", shape, build.states[name].optimizer, tensor
+
+
+def saved(worker: Worker) -> dict[str, Any] | None:
+    """What a checkpoint's `meta` says of the average."""
+    average = worker.state.average
+    return None if average is None else {"decay": average.decay, "steps": average.steps}
+
+
+def wanted(worker: Worker, checkpoint: Checkpoint) -> dict[str, Wanted]:
+    """What a checkpoint that has an average must hold of it."""
+    build = worker.build
+    if build.job.ema is None or not checkpoint.meta.get("average"):
+        return {}
+    found: dict[str, Wanted] = {}
+    for name in build.recipe.names:
+        fake = build.model.parameters[name]
+        if fake.requires_grad:
+            kind = averaged_dtype(in_dtype(fake.dtype, build.dtype))
+            found[f"{_AVERAGED}/{name}"] = Wanted(dtype_name(kind), tuple(fake.shape))
+    return found
+
+
+def read(worker: Worker, checkpoint: Checkpoint) -> None:
+    """Fill the rank's part of the average; one that was not saved begins with the weights.
+
+    Raises:
+        StorageError: a part of it is damaged.
+    """
+    average, where = worker.state.average, (worker.build.axes, worker.place.coordinates)
+    if average is None:
+        return
+    meta = checkpoint.meta.get("average")
+    if not meta:
+        average.begin(worker.state.shards)
+        return
+    for name, shape, layout, tensor in held(worker):
+        for there, here in pieces(shape, layout, *where):
+            checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
+    average.steps = int(meta["steps"])
+
+
+def noted(worker: Worker, checkpoint: Checkpoint) -> list[str]:
+    """What the user should know of an average that begins or ends with a checkpoint."""
+    job, meta = worker.build.job, checkpoint.meta.get("average")
+    if job.ema is not None and not meta:
+        told = (
+            f"checkpoint {checkpoint.path} holds no average of the weights: ema={job.ema} begins "
+            f"with those of step {checkpoint.step}"
+        )
+        return [told]
+    if job.ema is None and meta:
+        told = (
+            f"checkpoint {checkpoint.path} holds an average of the weights (ema={meta['decay']}), "
+            "which the job does not go on with; Job(ema=...) would"
+        )
+        return [told]
+    return []
