@@ -113,6 +113,15 @@ sizes = st.integers(1, 40)
             ),
         ),
         (
+            Plan(data=1, precision="bf16-pure", offload="host"),
+            Facts(1),
+            (
+                "plan asks for precision=bf16-pure with offload=host, but what is offloaded is "
+                "stepped where it lies, which does not round it; use precision=bf16, or drop "
+                "offload"
+            ),
+        ),
+        (
             Plan(data=1, precision="fp8"),
             Facts(1),
             (

@@ -221,6 +221,20 @@ REMEDIES: Final[dict[tuple[str, int | str | None], str]] = {
 }
 
 
+def rounded_state_is_at_hand(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """State that is rounded as it is written lies with the rank that rounds it."""
+    del facts
+    if plan.precision != "bf16-pure" or plan.offload == "none":
+        return ()
+    return (
+        Problem(
+            f"plan asks for precision=bf16-pure with offload={plan.offload}, but what is offloaded "
+            "is stepped where it lies, which does not round it",
+            "use precision=bf16, or drop offload",
+        ),
+    )
+
+
 def version_runs_it(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """Every value is one that this version of Meshwright runs."""
     del facts  # it does not depend on the world
@@ -259,5 +273,6 @@ CHECKS: Final[dict[str, Check]] = {
     "batch norm": batch_norm_keeps_its_samples,
     "remat": remat_is_known,
     "offload": offload_is_known,
+    "rounding": rounded_state_is_at_hand,
     "version": version_runs_it,
 }
