@@ -358,14 +358,19 @@ class StepWork:
             self.state.store.refresh(written)
         for name in [n for n in values if n.startswith(("total/", "shard/"))]:
             del values[name]
-        if self.state.scheduler is not None and not self.skipped:
-            self.state.scheduler.step()
-        if self.state.average is not None and not self.skipped:
-            self.state.average.take(self.state.shards)
+        if not self.skipped:
+            self._applied()
         metrics = self.metrics(watched)
         if self.state.scaling is not None:
             self.state.rescale(self.state.scaling.after(overflowed=self.overflowed))
         return metrics
+
+    def _applied(self) -> None:
+        """What counts the steps that were applied goes on."""
+        if self.state.scheduler is not None:
+            self.state.scheduler.step()
+        if self.state.average is not None:
+            self.state.average.take(self.state.shards)
 
     def metrics(self, watched: Mapping[str, Tensor]) -> Metrics:
         """The step's global numbers."""
