@@ -71,6 +71,8 @@ def test_host_memory_is_shared_and_not_private():
     tier.put(place, source).wait()
     assert rss("RssShmem") - before[1] > 0.9 * size
     assert rss("RssAnon") - before[0] < 0.2 * size
+    del source
+    assert rss("RssAnon") - before[0] < -0.8 * size  # nobody keeps what was put
 
 
 def put(tier, count=CHUNK):
