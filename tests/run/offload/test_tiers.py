@@ -65,12 +65,14 @@ def test_host_memory_is_shared_and_not_private():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
 
-    tier, source, size = Host(), torch.ones(1 << 23), 1 << 25
-    place = tier.place("x", (1 << 23,), torch.float32)
+    tier, source, size = Host(), torch.ones(1 << 24), 1 << 26
+    place = tier.place("x", (1 << 24,), torch.float32)
     before = rss("RssAnon"), rss("RssShmem")
     tier.put(place, source).wait()
     assert rss("RssShmem") - before[1] > 0.9 * size
     assert rss("RssAnon") - before[0] < 0.2 * size
+    del source
+    assert rss("RssAnon") - before[0] < -0.8 * size  # nobody keeps what was put
 
 
 def put(tier, count=CHUNK):

@@ -142,7 +142,7 @@ class Disk:
             part = None if data is None else data[begin : begin + size]
             parts.append(threads.submit(partial(_after, before, act, place, part, begin, size)))
         what = f"{place.name} in {self.path}"
-        place.last = Transfer(what, self._seconds, parts, tensor)
+        place.last = Transfer(what, self._seconds, parts)
         return place.last
 
     def _write(self, place: Place, data: memoryview | None, begin: int, size: int) -> None:

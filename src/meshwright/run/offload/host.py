@@ -107,7 +107,7 @@ class Host:
     def _copy(self, place: Place, into: Tensor, source: Tensor) -> Transfer:
         work = self._copier.submit(partial(_copied, into, source.detach()))
         what = f"{place.name} in host memory"
-        place.last = Transfer(what, self._seconds, (work,), source)
+        place.last = Transfer(what, self._seconds, (work,))
         return place.last
 
 

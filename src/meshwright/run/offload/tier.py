@@ -40,14 +40,12 @@ class Transfer:
         what: for errors: the tensor and where it rests.
         seconds: it may take.
         parts: its pieces of work.
-        held: a tensor that must live until it is done.
         ended: called once it is done, by whoever waits.
     """
 
     what: str
     seconds: float
     parts: Sequence[Future[None]]
-    held: Tensor | None = None
     ended: Callable[[], None] = lambda: None
 
     @property
