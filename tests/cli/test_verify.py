@@ -62,7 +62,7 @@ def test_numbers_that_differ_are_status_76_with_the_tensor(mw, monkeypatch):
             group["lr"] *= 1.5
         return made
 
-    monkeypatch.setattr("meshwright.run.worker.build_optimizer", wrong)
+    monkeypatch.setattr("meshwright.run.initial.build_optimizer", wrong)
     done = mw("verify", "sums.py", "--plan", "zero2", "--json")
     assert done.status == 76
     found = json.loads(done.out)

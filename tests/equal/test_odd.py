@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshwright.errors import NotTraceable, PlanError, UserCodeError
+from meshwright.errors import NotTraceable, UserCodeError
 from tests.equal.harness import Case, assert_equal, unruled, verify_local
 from tests.equal.odd import ODD, TOKENS, WIDTH, Plain, Sequences, job
 
@@ -75,14 +75,9 @@ def lamb():
     return job(Plain, optimizer=lambda model: Lamb(model.parameters()))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_optimizer_that_needs_whole_tensors_is_refused_where_they_are_sharded(stage):
-    with pytest.raises(PlanError, match=rf"zero={stage}, but Lamb is not elementwise.*use zero=0"):
-        verify_local(lamb(), f"zero{stage},data=2", steps=1)
-
-
-def test_an_optimizer_that_needs_whole_tensors_runs_where_they_are():
-    assert_equal(verify_local(lamb(), "data=3"))
+@pytest.mark.parametrize("plan", ["data=3", "zero1,data=2", "zero2,data=2", "zero3,data=2"])
+def test_an_optimizer_that_needs_whole_tensors_runs_where_they_are_and_where_they_are_not(plan):
+    assert_equal(verify_local(lamb(), plan))
 
 
 class Grows(nn.Module):

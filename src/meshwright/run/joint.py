@@ -9,7 +9,7 @@ the rank keeps its part of what comes out. Either way the numbers are those of o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,6 +159,20 @@ class Joint:
                 with holding(name):
                     yield from self._step(name, gradients[name], group)
         return gradients.keys() - self.parameters.keys()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The optimizer without what is stepped jointly: a class may take gradients for granted."""
+        groups = self.optimizer.param_groups
+        every = [group["params"] for group in groups]
+        mine = {id(self.shards[name]) for name in self.parameters}
+        for group in groups:
+            group["params"] = [shard for shard in group["params"] if id(shard) not in mine]
+        try:
+            yield
+        finally:
+            for group, shards in zip(groups, every, strict=True):
+                group["params"] = shards
 
     def layout(self, name: str, slot: str, local: Tensor) -> tuple[tuple[int, ...], Layout] | None:
         """(Global shape, layout) of a tensor of a parameter's state; None if stepped alone."""

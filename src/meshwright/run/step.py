@@ -313,7 +313,8 @@ class StepWork:
         for name in rest:
             shards[name].grad = gradients[name]
         before = {name: shards[name].data for name in rest}
-        optimizer.step()
+        with self.state.joint.aside():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for name, held in before.items():
             shard = shards[name]
