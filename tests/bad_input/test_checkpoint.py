@@ -123,7 +123,8 @@ os.fsync = fsync
 @pytest.mark.timeout(120)
 def test_a_job_killed_while_it_saves_goes_on_from_the_checkpoint_before(shell, mw, folder):
     write_job(folder / "job.py", KILLED, steps="5")
-    killed = shell("train", "job.py", *EVERY, "-n", 2, environ={"KILL": "1"})
+    waits = "--wait-for-saves"  # else the one of step 2 may be under way too
+    killed = shell("train", "job.py", *EVERY, waits, "-n", 2, environ={"KILL": "1"})
     assert killed.status == -9
     kept = folder / "run" / "checkpoints"
     assert [p.name for p in kept.glob("step-*")] != []
