@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from meshwright import Job
-from meshwright.run.data import open_source
+from meshwright.run.data.samples import open_source
 from meshwright.run.match import compare
 from meshwright.run.weights import export, read
 from tests.laws.source import ROOT

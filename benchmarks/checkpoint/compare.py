@@ -42,8 +42,8 @@ from meshwright.comm.base import Group, World, all_reduce, barrier
 from meshwright.comm.meeting import Deadline, Meeting
 from meshwright.comm.shared import Shared
 from meshwright.comm.store import Rendezvous
-from meshwright.run.checkpoint import Piece, open_checkpoint, save
-from meshwright.run.saver import Saver
+from meshwright.run.checkpoint.save import Piece, open_checkpoint, save
+from meshwright.run.checkpoint.saver import Saver
 
 RANKS, TENSOR_BYTES, BLOCK = 2, 8 << 20, 8 << 20
 CONTESTANTS = ("raw", "save", "DCP save", "copy", "stage", "DCP stage", "read", "load", "DCP load")

@@ -37,12 +37,12 @@ from meshwright.plan.toml import AUTO, parse_plan
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.describe import explain as describe
+from meshwright.run.equality.verify import verify_local, verify_session
 from meshwright.run.folder import choose
-from meshwright.run.profiler import Profiler
+from meshwright.run.observe.profiler import Profiler
+from meshwright.run.observe.window import parse_steps, within
 from meshwright.run.session import Record, Session, open_session, steps_to_run
 from meshwright.run.step import Metrics
-from meshwright.run.verify import verify_local, verify_session
-from meshwright.run.window import parse_steps, within
 from meshwright.run.worker import Fetched
 from meshwright.view.journal import Journal, Logger, open_journal
 from meshwright.view.limits import require_limits

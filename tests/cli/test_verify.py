@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.cli.verify import failure_text
 from meshwright.comm import local
-from meshwright.run import optimizer
+from meshwright.run.optimizer import recipe as optimizer
 
 
 def test_a_plan_that_is_equal_passes(mw, folder):

@@ -13,7 +13,7 @@ from meshwright.compile import precision
 from meshwright.compile.precision import Promoting, computing, notes_on, with_shared_casts
 from meshwright.plan.plan import Plan
 from meshwright.program.program import Op, Program, Ref, Symbol, Value
-from meshwright.run.verify import Trial, try_local
+from meshwright.run.equality.verify import Trial, try_local
 from tests.equal.cells import gpt
 from tests.run.jobs import Net, alone, job, mean_loss, step
 

@@ -15,9 +15,9 @@ from meshwright.compile.region import Precision, precisely, precision_of, shorte
 from meshwright.errors import PlanError
 from meshwright.plan.plan import Plan
 from meshwright.plan.toml import from_toml
+from meshwright.run.equality.verify import Trial, try_local
 from meshwright.run.prepare import prepare
 from meshwright.run.session import open_session
-from meshwright.run.verify import Trial, try_local
 from tests.run.jobs import adamw, alone, fresh, job, losses
 
 BF16, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32

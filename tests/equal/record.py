@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from meshwright.run.measure import Report
+from meshwright.run.equality.measure import Report
 from tests.equal.tables import TABLES, Table, with_micros
 from tests.laws.source import ROOT
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from meshwright.comm.local import LocalWorld
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.job import Job
-from meshwright.run import asynchronous, stale, verify
-from meshwright.run.measure import KINDS, Report
-from meshwright.run.verify import verify_rank
+from meshwright.run import asynchronous, stale
+from meshwright.run.equality import verify
+from meshwright.run.equality.measure import KINDS, Report
+from meshwright.run.equality.verify import verify_rank
 from meshwright.schedule import endless
 from tests.equal.harness import Case, told
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from meshwright.run.average import Average
+from meshwright.run.optimizer.average import Average
 from tests.equal.cells import example
 from tests.equal.harness import Case, assert_equal
 

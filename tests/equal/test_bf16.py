@@ -17,9 +17,9 @@ from meshwright.plan.plan import Plan
 from meshwright.program import partition
 from meshwright.program.explain import collectives
 from meshwright.program.widen import sums_short
-from meshwright.run.measure import KINDS, LAW
+from meshwright.run.equality.measure import KINDS, LAW
+from meshwright.run.equality.verify import Trial, verify_local
 from meshwright.run.step import StepWork
-from meshwright.run.verify import Trial, verify_local
 from tests.equal import odd
 from tests.equal.cells import MODELS, example
 from tests.equal.harness import Case, assert_equal

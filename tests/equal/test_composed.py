@@ -17,8 +17,8 @@ from torch import nn
 
 from meshwright import Job
 from meshwright.comm.local import LocalWorld
+from meshwright.run.checkpoint.restore import open_checkpoint
 from meshwright.run.persist import restore, save_worker
-from meshwright.run.restore import open_checkpoint
 from tests.equal.cells import example
 from tests.equal.harness import Case, assert_equal
 from tests.equal.odd import CLASSES, WIDTH, Mixed, adamw

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from meshwright.run import stochastic
+from meshwright.run.optimizer import stochastic
 from tests.equal.cells import example
 from tests.run.jobs import alone, losses, on_ranks
 

@@ -15,8 +15,8 @@ from meshwright.errors import PlanError
 from meshwright.program.layout import Shard
 from meshwright.program.partition import COLLECTIVES
 from meshwright.run import executor
+from meshwright.run.equality.lockstep import first_difference
 from meshwright.run.form import first_micros
-from meshwright.run.lockstep import first_difference
 from tests.equal.families import llama
 from tests.equal.harness import Case, assert_equal, unruled
 from tests.equal.mixtures import MIXTURES

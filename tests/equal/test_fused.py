@@ -17,9 +17,9 @@ from meshwright import Job
 from meshwright.comm.local import LocalWorld
 from meshwright.program.explain import collectives
 from meshwright.program.layout import Shard, local_shape
+from meshwright.run.checkpoint.restore import open_checkpoint
 from meshwright.run.form import first_micros
 from meshwright.run.persist import restore, save_worker
-from meshwright.run.restore import open_checkpoint
 from meshwright.run.whole import gathered
 from tests.equal.families import LENGTH, VOCABULARY, Tokens, adamw
 from tests.equal.fused import BATCH, FUSED, KEY, WIDTH

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from meshwright.errors import PlanError
-from meshwright.run.measure import Report, Worst
+from meshwright.run.equality.measure import Report, Worst
 from tests.equal.cells import MODELS, cells, pairwise, refused
 from tests.equal.harness import Case, assert_equal
 from tests.equal.record import REFUSED, Record

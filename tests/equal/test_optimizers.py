@@ -14,11 +14,11 @@ from meshwright import optim
 from meshwright.comm.local import LocalWorld
 from meshwright.compile import update as traced
 from meshwright.program import update as updates
-from meshwright.run import joint
-from meshwright.run.measure import Report
+from meshwright.run.checkpoint.restore import open_checkpoint
+from meshwright.run.equality.measure import Report
+from meshwright.run.equality.verify import compare_step, verify_rank
+from meshwright.run.optimizer import joint
 from meshwright.run.persist import restore, save_worker
-from meshwright.run.restore import open_checkpoint
-from meshwright.run.verify import compare_step, verify_rank
 from tests.equal.cells import MODELS
 from tests.equal.fused import FUSED
 from tests.equal.harness import Case, assert_equal

@@ -8,7 +8,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from meshwright.optim import LAMB
-from meshwright.run.checkpoint import newest
+from meshwright.run.checkpoint.save import newest
 from tests.equal.harness import Case, assert_equal
 from tests.run.jobs import HIDDEN, IN, close, job, on_ranks, step
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from meshwright.run.measure import KINDS, LAW
+from meshwright.run.equality.measure import KINDS, LAW
 from tests.laws.source import ROOT
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow, pytest.mark.timeout(240)]

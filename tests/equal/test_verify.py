@@ -11,8 +11,8 @@ from torch import nn
 from meshwright.comm import local
 from meshwright.plan.plan import Plan
 from meshwright.run import step
-from meshwright.run.measure import KINDS, LAW
-from meshwright.run.verify import verify_local
+from meshwright.run.equality.measure import KINDS, LAW
+from meshwright.run.equality.verify import verify_local
 from tests.equal import families, odd
 from tests.equal.cells import MODELS
 

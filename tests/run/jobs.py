@@ -14,7 +14,7 @@ from meshwright.comm.torchdist import TorchDist
 from meshwright.compile.init import seeded
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
-from meshwright.run.data import open_source
+from meshwright.run.data.samples import open_source
 from meshwright.run.session import Record, Session, open_session
 from tests.run.crew import crew
 

@@ -6,7 +6,7 @@ import torch
 
 from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
-from meshwright.run.checkpoint import Piece, resume, save
+from meshwright.run.checkpoint.save import Piece, resume, save
 
 HEAD = torch.arange(32.0).reshape(4, 8)
 

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
-from meshwright.run.checkpoint import newest, open_checkpoint
-from meshwright.run.restore import is_committed
-from meshwright.run.retention import listed
-from meshwright.run.saver import Saver
+from meshwright.run.checkpoint.restore import is_committed
+from meshwright.run.checkpoint.retention import listed
+from meshwright.run.checkpoint.save import newest, open_checkpoint
+from meshwright.run.checkpoint.saver import Saver
 from tests.run.saving import save_all, two_ranks
 
 HOOKED = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from meshwright.errors import StorageError
-from meshwright.run.data import open_source as open_data
+from meshwright.run.data.samples import open_source as open_data
 from meshwright.run.foreign.convert import FORMATS, convert, open_source
 from meshwright.run.foreign.sidecar import SIDECAR
 from meshwright.run.imported import checkpoint_in, checkpoints_in

@@ -16,8 +16,8 @@ from torch.optim import lr_scheduler
 from examples import digits, gpt
 from meshwright.errors import StorageError, UserCodeError
 from meshwright.job import Job
-from meshwright.run.checkpoint import newest, open_checkpoint
-from meshwright.run.manifest import record_of, seal
+from meshwright.run.checkpoint.manifest import record_of, seal
+from meshwright.run.checkpoint.save import newest, open_checkpoint
 from tests.run.jobs import Net, Points, adamw, alone, job, losses, on_ranks, sgd, step
 
 STEP = 20

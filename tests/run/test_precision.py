@@ -11,8 +11,9 @@ from torch import nn
 
 from meshwright.errors import PlanError, StorageError
 from meshwright.plan.plan import Plan
-from meshwright.run import stochastic
 from meshwright.run.describe import explain
+from meshwright.run.optimizer import stochastic
+from tests.run.checkpoint.test_persist import saved
 from tests.run.jobs import (
     Net,
     Points,
@@ -27,7 +28,6 @@ from tests.run.jobs import (
     weighted_loss,
     weights,
 )
-from tests.run.test_persist import saved
 
 BF16 = ",precision=bf16"
 

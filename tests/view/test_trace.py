@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from meshwright.errors import StorageError
-from meshwright.run.profiler import Profiler
-from meshwright.run.window import Steps
+from meshwright.run.observe.profiler import Profiler
+from meshwright.run.observe.window import Steps
 from meshwright.view.parts import last_to_start, read_parts, transfers
 from meshwright.view.trace import TRACKS, write_trace
 from tests.run.jobs import job, on_ranks, step

@@ -173,7 +173,7 @@ def train(
 def _train(wanted: _Wanted) -> int:
     from meshwright.launch.contract import here
     from meshwright.run.folder import choose
-    from meshwright.run.window import parse_steps
+    from meshwright.run.observe.window import parse_steps
 
     contract = here()
     if wanted.trace not in (None, _USUAL):

@@ -15,7 +15,7 @@ from meshwright.errors import PlanError, UsageError
 from meshwright.program.assemble import Compiled
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.run.build import Build, Lowered
-from meshwright.run.data import Source
+from meshwright.run.data.samples import Source
 from meshwright.run.executor import Machine, interpret
 from meshwright.run.stale import StaleWork, Versions, mean, riders
 from meshwright.run.step import Metrics, Policy

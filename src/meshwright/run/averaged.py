@@ -11,11 +11,11 @@ from meshwright.compile.settings import in_dtype
 from meshwright.errors import UsageError
 from meshwright.job import Job
 from meshwright.program.layout import Layout, pieces
-from meshwright.run.average import averaged_dtype
-from meshwright.run.compare import Wanted
-from meshwright.run.header import dtype_name
+from meshwright.run.checkpoint.compare import Wanted
+from meshwright.run.checkpoint.header import dtype_name
+from meshwright.run.checkpoint.restore import Checkpoint
+from meshwright.run.optimizer.average import averaged_dtype
 from meshwright.run.part import box, part_of
-from meshwright.run.restore import Checkpoint
 from meshwright.run.whole import whole_of
 from meshwright.run.worker import Worker
 

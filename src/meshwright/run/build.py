@@ -38,8 +38,8 @@ from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, once_a_step
 from meshwright.run.executor import Place
-from meshwright.run.joint import Traces
-from meshwright.run.optimizer import Recipe
+from meshwright.run.optimizer.joint import Traces
+from meshwright.run.optimizer.recipe import Recipe
 from meshwright.run.remat import Chosen, kept_by
 from meshwright.run.staged import Staged
 from meshwright.schedule.assemble import assemble_stages

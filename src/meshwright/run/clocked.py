@@ -21,7 +21,7 @@ from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.cut import at_modules, cheapest, named_places, stage_seconds
 from meshwright.program.program import Op, Program
-from meshwright.run.data import open_source
+from meshwright.run.data.samples import open_source
 from meshwright.run.prepare import prepare
 from meshwright.run.staged import SECONDS_PER_BYTE, staged
 from meshwright.run.step import Policy

@@ -31,7 +31,7 @@ from meshwright.run.build import Build, Micro, values_of
 from meshwright.run.eager import EagerWorker
 from meshwright.run.foreseen import describe_optimizer, update_rows
 from meshwright.run.form import first_micros
-from meshwright.run.optimizer import Recipe
+from meshwright.run.optimizer.recipe import Recipe
 from meshwright.run.prepare import prepare
 from meshwright.run.remat import describe_remat
 from meshwright.run.session import Session

@@ -29,7 +29,7 @@ from meshwright.program.layout import chunk
 from meshwright.program.pieces import Table
 from meshwright.program.program import Program
 from meshwright.run.build import Build, Lowered, has_batch_norm
-from meshwright.run.data import Source
+from meshwright.run.data.samples import Source
 from meshwright.run.step import Policy
 from meshwright.run.worker import AheadWork, Fetched, Make, Worker
 

@@ -15,7 +15,7 @@ from meshwright.compile.example import example_of
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import UserCodeError
 from meshwright.run.build import Micro
-from meshwright.run.data import Source
+from meshwright.run.data.samples import Source
 from meshwright.run.eager import EagerWorker, Result
 from meshwright.run.executor import Committed
 from meshwright.run.step import require_checks, summed

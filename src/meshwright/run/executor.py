@@ -22,7 +22,7 @@ from meshwright.compile.draw import later
 from meshwright.compile.settings import in_dtype
 from meshwright.program.instruction import Instruction, InstructionList, Kind, Message
 from meshwright.program.program import Op
-from meshwright.run.header import dtype_of
+from meshwright.run.checkpoint.header import dtype_of
 
 __all__ = [
     "Committed",

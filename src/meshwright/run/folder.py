@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshwright.errors import StorageError, UsageError
-from meshwright.run.retention import listed
+from meshwright.run.checkpoint.retention import listed
 
 __all__ = ["Choice", "choose"]
 

@@ -18,7 +18,7 @@ from meshwright.program.program import Value
 from meshwright.program.update import update_program
 from meshwright.program.zero import slot_layout
 from meshwright.run.build import Build
-from meshwright.run.joint import Traces, numbers_of
+from meshwright.run.optimizer.joint import Traces, numbers_of
 
 __all__ = ["describe_optimizer", "joint_bytes", "update_rows"]
 

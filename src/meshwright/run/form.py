@@ -7,7 +7,7 @@ from typing import Any
 from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.run.build import Build, Micro, micro_ranges
-from meshwright.run.data import Source, open_source
+from meshwright.run.data.samples import Source, open_source
 
 __all__ = ["first_micros"]
 

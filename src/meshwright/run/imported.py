@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.checkpoint import Checkpoint, open_checkpoint
-from meshwright.run.manifest import Entry
-from meshwright.run.restore import MANIFEST
-from meshwright.run.retention import listed
+from meshwright.run.checkpoint.manifest import Entry
+from meshwright.run.checkpoint.restore import MANIFEST
+from meshwright.run.checkpoint.retention import listed
+from meshwright.run.checkpoint.save import Checkpoint, open_checkpoint
 
 __all__ = [
     "checkpoint_in",

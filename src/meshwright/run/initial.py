@@ -16,17 +16,17 @@ from meshwright.program.layout import (
     local_shape,
     pieces,
 )
-from meshwright.run.average import Average
 from meshwright.run.build import Build
-from meshwright.run.joint import Joint
 from meshwright.run.offload.opened import kept_of, store_of
 from meshwright.run.offload.store import Store
-from meshwright.run.optimizer import build as build_optimizer
-from meshwright.run.optimizer import is_separable, scheduled
+from meshwright.run.optimizer.average import Average
+from meshwright.run.optimizer.joint import Joint
+from meshwright.run.optimizer.recipe import build as build_optimizer
+from meshwright.run.optimizer.recipe import is_separable, scheduled
+from meshwright.run.optimizer.scaling import scaling_of
+from meshwright.run.optimizer.stochastic import Boxes, Rounding
 from meshwright.run.part import box, finer
-from meshwright.run.scaling import scaling_of
 from meshwright.run.step import RankState
-from meshwright.run.stochastic import Boxes, Rounding
 
 __all__ = ["Make", "initial_state", "rounding_of"]
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from meshwright.run.checkpoint import Checkpoint
-from meshwright.run.compare import Wanted
-from meshwright.run.header import dtype_of
-from meshwright.run.manifest import Entry
+from meshwright.run.checkpoint.compare import Wanted
+from meshwright.run.checkpoint.header import dtype_of
+from meshwright.run.checkpoint.manifest import Entry
+from meshwright.run.checkpoint.save import Checkpoint
 from meshwright.run.worker import Worker
 
 __all__ = ["KEPT", "cast_from", "may_cast", "read_cast"]

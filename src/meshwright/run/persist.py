@@ -22,16 +22,16 @@ from meshwright.program.layout import (
 )
 from meshwright.program.program import Value
 from meshwright.run import averaged
-from meshwright.run.checkpoint import Checkpoint, Piece, save
-from meshwright.run.header import dtype_name, dtype_of
+from meshwright.run.checkpoint.header import dtype_name, dtype_of
+from meshwright.run.checkpoint.meta import check_meta
+from meshwright.run.checkpoint.plain import from_plain, to_plain
+from meshwright.run.checkpoint.save import Checkpoint, Piece, save
+from meshwright.run.checkpoint.saver import Saver
 from meshwright.run.imported import stored_names
 from meshwright.run.kept import KEPT, may_cast, read_cast
-from meshwright.run.meta import check_meta
+from meshwright.run.optimizer.scaling import restored, saved
 from meshwright.run.part import box
-from meshwright.run.plain import from_plain, to_plain
 from meshwright.run.same import require_same_job, wanted
-from meshwright.run.saver import Saver
-from meshwright.run.scaling import restored, saved
 from meshwright.run.worker import Worker
 
 __all__ = [

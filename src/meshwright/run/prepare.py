@@ -25,9 +25,9 @@ from meshwright.program.zero import zero_layouts
 from meshwright.run.budget import choose
 from meshwright.run.build import Build, has_batch_norm, mesh_of, values_of
 from meshwright.run.form import first_micros
-from meshwright.run.joint import Traces
 from meshwright.run.offload.probe import steps_apart
-from meshwright.run.optimizer import Recipe, draws, is_elementwise, recipe, unsplittable
+from meshwright.run.optimizer.joint import Traces
+from meshwright.run.optimizer.recipe import Recipe, draws, is_elementwise, recipe, unsplittable
 from meshwright.run.staged import staged
 
 __all__ = ["prepare"]

@@ -7,11 +7,11 @@ from collections import Counter
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
 from meshwright.run import averaged
-from meshwright.run.compare import Wanted, compare, describe
-from meshwright.run.header import dtype_name
+from meshwright.run.checkpoint.compare import Wanted, compare, describe
+from meshwright.run.checkpoint.header import dtype_name
+from meshwright.run.checkpoint.restore import Checkpoint
 from meshwright.run.imported import found_entries, require_optimizer, stored_names
 from meshwright.run.kept import cast_from, may_cast
-from meshwright.run.restore import Checkpoint
 from meshwright.run.worker import Worker
 
 __all__ = ["require_same_job", "wanted"]

@@ -25,15 +25,15 @@ from meshwright.run import averaged, persist
 from meshwright.run.asynchronous import worker_of
 from meshwright.run.auto import require_host
 from meshwright.run.build import Build
-from meshwright.run.checkpoint import open_checkpoint, resume
-from meshwright.run.data import Source, open_source
+from meshwright.run.checkpoint.save import open_checkpoint, resume
+from meshwright.run.checkpoint.saver import BUSY, Saver
+from meshwright.run.data.samples import Source, open_source
 from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.given import given_weights
 from meshwright.run.prepare import prepare
 from meshwright.run.same import require_same_job
-from meshwright.run.saver import BUSY, Saver
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
 from meshwright.run.weights import export

@@ -18,10 +18,10 @@ from meshwright.compile.settings import in_dtype
 from meshwright.errors import UserCodeError
 from meshwright.program.program import Program
 from meshwright.run.agreement import same_programs
-from meshwright.run.ahead import ReadAhead
-from meshwright.run.batch import checked, cut, digest
 from meshwright.run.build import Build, Lowered, Micro, micro_ranges
-from meshwright.run.data import Source
+from meshwright.run.data.ahead import ReadAhead
+from meshwright.run.data.batch import checked, cut, digest
+from meshwright.run.data.samples import Source
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.initial import Make, initial_state, rounding_of
 from meshwright.run.step import Metrics, Policy, StepWork

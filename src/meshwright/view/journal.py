@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, final
 
 from meshwright.errors import StorageError, UsageError
-from meshwright.run.loggers import JsonLines, TensorBoard
+from meshwright.run.observe.loggers import JsonLines, TensorBoard
 from meshwright.run.session import Record
 from meshwright.view.console import Console
 

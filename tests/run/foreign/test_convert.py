@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from meshwright.errors import StorageError, UsageError
-from meshwright.run.checkpoint import open_checkpoint
+from meshwright.run.checkpoint.region import whole
+from meshwright.run.checkpoint.save import open_checkpoint
 from meshwright.run.foreign.convert import FORMATS, checked, convert, open_source, usual_format
 from meshwright.run.foreign.sidecar import SIDECAR
 from meshwright.run.foreign.source import Item, Source, bare, kind
-from meshwright.run.region import whole
 from tests.run.foreign.things import bits, entries, held, meta, source, wanted
 
 FULL = [name for name, kinds in FORMATS.items() if "optimizer" in kinds]
@@ -244,7 +244,7 @@ LIES = {
 def test_what_stands_beside_may_lie(tmp_path, lie):
     import json
 
-    from meshwright.run.manifest import seal
+    from meshwright.run.checkpoint.manifest import seal
 
     convert(source(), tmp_path / "out", "safetensors")
     path = tmp_path / "out" / SIDECAR

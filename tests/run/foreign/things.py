@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from meshwright.errors import StorageError
+from meshwright.run.checkpoint.region import whole
 from meshwright.run.foreign.source import Item, Source, tensor_of
-from meshwright.run.region import whole
 
 _BASE = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meshwright.errors import PlanError, StorageError, UsageError
-from meshwright.run.checkpoint import open_checkpoint
+from meshwright.run.checkpoint.save import open_checkpoint
 from meshwright.run.weights import read
 from tests.run.jobs import Points, alone, close, job, losses, on_ranks
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from meshwright.errors import StorageError, UsageError
-from meshwright.run.durable import make_folder, publish
+from meshwright.run.checkpoint.durable import make_folder, publish
+from meshwright.run.checkpoint.restore import MANIFEST
+from meshwright.run.checkpoint.retention import step_name, step_of
 from meshwright.run.foreign.dcp import METADATA, open_dcp
 from meshwright.run.foreign.dcpwrite import write_dcp
 from meshwright.run.foreign.hub import open_hub, write_hub
@@ -22,8 +24,6 @@ from meshwright.run.foreign.statedict import open_statedict, write_statedict
 from meshwright.run.foreign.universal import is_universal, open_universal
 from meshwright.run.foreign.universalwrite import write_universal
 from meshwright.run.imported import checkpoint_in
-from meshwright.run.restore import MANIFEST
-from meshwright.run.retention import step_name, step_of
 from meshwright.run.weights import SHARD_BYTES
 
 __all__ = ["FORMATS", "Written", "checked", "convert", "open_source", "usual_format"]

@@ -20,14 +20,14 @@ from typing import Any, Final
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import opened, read_small
+from meshwright.run.checkpoint.durable import opened, read_small
+from meshwright.run.checkpoint.header import dtype_name
+from meshwright.run.checkpoint.region import Region
 from meshwright.run.foreign.mapped import Lies, check, mapped
 from meshwright.run.foreign.source import Item, Source, require_tiled, shown
 from meshwright.run.foreign.symbols import Global, Made
 from meshwright.run.foreign.torchfile import TYPES, open_torch
 from meshwright.run.foreign.unpickled import PICKLE_BYTES, allow, unpickled
-from meshwright.run.header import dtype_name
-from meshwright.run.region import Region
 
 __all__ = ["METADATA", "open_dcp"]
 

@@ -13,13 +13,13 @@ from typing import IO, Any, Final
 
 from torch import Tensor
 
-from meshwright.run.durable import sync_folder, write_file
+from meshwright.run.checkpoint.durable import sync_folder, write_file
+from meshwright.run.checkpoint.plain import from_plain
 from meshwright.run.foreign.dcp import METADATA
 from meshwright.run.foreign.pickled import pickled
 from meshwright.run.foreign.source import Item, Source, bare, kind
 from meshwright.run.foreign.symbols import Global, Made
 from meshwright.run.foreign.torchwrite import archive, rebuilt, stored
-from meshwright.run.plain import from_plain
 
 __all__ = ["settings", "write_dcp"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from meshwright.errors import StorageError
+from meshwright.run.checkpoint.region import Region
 from meshwright.run.foreign.source import Item, Source, bare, kind, shown
-from meshwright.run.region import Region
 
 __all__ = ["Difference", "difference", "fitted"]
 

@@ -12,11 +12,11 @@ from typing import Any, Final
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import sync_folder, write_file
+from meshwright.run.checkpoint.durable import sync_folder, write_file
+from meshwright.run.checkpoint.header import dtype_of
+from meshwright.run.checkpoint.region import Region, whole
 from meshwright.run.foreign.mapped import bytes_of
 from meshwright.run.foreign.source import Item, Source, bare, tensor_of
-from meshwright.run.header import dtype_of
-from meshwright.run.region import Region, whole
 from meshwright.run.weights import COMPANIONS, INDEX, SHARD_BYTES, SINGLE, read
 
 __all__ = ["open_hub", "write_hub"]

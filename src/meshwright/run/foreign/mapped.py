@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import opened
+from meshwright.run.checkpoint.durable import opened
 
 __all__ = ["Lies", "Window", "bytes_of", "check", "mapped", "window"]
 

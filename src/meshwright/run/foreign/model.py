@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from meshwright.compile.init import blueprint
 from meshwright.job import Job
+from meshwright.run.checkpoint.header import dtype_name
 from meshwright.run.foreign.source import Item
-from meshwright.run.header import dtype_name
 
 __all__ = ["model_items"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
-from meshwright.run.checkpoint import Checkpoint, Piece, open_checkpoint, save
+from meshwright.run.checkpoint.header import dtype_of
+from meshwright.run.checkpoint.region import Region
+from meshwright.run.checkpoint.save import Checkpoint, Piece, open_checkpoint, save
 from meshwright.run.foreign.source import Item, Source
-from meshwright.run.header import dtype_of
-from meshwright.run.region import Region
 
 __all__ = ["IMPORTED", "open_native", "write_native"]
 

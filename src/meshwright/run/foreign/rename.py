@@ -15,8 +15,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from meshwright.errors import UsageError, nearest
+from meshwright.run.checkpoint.region import Region
 from meshwright.run.foreign.source import Source, bare, kind, shown
-from meshwright.run.region import Region
 
 __all__ = ["Renamed", "Rule", "new_name", "parse_rules", "renamed"]
 

@@ -22,11 +22,11 @@ from typing import Any, Final
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import opened, read_small, write_file
+from meshwright.run.checkpoint.durable import opened, read_small, write_file
+from meshwright.run.checkpoint.manifest import MANIFEST_BYTES, seal
+from meshwright.run.checkpoint.meta import check_meta
+from meshwright.run.checkpoint.region import Region
 from meshwright.run.foreign.source import Source, bare, kind, shown
-from meshwright.run.manifest import MANIFEST_BYTES, seal
-from meshwright.run.meta import check_meta
-from meshwright.run.region import Region
 
 __all__ = ["SIDECAR", "read_sidecar", "with_sidecar", "write_sidecar"]
 

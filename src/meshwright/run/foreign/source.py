@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.header import dtype_of
-from meshwright.run.manifest import ITEM_BYTES
-from meshwright.run.region import Region, overlap, whole
+from meshwright.run.checkpoint.header import dtype_of
+from meshwright.run.checkpoint.manifest import ITEM_BYTES
+from meshwright.run.checkpoint.region import Region, overlap, whole
 
 __all__ = ["Item", "Source", "bare", "kind", "require_tiled", "shown", "tensor_of"]
 

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from meshwright.errors import StorageError
+from meshwright.run.checkpoint.header import dtype_name
+from meshwright.run.checkpoint.region import Region, whole
 from meshwright.run.foreign.mapped import check, mapped
 from meshwright.run.foreign.source import Item, Source, bare, shown
 from meshwright.run.foreign.symbols import Global, Made
 from meshwright.run.foreign.torchfile import listed, open_torch
 from meshwright.run.foreign.torchwrite import rebuilt, stored, write_torch
-from meshwright.run.header import dtype_name
-from meshwright.run.region import Region, whole
 
 __all__ = ["open_statedict", "write_statedict"]
 

@@ -23,10 +23,10 @@ from typing import Any, Final, final
 import torch
 
 from meshwright.errors import StorageError
+from meshwright.run.checkpoint.header import dtype_name
 from meshwright.run.foreign.mapped import Lies, window
 from meshwright.run.foreign.symbols import Global, Made, Persistent
 from meshwright.run.foreign.unpickled import PICKLE_BYTES, unpickled
-from meshwright.run.header import dtype_name
 
 __all__ = ["STORAGES", "TYPES", "leaves", "listed", "open_torch", "shown"]
 

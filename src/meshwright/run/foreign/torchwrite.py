@@ -18,12 +18,12 @@ from typing import IO, Any, Final, final
 
 import torch
 
+from meshwright.run.checkpoint.header import dtype_of
 from meshwright.run.foreign.mapped import bytes_of
 from meshwright.run.foreign.pickled import pickled
 from meshwright.run.foreign.source import Item, Source, tensor_of
 from meshwright.run.foreign.symbols import Global, Made, Persistent
 from meshwright.run.foreign.torchfile import STORAGES
-from meshwright.run.header import dtype_of
 
 __all__ = ["Stored", "archive", "rebuilt", "stored", "write_torch"]
 

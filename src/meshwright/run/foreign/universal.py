@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import read_small
+from meshwright.run.checkpoint.durable import read_small
+from meshwright.run.checkpoint.header import dtype_name
+from meshwright.run.checkpoint.region import Region, whole
 from meshwright.run.foreign.mapped import Lies, check, mapped
 from meshwright.run.foreign.source import Item, Source, shown
 from meshwright.run.foreign.symbols import Made
 from meshwright.run.foreign.torchfile import open_torch
-from meshwright.run.header import dtype_name
-from meshwright.run.region import Region, whole
 
 __all__ = ["LATEST", "STATES", "WEIGHTS", "ZERO", "is_universal", "open_universal"]
 

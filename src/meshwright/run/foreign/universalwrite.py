@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from meshwright.errors import StorageError
-from meshwright.run.durable import sync_folder, write_file
+from meshwright.run.checkpoint.durable import sync_folder, write_file
 from meshwright.run.foreign.dcpwrite import settings
 from meshwright.run.foreign.source import Source, bare, kind, shown
 from meshwright.run.foreign.symbols import Global, Made

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from meshwright.errors import StorageError
-from meshwright.run.digest import preferred, usable
+from meshwright.run.checkpoint.digest import preferred, usable
 from meshwright.run.offload.lane import Lane
 from meshwright.run.offload.tier import PATIENCE, Moved, Place, Transfer, bytes_of
 

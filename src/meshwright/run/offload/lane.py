@@ -41,10 +41,18 @@ class Lane:
 def _run(queue: SimpleQueue[_Work | None]) -> None:
     while (work := queue.get()) is not None:
         found, act = work
-        try:
-            act()
-        except BaseException as error:  # noqa: BLE001 - raised by who waits for it
-            found.set_exception(error)
-        else:
+        error = _raised(act)
+        del work, act  # they hold tensors: who waits may count on their being free
+        if error is None:
             found.set_result(None)
-        del work, found, act  # they hold tensors, and the next work may be long in coming
+        else:
+            found.set_exception(error)
+        del found, error  # the next work may be long in coming
+
+
+def _raised(act: Callable[[], None]) -> BaseException | None:
+    try:
+        act()
+    except BaseException as error:  # noqa: BLE001 - raised by who waits for it
+        return error
+    return None

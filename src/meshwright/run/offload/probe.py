@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.run.optimizer import Recipe, build
+from meshwright.run.optimizer.recipe import Recipe, build
 
 __all__ = ["fuses", "lets_fuse", "steps_apart"]
 

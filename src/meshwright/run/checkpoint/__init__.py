@@ -1,0 +1,1 @@
+"""Checkpoints: a state in files, whole or not at all, under any plan."""

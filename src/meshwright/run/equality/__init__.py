@@ -1,0 +1,1 @@
+"""A plan's numbers against one device's."""
