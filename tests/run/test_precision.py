@@ -13,7 +13,7 @@ from meshwright.errors import PlanError, StorageError
 from meshwright.plan.plan import Plan
 from meshwright.run.describe import explain
 from meshwright.run.optimizer import stochastic
-from tests.run.checkpoint.test_persist import saved
+from tests.run.test_persist import saved
 from tests.run.jobs import (
     Net,
     Points,

@@ -15,7 +15,7 @@ from meshwright.job import LossScale
 from meshwright.plan.plan import Plan
 from meshwright.run.optimizer.scaling import nonfinite, restored, saved, scaling_of
 from meshwright.run.step import StepWork
-from tests.run.checkpoint.test_persist import saved as saved_run
+from tests.run.test_persist import saved as saved_run
 from tests.run.jobs import Net, Points, adamw, alone, fresh, job, mean_loss, on_ranks, step, weights
 
 FP16 = ",precision=fp16"
