@@ -13,7 +13,6 @@ from meshwright.errors import PlanError, StorageError
 from meshwright.plan.plan import Plan
 from meshwright.run.describe import explain
 from meshwright.run.optimizer import stochastic
-from tests.run.test_persist import saved
 from tests.run.jobs import (
     Net,
     Points,
@@ -28,6 +27,7 @@ from tests.run.jobs import (
     weighted_loss,
     weights,
 )
+from tests.run.test_persist import saved
 
 BF16 = ",precision=bf16"
 

@@ -15,8 +15,8 @@ from meshwright.job import LossScale
 from meshwright.plan.plan import Plan
 from meshwright.run.optimizer.scaling import nonfinite, restored, saved, scaling_of
 from meshwright.run.step import StepWork
-from tests.run.test_persist import saved as saved_run
 from tests.run.jobs import Net, Points, adamw, alone, fresh, job, mean_loss, on_ranks, step, weights
+from tests.run.test_persist import saved as saved_run
 
 FP16 = ",precision=fp16"
 HIGH = LossScale(initial=2.0**26, growth=16.0, backoff=2.0**-4, interval=3)
