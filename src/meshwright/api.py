@@ -137,6 +137,7 @@ class Run:
             if contract.supervised:
                 guard(contract, comm)
             stack.enter_context(ending(contract, comm))
+            self._connected(comm)
             plan, notes = _agreed_plan(contract.plan or self._plan, self.job, comm)
             self._session = open_session(
                 self.job,
@@ -209,6 +210,9 @@ class Run:
     def plan(self) -> Plan:
         """The plan, `data` filled."""
         return self.session.build.plan
+
+    def _connected(self, comm: Comm) -> None:
+        """What a kind of run does before its job is prepared."""
 
     def _offload(self, contract: Contract) -> Path:
         """What is offloaded to disk lies beside the runs, or in the run's own folder."""

@@ -275,6 +275,11 @@ class Session:
         for name in names:
             yield name, self.comm.perform(gathered(self.worker, name))
 
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer whole, one at a time, on every rank; all must take all."""
+        self._drain()
+        yield from self._whole(held(self.worker))
+
     def export(self, folder: Path, weights: str = "current") -> None:
         """Write safetensors under the model's own names, as `from_pretrained` reads them.
 
