@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,7 @@ PRINTED = {}
 def test_commands_print_what_the_document_says(path, block, tmp_path, monkeypatch, capfd):
     """The commands of one block are run one after another in one folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for name, source in files(path.read_text(encoding="utf-8")):
         (tmp_path / name).write_text(source, encoding="utf-8")

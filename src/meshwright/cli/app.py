@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from meshwright import __version__
-from meshwright.cli import checkpoint, demo, env, launch, plan, report, train, verify
+from meshwright.cli import checkpoint, deepspeed, demo, env, launch, plan, report, train, verify
 from meshwright.cli.told import Task, attempt
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("launch", epilog=launch.EXAMPLE)(launch.launch)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.command("deepspeed", epilog=deepspeed.EXAMPLE)(deepspeed.deepspeed)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("env", epilog=env.EXAMPLE)(env.env)

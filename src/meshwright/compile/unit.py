@@ -347,10 +347,11 @@ def _next(name: str, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
-    """A total: a scalar of the accumulators' dtype."""
+    """A total: a scalar of the accumulators' dtype, or of the model's where that is wider."""
     if not isinstance(value, Tensor):
         return torch.full((), float(value), dtype=like.dtype)
-    return value.detach().reshape(()).to(like.dtype)
+    wide = value.dtype if value.dtype == torch.float64 else like.dtype
+    return value.detach().reshape(()).to(wide)
 
 
 def _gradients(

@@ -143,6 +143,7 @@ def _schedule(asked: Settings, given: Any) -> Callable[[Any], Any] | None:
     def moved(optimizer: torch.optim.Optimizer) -> Any:
         found = copy.copy(given)
         found.optimizer = optimizer
+        found._step_count += 1  # noqa: SLF001 - else it looks for its own mark on optimizer.step
         return found
 
     return moved
