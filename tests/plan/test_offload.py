@@ -10,8 +10,8 @@ from meshwright.plan.plan import Plan
 
 @pytest.mark.parametrize(("text", "found"), [
     ("none", {}),
-    ("host", dict.fromkeys(("optimizer", "gradients", "params"), "host")),
-    ("disk", dict.fromkeys(("optimizer", "gradients", "params"), "disk")),
+    ("host", dict.fromkeys(("optimizer", "gradients", "params", "activations"), "host")),
+    ("disk", dict.fromkeys(("optimizer", "gradients", "params", "activations"), "disk")),
     ("params", {"params": "host"}),
     ("optimizer:disk+gradients:host+params", {
         "optimizer": "disk", "gradients": "host", "params": "host",
@@ -31,7 +31,6 @@ def test_parts_rest_in_tiers(text, found):
     ("params+params:disk", "it names params twice"),
     ("host+params", "host stands alone"),
     ("params:", "params can rest in host or disk, not in ''"),
-    ("activations", "does not offload activations"),
 ])  # fmt: skip
 def test_others_are_refused(text, why):
     (problem,) = check(Plan.parse(f"data=2,offload={text}"), Facts(2))

@@ -6,15 +6,13 @@ from typing import Final, Literal, get_args
 
 from meshwright.errors import UsageError, nearest
 
-__all__ = ["PARTS", "RUN", "TIERS", "Part", "Tier", "offloads"]
+__all__ = ["PARTS", "TIERS", "Part", "Tier", "offloads"]
 
 Part = Literal["optimizer", "gradients", "params", "activations"]
 Tier = Literal["host", "disk"]
 
 PARTS: Final = get_args(Part)
 TIERS: Final = get_args(Tier)
-RUN: Final[tuple[Part, ...]] = ("optimizer", "gradients", "params")
-"""The parts that this version offloads."""
 
 
 def offloads(text: str) -> dict[Part, Tier]:
@@ -29,7 +27,7 @@ def offloads(text: str) -> dict[Part, Tier]:
     if text == "none":
         return {}
     if text in TIERS:
-        return dict.fromkeys(RUN, text)  # type: ignore[arg-type]  # one of them
+        return dict.fromkeys(PARTS, text)  # type: ignore[arg-type]  # one of them
     found: dict[Part, Tier] = {}
     for item in text.split("+"):
         part, colon, tier = item.partition(":")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from meshwright.predict.memory import live_bytes
 from meshwright.program.assemble import Compiled
+from meshwright.program.away import AWAY
 from meshwright.program.donate import bases
 from meshwright.program.instruction import Instruction
 from meshwright.program.partition import COLLECTIVES
@@ -115,7 +116,8 @@ class _Walk:
                 self.resting[name] = 0 if storage is None else self.sizes[storage][1]
                 self._drop(name)
             elif instruction.kind == "Load":
-                self._name(name, self._new("weight", self.resting.get(source, 0)))
+                kind = "activation" if source.startswith(AWAY) else "weight"
+                self._name(name, self._new(kind, self.resting.get(source, 0)))
             else:
                 self._name(name, self.held.get(source))
                 self._drop(source)

@@ -181,6 +181,7 @@ def assemble(
     *,
     sequence: bool = False,
     kept: Callable[[Program], frozenset[int] | None] = lambda _: None,
+    fine: bool = False,
 ) -> Compiled:
     """The instruction list of the rank at `coordinates`.
 
@@ -192,8 +193,9 @@ def assemble(
         sequence: split over `tensor` along the sequence what it would leave whole.
         kept: of a unit with fused parameters in parts, the forward values that are saved for the
             backward, which computes others again; None saves what it reads.
+        fine: cut programs without repeated layers too.
     """
-    table = Table()
+    table = Table(fine=fine)
     body: list[Instruction] = []
     made: dict[tuple[str, bool, bool], Local] = {}
     wholes: dict[tuple[str, bool, bool], tuple[Program, Completed]] = {}

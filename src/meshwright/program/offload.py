@@ -58,12 +58,15 @@ def _is_view(op: Op) -> bool:
     return op.base in _PURE and len(op.results) == len(op.inputs) == 1 and not op.packed
 
 
-def viewed_again(program: Program) -> Program:
+def viewed_again(program: Program, *, all_values: bool = False) -> Program:
     """The program with views of weights made anew where the backward reads them.
 
-    A view that the backward took from the forward would keep the weight's storage until then.
+    A view that the backward took from the forward would keep the weight's storage until then. With
+    `all_values`, views of all that the forward makes.
     """
     weights = {value for name, value in program.inputs if name.startswith("model/")}
+    if all_values:
+        weights |= {value for op in program.ops if op.phase == "forward" for value in op.results}
     views: dict[int, Op] = {}
     values, ops = list(program.values), list[Op]()
 

@@ -15,6 +15,10 @@ from meshwright.program.repeat import repeated
 __all__ = ["Piece", "Table", "pieces", "run_pieces", "segments_of", "with_frees"]
 
 
+_FINE = 16
+"""Pieces of a phase of a program that is cut finely."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Part of a program between collectives: ops to run, or a bucket begun or awaited."""
@@ -80,13 +84,18 @@ class _Cutter:
         return (*self.found, *(Piece("wait", bucket) for bucket in left))
 
 
-def pieces(program: Program, limit: int = BUCKET_BYTES) -> tuple[Piece, ...]:
+def pieces(program: Program, limit: int = BUCKET_BYTES, *, fine: bool = False) -> tuple[Piece, ...]:
     """Cut a partitioned program where collectives stand, and where repeated modules begin and end.
+
+    With `fine`, what is long between repeated modules is cut as well, so that values go from piece
+    to piece.
 
     Collectives that stand side by side are dealt out to buckets of `limit` bytes. A bucket is
     started where it stands, and awaited before the first op that reads any of its results.
     """
     cutter, borders = _Cutter(program, limit), repeated(program)
+    if fine:
+        borders = _finer(program, borders)
     for number, op in enumerate(program.ops):
         if op.name in COLLECTIVES:
             cutter.collective(op)
@@ -95,11 +104,26 @@ def pieces(program: Program, limit: int = BUCKET_BYTES) -> tuple[Piece, ...]:
     return cutter.end()
 
 
+def _finer(program: Program, borders: frozenset[int]) -> frozenset[int]:
+    """The borders, and more where a phase's ops between two of them are many."""
+    found = set(borders)
+    for phase in ("forward", "backward"):
+        places = [number for number, op in enumerate(program.ops) if op.phase == phase]
+        most, since = max(1, len(places) // _FINE), 0
+        for number in places:
+            since = 0 if number in borders else since + 1
+            if since == most:
+                found.add(number)
+                since = 0
+    return frozenset(found)
+
+
 class Table:
     """Segments and calls gathered over several programs; equal segments are kept once."""
 
-    def __init__(self) -> None:
-        """Empty."""
+    def __init__(self, *, fine: bool = False) -> None:
+        """Empty; `fine` as of `pieces`."""
+        self.fine = fine
         self.segments: list[Program] = []
         self.calls: list[tuple[Op, ...]] = []
         self.known: dict[str, int] = {}
@@ -193,7 +217,7 @@ def run_pieces(
     def name(value: int) -> str:
         return outside.get(value, f"{here}{value}")
 
-    cut = pieces(program, limit)
+    cut = pieces(program, limit, fine=table.fine)
     delivered = frozenset(value for _, value in program.outputs)
     later: list[frozenset[int]] = []
     seen = set(delivered)

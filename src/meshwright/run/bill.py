@@ -8,6 +8,7 @@ from typing import Any
 from meshwright.plan.offload import TIERS, Part
 from meshwright.predict.memory import memory_bill
 from meshwright.predict.staged import staged_bill
+from meshwright.program.away import slots
 from meshwright.program.layout import local_shape
 from meshwright.program.offload import MOVED
 from meshwright.program.program import Value
@@ -37,7 +38,7 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
             compiled, gone = build.lowered(rank, micros).compiled, build.plan.offloads
             seen[form] = (
                 memory_bill(compiled, held, gone)
-                if build.stages is None
+                if build.stages is None and "activations" not in gone
                 else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
             if build.job.ema is not None:
@@ -87,7 +88,7 @@ def _shards(build: Build, rank: int) -> dict[str, Value]:
     return found
 
 
-def away(build: Build, rank: int) -> dict[str, int]:
+def away(build: Build, rank: int, micros: Sequence[Micro] = ()) -> dict[str, int]:
     """Bytes that a rank keeps outside its device's memory, by tier; what passes through counts.
 
     A step on the host holds a chunk of weights and gradients there, where they do not rest on it;
@@ -99,12 +100,21 @@ def away(build: Build, rank: int) -> dict[str, int]:
     optimizer = build.recipe.slots() * sum(held.values())
     sums = sum(v.bytes for v in shards.values())
     sizes: dict[Part, int] = {
-        "optimizer": optimizer, "gradients": sums, "params": sum(weights.values())
+        "optimizer": optimizer, "gradients": sums, "params": sum(weights.values()),
+        "activations": _activations(build, rank, micros),
     }  # fmt: skip
     found = {tier: sum(sizes[p] for p, t in asked.items() if t == tier) for tier in TIERS}
     if asked:
         found["host"] += _passing(build, held, weights)
     return found
+
+
+def _activations(build: Build, rank: int, micros: Sequence[Micro]) -> int:
+    """Bytes of the slots that saved activations rest in."""
+    if "activations" not in build.plan.offloads or not micros:
+        return 0
+    lists = build.lowered(rank, micros).compiled.instructions
+    return sum(value.bytes for value in slots(lists).values())
 
 
 def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) -> int:

@@ -29,6 +29,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
 from meshwright.program.assemble import Compiled, assemble
 from meshwright.program.attention import formed
+from meshwright.program.away import put_away
 from meshwright.program.context import split_sequences
 from meshwright.program.dispatch import dispatched
 from meshwright.program.fallback import require_small
@@ -227,7 +228,7 @@ class Build:
         precision = self.precision
         stage = self.mesh.stages[0]
         splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
-        split = *splits, *self._shared_sequences(), self._fetches
+        split = *splits, *self._shared_sequences(), self._fetches, self._saves_away
         key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
@@ -247,6 +248,11 @@ class Build:
         """Whether weights come whole from another tier; under ZeRO-3 they are gathered anyway."""
         return "params" in self.plan.offloads and self.plan.zero < 3
 
+    @property
+    def _saves_away(self) -> bool:
+        """Whether saved activations rest in another tier."""
+        return "activations" in self.plan.offloads
+
     def _shared_sequences(self) -> tuple[Hashable, ...]:
         """What programs whose sequences are split depend on."""
         stage = self.mesh.stages[0]
@@ -263,8 +269,8 @@ class Build:
             program, attention = formed(program, parts, tensor, self.plan.attention)
         if stage.axis_size("expert") > 1:
             program = dispatched(program)
-        if self._fetches:
-            program = viewed_again(program)
+        if self._fetches or self._saves_away:
+            program = viewed_again(program, all_values=self._saves_away)
         return replace(unit, program=program, attention=attention)
 
     def lowered(
@@ -289,11 +295,12 @@ class Build:
                     self.states,
                     sequence=self.plan.sequence == "tensor",
                     kept=self.kept,
+                    fine=self._saves_away,
                 )
                 if self.stages is None
                 else self._staged(rank, programs, training=how.get("training", True))
             )
-            compiled = self._offloaded(compiled)
+            compiled = self._offloaded(compiled, training=how.get("training", True))
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = self.lower(rank, compiled.instructions.segments)
             constants = {name: t for unit in units for name, t in unit.constants.items()}
@@ -302,13 +309,17 @@ class Build:
             self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
 
-    def _offloaded(self, compiled: Compiled) -> Compiled:
+    def _offloaded(self, compiled: Compiled, *, training: bool) -> Compiled:
         """The list with loads and stashes of what the plan offloads."""
         tiers = {part: tier for part, tier in self.plan.offloads.items() if part in MOVED}
-        if not tiers or self.plan.asynchronous:
+        if self.plan.asynchronous:
             return compiled
-        weights = [f"model/{name}" for name in self.model.parameters]
-        lists = offloaded(compiled.instructions, weights, tiers)
+        lists = compiled.instructions
+        if training and "activations" in self.plan.offloads:
+            lists = put_away(lists, self.plan.offloads["activations"])
+        if tiers:
+            weights = [f"model/{name}" for name in self.model.parameters]
+            lists = offloaded(lists, weights, tiers)
         return replace(compiled, instructions=lists)
 
     def kept(self, program: Program) -> frozenset[int] | None:
@@ -335,7 +346,7 @@ class Build:
         pipeline, replica, _ = self.within(rank)
         post = Post(pipeline, replica, self.seats(rank), self.axes, place.coordinates, homes)
         each = [self.staged_micro(rank, program) for program in programs]
-        return assemble_stages(schedule, each, self.states, post)
+        return assemble_stages(schedule, each, self.states, post, fine=self._saves_away)
 
     def staged_micro(self, rank: int, program: Program) -> StageMicro:
         """A traced micro-batch cut into tasks, as ranks with this one's coordinates run them."""

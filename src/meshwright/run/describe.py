@@ -152,7 +152,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         "attention": _near(_attention(build, micros)),
         "block": _near(block(compiled, axes).as_json()),
         "memory": [
-            {"rank": rank, "parts": parts, **({"away": away(build, rank)} if moves else {})}
+            {"rank": rank, "parts": parts, **({"away": away(build, rank, micros)} if moves else {})}
             for rank, parts in enumerate(bills(build, micros))
         ],
     }

@@ -39,7 +39,12 @@ _EVERYWHERE = ("output/", "watch/")
 
 
 def assemble_stages(
-    schedule: Schedule, micros: Sequence[Micro], states: Mapping[str, StateLayouts], post: Post
+    schedule: Schedule,
+    micros: Sequence[Micro],
+    states: Mapping[str, StateLayouts],
+    post: Post,
+    *,
+    fine: bool = False,
 ) -> Compiled:
     """The instruction list of the rank in `post`.
 
@@ -48,8 +53,10 @@ def assemble_stages(
         micros: the micro-batches, in order; equal ones may be one object.
         states: layouts by parameter.
         post: the rank's.
+        fine: cut tasks without repeated layers too.
     """
-    assembler = _Assembler(schedule, micros, post, ahead=_ahead(schedule))
+    table = Table(fine=fine)
+    assembler = _Assembler(schedule, micros, post, ahead=_ahead(schedule), table=table)
     body = assembler.whole_weights(states)
     body += assembler.actions()
     body += [*assembler.unneeded(), *assembler.ties(states)]
@@ -57,7 +64,6 @@ def assemble_stages(
     body += [Instruction("Finish"), Instruction("Agree", axis="world"), Instruction("Update")]
     body += move_instructions(gather.program, assembler.table, "gather", "shard/", "gathered/")
     body.append(Instruction("Commit"))
-    table = assembler.table
     lists = InstructionList(
         (), tuple(with_frees(body)), (), tuple(table.segments), tuple(table.calls),
         tuple(assembler.told),

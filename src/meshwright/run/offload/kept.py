@@ -242,7 +242,7 @@ class Kept:
             if part.data_ptr() != stepped.data_ptr():
                 part.copy_(stepped)
             self.store.stash(f"model/{name}", whole)
-            self._coming[name].writing.append(self.store.going[-1])
+            self._coming[name].writing.append(self.store.going[-1][1])
         elif stepped.data_ptr() != home.data_ptr():
             home.copy_(stepped)
             self.moved.fetched += stepped.nbytes

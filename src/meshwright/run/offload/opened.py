@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from meshwright.plan.offload import Part
+from meshwright.program.offload import MOVED
 from meshwright.run.build import Build
 from meshwright.run.offload.disk import Disk
 from meshwright.run.offload.host import Host
@@ -21,6 +22,7 @@ __all__ = ["kept_of", "store_of", "tier_of"]
 _KINDS: Mapping[Part, tuple[str, ...]] = {
     "params": ("model",),
     "gradients": ("gradient", "reduced"),
+    "activations": ("away",),
 }
 """How the names of a part's values begin."""
 
@@ -60,7 +62,7 @@ def kept_of(
         stays=kind != "disk",
         fused=dtype.is_floating_point and fuses(build.recipe, dtype),
         chunk=CHUNK if steps_apart(build.recipe) else None,
-        here=frozenset(part for part in _KINDS if asked.get(part) == "host"),
+        here=frozenset(part for part in MOVED if asked.get(part) == "host"),
         store=store,
-        far=frozenset(part for part in _KINDS if asked.get(part) == "disk"),
+        far=frozenset(part for part in MOVED if asked.get(part) == "disk"),
     )

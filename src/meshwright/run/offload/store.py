@@ -14,6 +14,10 @@ from meshwright.run.offload.tier import Place, Tier, Transfer
 __all__ = ["Store"]
 
 
+_FLIGHT = 64 << 20
+"""Bytes on their way to tiers at once: what leaves is not free before it is there."""
+
+
 @dataclass(slots=True)
 class Store:
     """Weights and sums of a rank.
@@ -21,12 +25,12 @@ class Store:
     Attributes:
         tiers: of each kind of value (`model`, `gradient`, `reduced`) that is offloaded.
         places: by name.
-        going: transfers to tiers that are under way.
+        going: transfers to tiers that are under way, with their bytes.
     """
 
     tiers: Mapping[str, Tier]
     places: dict[str, Place] = field(default_factory=dict)
-    going: list[Transfer] = field(default_factory=list)
+    going: list[tuple[int, Transfer]] = field(default_factory=list)
 
     def taken(self, name: str, tensor: Tensor) -> Tensor:
         """A value, moved to the tier that its kind rests in, at once; what is left of it here."""
@@ -55,7 +59,10 @@ class Store:
             place = self.tier(name).place(name, tuple(tensor.shape), tensor.dtype)
             self.places[name] = place
         self._look()
-        self.going.append(self.tier(name).put(place, tensor))
+        while sum(size for size, _ in self.going) > _FLIGHT:
+            _, first = self.going.pop(0)
+            first.wait()
+        self.going.append((place.bytes, self.tier(name).put(place, tensor)))
         return place.rests
 
     def refresh(self, names: Iterable[str]) -> None:
@@ -82,7 +89,7 @@ class Store:
 
     def settle(self) -> None:
         """Wait until all that was stashed is there."""
-        for transfer in self.going:
+        for _, transfer in self.going:
             transfer.wait()
         self.going.clear()
 
@@ -93,10 +100,10 @@ class Store:
 
     def _look(self) -> None:
         """Forget transfers that have ended; what they raised is raised."""
-        for transfer in self.going:
+        for _, transfer in self.going:
             if transfer.done:
                 transfer.wait()
-        self.going = [transfer for transfer in self.going if not transfer.done]
+        self.going = [each for each in self.going if not each[1].done]
 
     def tier(self, name: str) -> Tier:
         """Where a value rests."""
