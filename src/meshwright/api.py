@@ -513,15 +513,18 @@ def train(
         **how: as for `Run`.
 
     Returns:
-        A summary: `run_dir`, `steps`, `loss`, `evaluation`, `plan`, `ranks`.
+        A summary: `run_dir`, `steps`, `loss` (`losses` by phase, where the job has
+        some), `evaluation`, `plan`, `ranks`.
     """
     with Run(job, plan, **how) as run:
         waits = bool(how.get("wait_for_saves"))
         loss: float | None = None
+        losses: dict[str, float] = {}
         evaluation: dict[str, float] | None = None
         for _ in run.steps(until=steps):
             metrics = run.step()
             loss = metrics.loss
+            losses |= {metrics.phase: loss} if metrics.phase else {}
             for function in on_step:
                 function(run, metrics)
             if checkpoint_every and not waits:
@@ -539,6 +542,7 @@ def train(
             "run_dir": str(run.dir),
             "steps": run.step_number,
             "loss": loss,
+            **({"losses": losses} if losses else {}),
             "evaluation": evaluation,
             "plan": run.plan.label,
             "ranks": run.plan.ranks,

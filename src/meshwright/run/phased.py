@@ -47,7 +47,10 @@ class PhasedWorker(Worker):
         Args:
             job: with its phases.
             builds: by phase.
-            rank, source, policy, make: as of `Worker`.
+            rank: as of `Worker`.
+            source: likewise.
+            policy: likewise.
+            make: likewise.
         """
         (first, build), *others = builds.items()
         super().__init__(build, rank, source, _policy(build, policy), make)

@@ -126,7 +126,6 @@ def builds_of(
     _require_fitting(plan)
     jobs = {name: job_of(job, name, mine) for name, mine in divided(job).items()}
     builds = {name: prepare(one, plan, world, dtype, data) for name, one in jobs.items()}
-    _require_one_precision(builds)
     work = _agreed(builds, data)
     for name, build in builds.items():
         if {n: states.work for n, states in build.states.items()} != work:
@@ -140,16 +139,6 @@ def _require_fitting(plan: Plan) -> None:
         raise PlanError(
             f"plan asks for {key}, whose stages are cut from the ops of one loss, but the job "
             "trains several in phases; use data, zero, tensor, context or expert"
-        )
-
-
-def _require_one_precision(builds: Mapping[str, Build]) -> None:
-    """What is kept in 16 bits goes by what is trained, and phases share it."""
-    first, *others = builds.values()
-    if any(other.values() != first.values() for other in others):
-        raise PlanError(
-            f"plan asks for precision={first.plan.precision}, which keeps what one phase trains in "
-            "16 bits and another phase would not; use precision=bf16"
         )
 
 

@@ -13,19 +13,15 @@ from torch import Tensor
 
 from meshwright.comm.base import Comm, gather_json
 from meshwright.comm.local import LocalWorld
-from meshwright.compile.draw import SampleDim
-from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout
 from meshwright.run import averaged
-from meshwright.run.asynchronous import pipe_of
-from meshwright.run.build import Build, Micro, has_batch_norm
+from meshwright.run.build import Build, has_batch_norm
 from meshwright.run.data.samples import Source, open_source
-from meshwright.run.equality.inturn import Draws, InTurn
+from meshwright.run.equality.begin import DRAINS, reference_of
 from meshwright.run.equality.lockstep import first_difference
 from meshwright.run.equality.measure import KINDS, LAW, Report, Worst, compare
-from meshwright.run.equality.recurrence import Recurrence, stages_of
 from meshwright.run.equality.reference import Reference, Snapshot, slots
 from meshwright.run.equality.rounding import (
     allow_zeros,
@@ -41,7 +37,7 @@ from meshwright.run.phased import worker_for
 from meshwright.run.phases import builds_of
 from meshwright.run.same import under
 from meshwright.run.step import Policy, RankState
-from meshwright.run.worker import Make, Worker, rounding_of
+from meshwright.run.worker import Make, Worker
 
 __all__ = [
     "KINDS",
@@ -49,8 +45,6 @@ __all__ = [
     "Report",
     "Trial",
     "merge",
-    "reference_for",
-    "reference_of",
     "try_local",
     "verify_local",
     "verify_rank",
@@ -58,46 +52,9 @@ __all__ = [
 ]
 
 
-DRAINS = (7,)
-"""The steps before which asynchronous pipelines are drained: drains are verified too."""
-
-
 def _slot_of(name: str) -> str:
     """The kind of `optimizer/<slot>/<parameter>`: its slot."""
     return name.split("/")[1]
-
-
-def _draws(build: Build) -> Draws:
-    def draws(tree: Any, samples: int) -> Sequence[SampleDim | None]:
-        return build.unit(Micro(example_of(tree)[0], samples)).draws
-
-    return draws
-
-
-def reference_of(job: Job, builds: Mapping[str, Build], source: Source, **how: Any) -> Reference:
-    """The reference of a job, with phases or without."""
-    if "" in builds:
-        return reference_for(builds[""], source, **how)
-    build = next(iter(builds.values()))
-    usual = {
-        "microbatches": build.plan.microbatches, "precision": build.precision,
-        "dtype": build.dtype, "rounding": rounding_of(build),
-    }  # fmt: skip
-    draws = {name: _draws(one) for name, one in builds.items()}
-    return InTurn(job, builds, source, draws=draws, **{**usual, **how})
-
-
-def reference_for(build: Build, source: Source, **how: Any) -> Reference:
-    """The reference of a build, counting random ops' samples as its programs do."""
-    draws, plan = _draws(build), build.plan
-    usual = {
-        "microbatches": plan.microbatches, "precision": build.precision, "dtype": build.dtype,
-        "rounding": rounding_of(build),
-    }  # fmt: skip
-    if plan.asynchronous and build.stages is not None:
-        usual |= {"pipe": pipe_of(build), "stages": stages_of(build), "drains": DRAINS}
-        return Recurrence(build.job, build.model, source, draws=draws, **{**usual, **how})
-    return Reference(build.job, build.model, source, draws=draws, **{**usual, **how})
 
 
 def verify_rank(
@@ -238,7 +195,7 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan to verify: its build (of each phase), its data, and where ranks and the reference begin.
+    """A plan to verify: its build by phase, its data, where ranks and the reference begin.
 
     Attributes:
         start: whole tensors of the job's `weights`, by global name.
