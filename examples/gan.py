@@ -47,8 +47,12 @@ class GAN(nn.Module):
         )
 
     def made(self, count: int) -> Tensor:
-        """[count, 64] images of the generator's."""
-        return self.generator(torch.randn(count, self.latent))
+        """[count, 64] images of the generator's.
+
+        Noise comes from nowhere, so that ranks are told to share it: it has a row per sample.
+        """
+        noise = mw.annotate(torch.randn(count, self.latent), "data")
+        return self.generator(noise)
 
 
 def digits() -> TensorDataset:
