@@ -202,3 +202,27 @@ def test_what_finetune_exports_loads_in_transformers(tiny, tmp_path):
 
 def test_every_example_makes_a_job(tiny):
     assert all(isinstance(made(name, tiny), Job) for name in SMALL)
+
+
+def test_the_gan_makes_images_that_are_more_like_digits(tiny):
+    gan = example("gan")
+    job = gan.job(width=64)
+    torch.manual_seed(0)
+    model, real = job.model(), job.data().tensors[0]
+    optimizers = {name: phase.optimizer(model) for name, phase in job.phases.items()}
+
+    def apart():
+        """How far the made images' mean and spread per pixel are from those of real ones."""
+        with torch.no_grad():
+            made = model.made(500)
+        off = (made.mean(0) - real.mean(0)).abs() + (made.std(0) - real.std(0)).abs()
+        return float(off.mean())
+
+    before = apart()
+    source = open_source(job.data(), batch_size=job.batch_size, seed=0)
+    for step, batch in zip(range(300), source.batches(), strict=False):
+        name = job.phase_at(step)
+        model.zero_grad()
+        mean(job.phases[name].loss(model, batch.tree)).backward()
+        optimizers[name].step()
+    assert apart() < 0.6 * before

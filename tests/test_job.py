@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import UsageError
-from meshwright.job import Job
+from meshwright.job import Job, Phase
 
 
 def job(**changes):
@@ -104,3 +104,75 @@ def test_normalize_over_is_accepted_exactly_when_it_divides(batch, over):
         job(batch_size=batch, normalize_over=over)
     offered = int(str(caught.value).rpartition("=")[2])
     assert batch % offered == 0
+
+
+def phase(**changes):
+    """A phase that is fine but for `changes`."""
+    fine = {
+        "loss": lambda model, batch: model(batch).mean(),
+        "parameters": "*",
+        "optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    return Phase(**{**fine, **changes})
+
+
+def phased(phases, **changes):
+    """A job with phases."""
+    fine = {"model": torch.nn.Identity, "data": lambda: [torch.zeros(2)], "batch_size": 8}
+    return Job(phases=phases, **{**fine, **changes})
+
+
+def test_a_job_without_what_it_needs_is_refused():
+    with pytest.raises(UsageError, match="the job has no loss; give loss=, or phases="):
+        Job(torch.nn.Identity, data=list, batch_size=1)
+    with pytest.raises(UsageError, match="the job has no optimizer"):
+        Job(torch.nn.Identity, lambda model, batch: 0, data=list, batch_size=1)
+    with pytest.raises(UsageError, match="the job has no data"):
+        Job(torch.nn.Identity, phases={"a": phase()}, batch_size=1)
+
+
+def test_phases_run_in_their_order():
+    made = phased({"a": phase(), "b": phase(clip_norm=2.0)})
+    assert [made.phase_at(step) for step in range(4)] == ["a", "b", "a", "b"]
+    made = phased({"a": phase(), "b": phase()}, order=("b", "b", "a"))
+    assert [made.phase_at(step) for step in range(4)] == ["b", "b", "a", "b"]
+    assert job().phase_at(3) == ""
+
+
+def test_a_phase_alone_is_a_job():
+    made = phased({"a": phase(), "b": phase(clip_norm=2.0)}, ema=0.5)
+    alone = made.of("b")
+    assert (alone.phases, alone.clip_norm, alone.ema) == (None, 2.0, 0.5)
+    assert alone.loss is made.phases["b"].loss
+    assert job().of("").phases is None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: phase(parameters=""), "a phase's parameters are ''"),
+        (lambda: phase(parameters=[]), "a phase's parameters are []"),
+        (lambda: phase(parameters=[3]), "a phase's parameters are [3]"),
+        (lambda: phase(optimizer=None), "optimizer is None"),
+        (lambda: phase(loss=torch.nn.MSELoss()), "loss is a MSELoss"),
+        (lambda: phase(schedule=0.1), "schedule is 0.1"),
+        (lambda: phase(clip_norm=0), "clip_norm=0"),
+        (lambda: phased({}), "phases is a dict"),
+        (lambda: phased([phase()]), "phases is a list"),
+        (lambda: phased({"a b": phase()}), "a phase is called 'a b'"),
+        (lambda: phased({"a": 3}), "phase a is 3, but must be a Phase"),
+        (lambda: phased({"a": phase()}, order="a"), "order is 'a', but must list phases"),
+        (lambda: phased({"a": phase()}, order=("c",)), "order names the phase 'c', which is none"),
+        (
+            lambda: phased({"a": phase(), "b": phase()}, order=("a",)),
+            "order leaves out the phase 'b'",
+        ),
+        (lambda: phased({"a": phase()}, clip_norm=1.0), "gives both phases and clip_norm"),
+        (lambda: phased({"a": phase()}, loss=lambda m, b: 0), "gives both phases and loss"),
+        (lambda: job(order=("a",)), "of phases, but no phases="),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(make, words):
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert words in str(caught.value)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meshwright.compile.annotate import annotate, cut
     from meshwright.compile.deferred import deferred_batch_norm
     from meshwright.errors import MeshwrightError
-    from meshwright.job import Job, LossScale
+    from meshwright.job import Job, LossScale, Phase
     from meshwright.plan import presets
     from meshwright.plan.mesh import Mesh
     from meshwright.plan.plan import Plan
@@ -30,6 +30,7 @@ __all__ = [
     "LossScale",
     "Mesh",
     "MeshwrightError",
+    "Phase",
     "Plan",
     "Run",
     "annotate",
@@ -51,6 +52,7 @@ _HOMES: Final = {
     "LossScale": "meshwright.job",
     "Mesh": "meshwright.plan.mesh",
     "MeshwrightError": "meshwright.errors",
+    "Phase": "meshwright.job",
     "Plan": "meshwright.plan.plan",
     "Run": "meshwright.api",
     "annotate": "meshwright.compile.annotate",

@@ -252,15 +252,25 @@ class Run:
         while self.session.step < total:
             yield self.session.step
 
-    def step(self, batch: Any = None, part: Literal["global", "local"] = "global") -> Metrics:
+    def step(
+        self,
+        batch: Any = None,
+        part: Literal["global", "local"] = "global",
+        *,
+        phase: str | None = None,
+    ) -> Metrics:
         """Run one step; its global metrics.
 
         Args:
             batch: one of your own instead of the job's next: the global one, or with
-                `part="local"` this rank's rows.
+                `part="local"` this rank's rows. Of a job with phases, the name of one instead.
             part: what `batch` is.
+            phase: of the job's phases, the one to run; by default the one whose turn it is.
         """
         session = self.session
+        if isinstance(batch, str):
+            batch, phase = None, batch
+        session.turn(phase)
         if part not in ("global", "local"):
             raise UsageError(f"part={part!r}; use 'global' or 'local'")
         fetched = session.take(batch, local=part == "local")
@@ -272,7 +282,7 @@ class Run:
         session.worker.flags = {"save": due and self.rank == 0, **stops}
         if self._profiler is not None:
             self._profiler.before()
-        record = session.run_taken(fetched, self._until)
+        record = session.run_taken(fetched, self._until, phase)
         if not self._waits and time.monotonic() - self._saved_at > 0.9 * CHECKPOINT_SECONDS:
             session.prepare_saves()
         stopped = [f for f in record.metrics.flags if f.startswith("stop")]
@@ -327,9 +337,16 @@ class Run:
             data: like `Job.data()` returns; by default the job's evaluation set.
             metrics: `metrics(model, batch)` returns more of them, as a loss does.
             weights: the trained ones, or their average (`Job(ema=...)`).
+
+        Returns:
+            Means by name; of a job with phases `d/loss` and so on, over each phase's loss.
         """
-        forward = None if metrics is None else _WithMetrics(self.job.loss, metrics)
-        found = self.session.evaluate(data, forward, weights)
+        found: dict[str, float] = {}
+        for phase in self.job.phases or ("",):
+            job = self.job.of(phase)
+            forward = None if metrics is None else _WithMetrics(job.loss, metrics)
+            held = self.session.evaluate(data, forward, weights, phase or None)
+            found |= {f"{phase}/{n}": v for n, v in held.items()} if phase else held
         self._journal.evaluation(self.session.step, found)
         return found
 
@@ -496,15 +513,18 @@ def train(
         **how: as for `Run`.
 
     Returns:
-        A summary: `run_dir`, `steps`, `loss`, `evaluation`, `plan`, `ranks`.
+        A summary: `run_dir`, `steps`, `loss` (`losses` by phase, where the job has
+        some), `evaluation`, `plan`, `ranks`.
     """
     with Run(job, plan, **how) as run:
         waits = bool(how.get("wait_for_saves"))
         loss: float | None = None
+        losses: dict[str, float] = {}
         evaluation: dict[str, float] | None = None
         for _ in run.steps(until=steps):
             metrics = run.step()
             loss = metrics.loss
+            losses |= {metrics.phase: loss} if metrics.phase else {}
             for function in on_step:
                 function(run, metrics)
             if checkpoint_every and not waits:
@@ -522,6 +542,7 @@ def train(
             "run_dir": str(run.dir),
             "steps": run.step_number,
             "loss": loss,
+            **({"losses": losses} if losses else {}),
             "evaluation": evaluation,
             "plan": run.plan.label,
             "ranks": run.plan.ranks,

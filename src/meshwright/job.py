@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from os import PathLike
 from typing import Any
 
 from meshwright.errors import UsageError
 
-__all__ = ["Job", "LossScale"]
+__all__ = ["Job", "LossScale", "Phase"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,57 @@ def _require_between(name: str, value: object, low: float, high: float) -> None:
         )
 
 
+def _absent(*_: Any) -> Any:
+    """Stands for what was not given."""
+    raise UsageError("the job has several phases, and no such thing of its own")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One of the losses that a job trains in turn, with the parameters and the optimizer it moves.
+
+    Attributes:
+        loss: as a job's.
+        parameters: names of the parameters it trains, with wildcards, such as `"generator.*"`;
+            the others are frozen in its steps.
+        optimizer: as a job's; of what it is given, these parameters are stepped.
+        schedule: as a job's, stepped once a step of this phase.
+        clip_norm: the largest global L2 norm that these parameters' gradients keep.
+        overlap: whether other phases that say so too may train some of them as well.
+
+    Raises:
+        UsageError: a field has a type or value that cannot be.
+    """
+
+    loss: Callable[[Any, Any], Any]
+    _: KW_ONLY
+    parameters: str | Sequence[str]
+    optimizer: Callable[[Any], Any]
+    schedule: Callable[[Any], Any] | None = None
+    clip_norm: float | None = None
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        _require_loss(self.loss)
+        if not self.patterns or not all(map(_is_pattern, self.patterns)):
+            raise UsageError(
+                f"a phase's parameters are {self.parameters!r}, but must be a name with wildcards, "
+                'or a list of them; use parameters="generator.*"'
+            )
+        _require_factory(
+            "optimizer", self.optimizer, "optimizer=lambda model: AdamW(model.parameters())"
+        )
+        if self.schedule is not None:
+            example = "schedule=lambda optimizer: StepLR(optimizer, 100)"
+            _require_factory("schedule", self.schedule, example)
+        _require_clip_norm(self.clip_norm)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The names that its parameters match."""
+        return (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to train; the plan says where. No field depends on the number of devices.
@@ -64,6 +115,9 @@ class Job:
         data: `data()` returns a map-style dataset, a `DataLoader` over one, or an iterable of
             global batches.
         batch_size: samples per step, over all ranks.
+        phases: by name, losses that are trained in turn, each with its own optimizer, instead of
+            `loss` and `optimizer`.
+        order: of phases, repeated: step s runs the one at place s; as they are written by default.
         schedule: `schedule(optimizer)` returns a learning-rate scheduler, stepped once a step.
         evaluation: like `data`, for the held-out set.
         weights: what to start from: a file or folder of safetensors, a run or a checkpoint.
@@ -81,11 +135,13 @@ class Job:
     """
 
     model: Callable[[], Any]
-    loss: Callable[[Any, Any], Any]
-    optimizer: Callable[[Any], Any]
-    data: Callable[[], Any]
-    batch_size: int
+    loss: Callable[[Any, Any], Any] = _absent
+    optimizer: Callable[[Any], Any] = _absent
+    data: Callable[[], Any] = _absent
+    batch_size: int = 0
     _: KW_ONLY
+    phases: Mapping[str, Phase] | None = None
+    order: Sequence[str] | None = None
     schedule: Callable[[Any], Any] | None = None
     evaluation: Callable[[], Any] | None = None
     weights: str | PathLike[str] | None = None
@@ -100,10 +156,9 @@ class Job:
 
     def __post_init__(self) -> None:
         _require_factory("model", self.model, "model=lambda: MyModel()")
-        _require_loss(self.loss)
-        _require_factory(
-            "optimizer", self.optimizer, "optimizer=lambda model: AdamW(model.parameters())"
-        )
+        _require_losses(self)
+        if self.data is _absent:
+            raise UsageError("the job has no data; give data=lambda: MyDataset()")
         _require_factory("data", self.data, "data=lambda: MyDataset()")
         for name, value, example in (
             ("schedule", self.schedule, "schedule=lambda optimizer: StepLR(optimizer, 100)"),
@@ -135,6 +190,83 @@ class Job:
                 f"batch_size={self.batch_size}; use normalize_over="
                 f"{_nearest_divisor(self.batch_size, self.normalize_over)}"
             )
+
+    def of(self, name: str) -> Job:
+        """The job that trains one phase alone; its own where it has no phases."""
+        if self.phases is None:
+            return self
+        phase = self.phases[name]
+        return replace(
+            self,
+            loss=phase.loss,
+            optimizer=phase.optimizer,
+            schedule=phase.schedule,
+            clip_norm=phase.clip_norm,
+            phases=None,
+            order=None,
+        )
+
+    def phase_at(self, step: int) -> str:
+        """The name of the phase that a step runs, by the job's order; empty without phases."""
+        order = tuple(self.order or self.phases or ("",))
+        return order[step % len(order)]
+
+
+def _require_losses(job: Job) -> None:
+    """One loss with its optimizer, or phases."""
+    if job.phases is None:
+        if job.order is not None:
+            raise UsageError(f"job gives order={job.order!r} of phases, but no phases=")
+        for name, value in (("loss", job.loss), ("optimizer", job.optimizer)):
+            if value is _absent:
+                raise UsageError(f"the job has no {name}; give {name}=, or phases= with several")
+        _require_loss(job.loss)
+        _require_factory(
+            "optimizer", job.optimizer, "optimizer=lambda model: AdamW(model.parameters())"
+        )
+        return
+    given = [n for n, v in (("loss", job.loss), ("optimizer", job.optimizer)) if v is not _absent]
+    given += [n for n, v in (("schedule", job.schedule), ("clip_norm", job.clip_norm)) if v]
+    if given:
+        raise UsageError(
+            f"job gives both phases and {given[0]}; each phase has its own: give {given[0]}= to "
+            "every mw.Phase"
+        )
+    _require_phases(job.phases)
+    if job.order is not None:
+        _require_order(job.order, job.phases)
+
+
+def _require_phases(phases: object) -> None:
+    example = 'phases={"d": mw.Phase(loss, parameters="disc.*", optimizer=...), "g": ...}'
+    if not isinstance(phases, Mapping) or not phases:
+        raise UsageError(f"phases is {_described(phases)}, but must be a dict; use {example}")
+    for name, phase in phases.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UsageError(
+                f"a phase is called {name!r}, but its name must be letters, digits and _, since "
+                f"checkpoints and logs have it; use {example}"
+            )
+        if not isinstance(phase, Phase):
+            raise UsageError(
+                f"phase {name} is {_described(phase)}, but must be a Phase; use {example}"
+            )
+
+
+def _require_order(order: object, phases: Mapping[str, Phase]) -> None:
+    known = ", ".join(map(repr, phases))
+    if isinstance(order, str) or not isinstance(order, Sequence) or not order:
+        raise UsageError(f"order is {order!r}, but must list phases; use order=({known})")
+    for name in order:
+        if name not in phases:
+            raise UsageError(f"order names the phase {name!r}, which is none of {known}")
+    missing = [name for name in phases if name not in order]
+    if missing:
+        raise UsageError(f"order leaves out the phase {missing[0]!r}; name each at least once")
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _require_callable(name: str, value: object, example: str) -> None:

@@ -14,9 +14,10 @@ from meshwright.program.assemble import complete_unit
 from meshwright.run.asynchronous import worker_of
 from meshwright.run.build import Build
 from meshwright.run.data.samples import open_source
+from meshwright.run.equality.begin import reference_for
 from meshwright.run.equality.measure import KINDS, LAW, Report
 from meshwright.run.equality.reference import Reference, Snapshot
-from meshwright.run.equality.verify import Trial, merge, reference_for, try_local, verify_rank
+from meshwright.run.equality.verify import Trial, merge, try_local, verify_rank
 from meshwright.run.prepare import prepare
 from meshwright.run.step import Policy
 from meshwright.run.worker import Worker

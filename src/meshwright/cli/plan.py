@@ -104,7 +104,8 @@ def _plan(wanted: _Wanted) -> int:
     with user_output(aside=True):
         require_limits(job, laid, record, max_bytes=max_bytes, memory=memory)
     if not wanted.json:
-        show(*_shown(record, everything=wanted.explain))
+        for phase, found in (record.get("phases") or {"": record}).items():
+            show(*_named(phase), *_shown({**record, **found}, everything=wanted.explain))
     return 0
 
 
@@ -169,6 +170,12 @@ def _shown(record: Mapping[str, Any], *, everything: bool) -> Iterator[Renderabl
         yield Text(_measured(measured["seconds"]))
         yield Text(measured["toml"].strip(), "cyan")
     yield Text("\n--explain adds every collective, the mesh, a block and all parameters", "dim")
+
+
+def _named(phase: str) -> Iterator[RenderableType]:
+    """Which of a job's phases is told next."""
+    if phase:
+        yield Text(f"phase {phase}", "bold")
 
 
 def _gathered(optimizer: Mapping[str, Any]) -> str:

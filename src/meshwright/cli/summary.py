@@ -22,7 +22,10 @@ def summary_text(summary: Mapping[str, Any]) -> Table:
     table.add_column()
     taken = f"{summary['steps']:,} on {ranks} rank{'s' * (ranks != 1)} under {summary['plan']}"
     table.add_row("steps", Text(taken))
-    if summary["loss"] is not None:
+    losses = summary.get("losses", {})
+    for phase, loss in losses.items():
+        table.add_row(f"loss of {phase}", value_text(float(loss)))
+    if summary["loss"] is not None and not losses:
         table.add_row("loss", value_text(float(summary["loss"])))
     if summary["evaluation"]:
         found = (f"{name} {value_text(v)}" for name, v in summary["evaluation"].items())

@@ -104,12 +104,14 @@ def _said(
 def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
     """What the program's annotations say of `axis`, by value.
 
-    `context:2:4` splits the factor n of a dim that is (2, n, 4).
+    `context:2:4` splits the factor n of a dim that is (2, n, 4). What is said to be split over
+    `data` counts samples, wherever they are counted (`sample`).
 
     Raises:
         PlanError: a dim has fewer elements than the axis has ranks.
     """
     found: dict[int, Placement] = {}
+    wanted = "data" if axis.name == "sample" else axis.name
     for op in program.ops:
         if op.base != "meshwright.annotate":
             continue
@@ -117,8 +119,8 @@ def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
         assert isinstance(dims, str)
         assert isinstance(whole, str)
         names = [name.partition(":")[0] for name in dims.split(",")]
-        if axis.name in names:
-            dim = names.index(axis.name)
+        if wanted in names:
+            dim = names.index(wanted)
             inner = [int(size) for size in dims.split(",")[dim].split(":")[1:]]
             size = program.values[value].shape[dim]
             if size < axis.size:
@@ -127,7 +129,7 @@ def _annotated(program: Program, axis: Axis) -> dict[int, Placement]:
                     f"has {size} elements; use {axis.name}={size} or fewer, or another dim"
                 )
             found[value] = Shard(dim, *inner)
-        elif axis.name in whole.split(","):
+        elif wanted in whole.split(","):
             found[value] = None
     return found
 

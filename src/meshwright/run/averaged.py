@@ -41,16 +41,14 @@ def require_weights(weights: str, job: Job) -> None:
 
 def exchanged(worker: Worker) -> Generator[Any, Any, dict[str, Tensor]]:
     """Fill the rank's weights with their average; what they were, for `put_back`; an exchange."""
-    state, build = worker.state, worker.build
-    assert state.average is not None
     kept: dict[str, Tensor] = {}
-    for name, tensor in state.average.tensors.items():
-        states = build.states[name]
-        part = tensor
-        if states.optimizer != states.weights:
-            whole = yield from whole_of(worker, name, tensor, states.optimizer)
-            part = part_of(whole, states.weights, build.axes, worker.place.coordinates)
-        weights = state.values[f"model/{name}"]
+    for entry, _, layout, tensor in held(worker):
+        name, part = entry.partition("/")[2], tensor
+        resting = worker.build.states[name].weights
+        if layout != resting:
+            whole = yield from whole_of(worker, name, tensor, layout)
+            part = part_of(whole, resting, worker.build.axes, worker.place.coordinates)
+        weights = worker.state.values[f"model/{name}"]
         kept[name] = weights.clone()
         weights.copy_(part)
     return kept
@@ -64,29 +62,36 @@ def put_back(worker: Worker, kept: Mapping[str, Tensor]) -> None:
 
 def held(worker: Worker) -> Iterator[tuple[str, tuple[int, ...], Layout, Tensor]]:
     """(Entry of a checkpoint, global shape, layout, this rank's part)."""
-    average, build = worker.state.average, worker.build
-    for name, tensor in average.tensors.items() if average is not None else ():
-        shape = tuple(build.model.parameters[name].shape)
-        yield f"{_AVERAGED}/{name}", shape, build.states[name].optimizer, tensor
+    for build, state in worker.phases.values():
+        average = state.average
+        for name, tensor in average.tensors.items() if average is not None else ():
+            shape = tuple(build.model.parameters[name].shape)
+            yield f"{_AVERAGED}/{name}", shape, build.states[name].optimizer, tensor
 
 
 def saved(worker: Worker) -> dict[str, Any] | None:
     """What a checkpoint's `meta` says of the average."""
     average = worker.state.average
-    return None if average is None else {"decay": average.decay, "steps": average.steps}
+    if average is None:
+        return None
+    if not worker.phase:
+        return {"decay": average.decay, "steps": average.steps}
+    each = {name: state.average for name, (_, state) in worker.phases.items()}
+    steps = {name: own.steps for name, own in each.items() if own is not None}
+    return {"decay": average.decay, "steps": steps}
 
 
 def wanted(worker: Worker, checkpoint: Checkpoint) -> dict[str, Wanted]:
     """What a checkpoint that has an average must hold of it."""
-    build = worker.build
-    if build.job.ema is None or not checkpoint.meta.get("average"):
+    if worker.build.job.ema is None or not checkpoint.meta.get("average"):
         return {}
     found: dict[str, Wanted] = {}
-    for name in build.recipe.names:
-        fake = build.model.parameters[name]
-        if fake.requires_grad:
-            kind = averaged_dtype(in_dtype(fake.dtype, build.dtype))
-            found[f"{_AVERAGED}/{name}"] = Wanted(dtype_name(kind), tuple(fake.shape))
+    for build, _ in worker.phases.values():
+        for name in build.recipe.names:
+            fake = build.model.parameters[name]
+            if fake.requires_grad:
+                kind = averaged_dtype(in_dtype(fake.dtype, build.dtype))
+                found[f"{_AVERAGED}/{name}"] = Wanted(dtype_name(kind), tuple(fake.shape))
     return found
 
 
@@ -96,17 +101,19 @@ def read(worker: Worker, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: a part of it is damaged.
     """
-    average, where = worker.state.average, (worker.build.axes, worker.place.coordinates)
-    if average is None:
-        return
+    where = worker.build.axes, worker.place.coordinates
     meta = checkpoint.meta.get("average")
+    for phase, (_, state) in worker.phases.items():
+        if state.average is not None and not meta:
+            state.average.begin(state.shards)
+        elif state.average is not None and meta is not None:
+            steps = meta["steps"][phase] if phase else meta["steps"]
+            state.average.steps = int(steps)
     if not meta:
-        average.begin(worker.state.shards)
         return
     for name, shape, layout, tensor in held(worker):
         for there, here in pieces(shape, layout, *where):
             checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
-    average.steps = int(meta["steps"])
 
 
 def noted(worker: Worker, checkpoint: Checkpoint) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from meshwright.run.build import Build, Micro, values_of
 from meshwright.run.eager import EagerWorker
 from meshwright.run.foreseen import describe_optimizer, update_rows
 from meshwright.run.form import first_micros
-from meshwright.run.optimizer.recipe import Recipe
-from meshwright.run.prepare import prepare
+from meshwright.run.phases import builds_of
 from meshwright.run.remat import describe_remat
 from meshwright.run.session import Session
 from meshwright.run.stages import describe_pipeline, most_moved
@@ -43,6 +42,7 @@ VERSION = importlib.metadata.version("meshwright")
 
 __all__ = [
     "describe_build",
+    "describe_phases",
     "describe_run",
     "explain",
     "facts_of",
@@ -88,14 +88,21 @@ def nearby(source: str) -> str:
 def facts_of(session: Session) -> dict[str, str]:
     """What all ranks must have alike before they do anything together."""
     build = session.build
-    job, source = build.job, session.worker.source
+    job, source = session.given, session.worker.source
+    each = [
+        (f" of phase {name}" if name else "", one)
+        for name, (one, _) in session.worker.phases.items()
+    ]
+    optimizers = {
+        key + phase: value for phase, one in each for key, value in _optimizer_facts(one).items()
+    }
     return {
         "meshwright version": VERSION,
         "torch version": str(torch.__version__),
         "plan": to_toml(build.plan) if build.plan.lists else build.plan.text(),
         "batch_size": str(job.batch_size),
         "seed": str(job.seed),
-        "clip_norm": str(job.clip_norm),
+        "phases": str(None if job.phases is None else [job.order, *job.phases]),
         "ema": str(job.ema),
         "steps": str(job.steps),
         "epochs": str(job.epochs),
@@ -104,7 +111,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "compile": str(build.compiled),
         "saved for the backward": _saved(build),
         "parameters": hashlib.sha256(repr(build.values()).encode()).hexdigest()[:16],
-        **_optimizer_facts(build.recipe),
+        **optimizers,
     }
 
 
@@ -115,9 +122,10 @@ def _saved(build: Build) -> str:
     return hashlib.sha256(repr(sorted(build.chosen.kept)).encode()).hexdigest()[:16]
 
 
-def _optimizer_facts(recipe: Recipe) -> dict[str, str]:
+def _optimizer_facts(build: Build) -> dict[str, str]:
     """Its class, and each group's settings: replicas that step apart would drift apart."""
-    found = {"optimizer": recipe.kind.__name__}
+    recipe = build.recipe
+    found = {"clip_norm": str(build.job.clip_norm), "optimizer": recipe.kind.__name__}
     for number, (names, settings) in enumerate(recipe.groups):
         group = f" of optimizer group {number}"
         found["size" + group] = str(len(names))
@@ -129,7 +137,42 @@ def describe_run(session: Session, fetched: Fetched) -> dict[str, Any]:
     """run.json without what the command line adds."""
     if isinstance(session.worker, EagerWorker):
         return {**_setting(session.build), "eager": True}
-    return describe_build(session.build, fetched.micros)
+    builds = {name: build for name, (build, _) in session.worker.phases.items()}
+    return describe_phases(builds, fetched.micros)
+
+
+def describe_phases(builds: Mapping[str, Build], micros: Sequence[Micro]) -> dict[str, Any]:
+    """What `describe_build` says; of several phases, of that which moves most.
+
+    The others are in `phases`. A rank needs what the largest of them needs, and all their
+    optimizers' state.
+    """
+    if "" in builds:
+        return describe_build(builds[""], micros)
+    each = {name: describe_build(build, micros) for name, build in builds.items()}
+    ranks = zip(*(found["memory"] for found in each.values()), strict=True)
+    memory = [_together(bills) for bills in ranks]
+    each = {name: {**found, "memory": memory} for name, found in each.items()}
+    most = max(each.values(), key=lambda found: found["traffic"]["bytes"])
+    return {**most, "phases": each}
+
+
+_EACH = ("optimizer", "average")
+"""Parts of a bill that a rank holds for every phase at once."""
+
+
+def _together(bills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A rank's bill over all phases; what is away is counted for each."""
+    names = dict.fromkeys(name for bill in bills for name in bill["parts"])
+    parts = {
+        name: (sum if name in _EACH else max)(bill["parts"].get(name, 0) for bill in bills)
+        for name in names
+    }
+    found = {"rank": bills[0]["rank"], "parts": parts}
+    if "away" in bills[0]:
+        tiers = bills[0]["away"]
+        found["away"] = {tier: sum(bill["away"][tier] for bill in bills) for tier in tiers}
+    return found
 
 
 def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
@@ -198,8 +241,8 @@ def explain(job: Job, plan: Plan, ranks: int) -> dict[str, Any]:
 
     Only rank 0's samples of the first step are read, for their shapes.
     """
-    build = prepare(job, plan, ranks)
-    return describe_build(build, first_micros(build))
+    builds = builds_of(job, plan, ranks)
+    return describe_phases(builds, first_micros(next(iter(builds.values()))))
 
 
 def _setting(build: Build) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from meshwright.run.optimizer.stochastic import Boxes, Rounding
 from meshwright.run.part import box, finer
 from meshwright.run.step import RankState
 
-__all__ = ["Make", "initial_state", "rounding_of"]
+__all__ = ["Make", "further_state", "initial_state", "rounding_of"]
 
 Make = Callable[[str, Tensor, Bounds], Tensor | None]
 """(name, blueprint tensor, bounds) -> that part of the real tensor; None: by initialisation."""
@@ -72,6 +72,14 @@ def initial_state(build: Build, rank: int, make: Make | None = None) -> RankStat
     state = _with_optimizer(build, rank, values, store)
     if build.precision.scales:
         state.rescale(scaling_of(build.job.loss_scale, build.job.batch_size))
+    return state
+
+
+def further_state(build: Build, rank: int, first: RankState) -> RankState:
+    """What a further phase of a job begins with: an optimizer over weights that are there."""
+    state = _with_optimizer(build, rank, first.values, first.store)
+    if build.precision.scales:
+        state.scaling = scaling_of(build.job.loss_scale, build.job.batch_size)
     return state
 
 

@@ -22,6 +22,7 @@ from meshwright.program.layout import (
 )
 from meshwright.program.program import Value
 from meshwright.run import averaged
+from meshwright.run.build import Build
 from meshwright.run.checkpoint.header import dtype_name, dtype_of
 from meshwright.run.checkpoint.meta import check_meta
 from meshwright.run.checkpoint.plain import from_plain, to_plain
@@ -31,7 +32,8 @@ from meshwright.run.imported import stored_names
 from meshwright.run.kept import KEPT, may_cast, read_cast
 from meshwright.run.optimizer.scaling import restored, saved
 from meshwright.run.part import box
-from meshwright.run.same import require_same_job, wanted
+from meshwright.run.same import phase_meta, require_same_job, under, wanted
+from meshwright.run.step import RankState
 from meshwright.run.worker import Worker
 
 __all__ = [
@@ -45,13 +47,13 @@ __all__ = [
 
 
 def _pieces(
-    worker: Worker, name: str, shape: tuple[int, ...], layout: Layout, part: Tensor
+    worker: Worker, name: str, state: str, shape: tuple[int, ...], layout: Layout, part: Tensor
 ) -> Iterator[Piece]:
-    """The boxes of this rank's part; of replicas, and of stages that hold it, one is written."""
+    """The boxes of this rank's part; of replicas, and of stages that hold it, one is written.
+
+    `state` is the `model/` or `buffer/` that it is of.
+    """
     build, where = worker.build, (worker.build.axes, worker.place.coordinates)
-    kind, _, rest = name.partition("/")
-    own = rest.partition("/")[2] if kind == "optimizer" else rest
-    state = name if kind == "buffer" else f"model/{own}"
     first = build.counts(worker.rank, state)
     for there, here in pieces(shape, layout, *where):
         start = tuple(start for start, _ in there)
@@ -61,8 +63,9 @@ def _pieces(
 def pieces_of(worker: Worker) -> list[Piece]:
     """Everything this rank holds, by global name."""
     build = worker.build
-    if worker.state.kept is not None:
-        worker.state.kept.settle()
+    for _, state in worker.phases.values():
+        if state.kept is not None:
+            state.kept.settle()
     if worker.state.store is not None:
         worker.state.store.require_whole()
     found: list[Piece] = []
@@ -70,19 +73,27 @@ def pieces_of(worker: Worker) -> list[Piece]:
         kind, _, bare = name.partition("/")
         if kind == "model":
             shape = tuple(build.model.parameters[bare].shape)
-            found += _pieces(worker, name, shape, build.states[bare].weights, tensor)
+            found += _pieces(worker, name, name, shape, build.states[bare].weights, tensor)
         elif kind == "buffer":
-            found += _pieces(worker, name, tuple(tensor.shape), REPLICATED, tensor)
-    for bare, shard in worker.state.shards.items():
-        like = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
-        for slot, value in worker.state.optimizer.state.get(shard, {}).items():
-            name = f"optimizer/{slot}/{bare}"
-            if not isinstance(value, Tensor):
-                continue  # kept in the manifest
-            found += _pieces(worker, name, *worker.state.lies(bare, slot, value, like), value)
-    for entry in averaged.held(worker):
-        found += _pieces(worker, *entry)
+            found += _pieces(worker, name, name, tuple(tensor.shape), REPLICATED, tensor)
+    for phase, (of_phase, state) in worker.phases.items():
+        found += _optimizer_pieces(worker, phase, of_phase, state)
+    for name, shape, layout, tensor in averaged.held(worker):
+        found += _pieces(worker, name, f"model/{name.partition('/')[2]}", shape, layout, tensor)
     return found
+
+
+def _optimizer_pieces(
+    worker: Worker, phase: str, build: Build, state: RankState
+) -> Iterator[Piece]:
+    """Tensors of the optimizer's state: `optimizer/<slot>/<parameter>`, a phase's name before."""
+    for bare, shard in state.shards.items():
+        like = tuple(build.model.parameters[bare].shape), build.states[bare].optimizer
+        for slot, value in state.optimizer.state.get(shard, {}).items():
+            if isinstance(value, Tensor):  # other values are kept in the manifest
+                name = f"{under(phase)}{slot}/{bare}"
+                lies = state.lies(bare, slot, value, like)
+                yield from _pieces(worker, name, f"model/{bare}", *lies, value)
 
 
 def meta_of(
@@ -94,30 +105,41 @@ def meta_of(
         worker: of a rank.
         step: how many are done.
         extra: the user's own values.
-        plain: what of the optimizer's state is no tensor, of all stages' parameters.
+        plain: by phase, what of the optimizer's state is no tensor, of all stages' parameters.
 
     Raises:
         UserCodeError: `extra`, the schedule or the data's state hold what JSON cannot.
     """
-    state, job, model = worker.state, worker.build.job, worker.build.model
+    job, model = worker.build.job, worker.build.model
     kept = _state_dict(worker)
     _require_json(extra)
-    scheduler = None
-    if state.scheduler is not None:
-        scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
+    told = {
+        phase: _phase_meta(build, state, plain.get(phase, {}))
+        for phase, (build, state) in worker.phases.items()
+    }
     return {
         "plan": worker.build.plan.label,
         "precision": worker.build.precision.base,
         "batch_size": job.batch_size,
         "seed": job.seed,
-        "optimizer": {**_optimizer_meta(worker), "state": dict(plain)},
-        "scheduler": scheduler,
-        "scaling": saved(state.scaling),
+        **(told.get("") or {"phases": told}),
         "average": averaged.saved(worker),
         "data": _data_state(worker, step),
         "extra": dict(extra),
         "tied": dict(model.tied),
         "transient": [name for name in model.buffers if name not in kept],
+    }
+
+
+def _phase_meta(build: Build, state: RankState, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of a loss's optimizer, its schedule and the scaling of its loss."""
+    scheduler = None
+    if state.scheduler is not None:
+        scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
+    return {
+        "optimizer": {**_optimizer_meta(build, state), "state": dict(plain)},
+        "scheduler": scheduler,
+        "scaling": saved(state.scaling),
     }
 
 
@@ -154,9 +176,9 @@ def _require_json(extra: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _optimizer_meta(worker: Worker) -> dict[str, Any]:
+def _optimizer_meta(build: Build, state: RankState) -> dict[str, Any]:
     """Its class, its groups' parameters and settings, and of how many each tensor is kept."""
-    names, optimizer = worker.build.recipe.groups, worker.state.optimizer
+    names, optimizer = build.recipe.groups, state.optimizer
     groups = [
         {
             "parameters": list(members),
@@ -170,16 +192,15 @@ def _optimizer_meta(worker: Worker) -> dict[str, Any]:
     ]
     slots = Counter(
         slot
-        for shard in worker.state.shards.values()
+        for shard in state.shards.values()
         for slot, value in optimizer.state.get(shard, {}).items()
         if isinstance(value, Tensor)
     )
     return {"class": type(optimizer).__name__, "groups": groups, "slots": dict(slots)}
 
 
-def _plain_state(worker: Worker) -> dict[str, Any]:
+def _plain_state(state: RankState) -> dict[str, Any]:
     """What of the optimizer's state of this rank's parameters is no tensor."""
-    state = worker.state
     plain = {
         bare: {
             slot: to_plain(value, f"optimizer state {slot} of {bare}")
@@ -247,10 +268,11 @@ def _meta(
     worker: Worker, step: int, extra: Mapping[str, Any]
 ) -> Generator[Any, Any, dict[str, Any]]:
     mesh = worker.build.mesh
-    group, plain = Group.world(mesh.size), _plain_state(worker)
+    group = Group.world(mesh.size)
+    plain = {phase: _plain_state(state) for phase, (_, state) in worker.phases.items()}
     if len(mesh.stages) > 1:  # the first rank, whose account is kept, knows of its stage only
-        stages = yield from gather_json(plain, group, "the optimizer's state")
-        plain = {name: slots for stage in stages for name, slots in stage.items()}
+        stages = yield from gather_json(plain[""], group, "the optimizer's state")
+        plain = {"": {name: slots for stage in stages for name, slots in stage.items()}}
     return meta_of(worker, step, extra, plain)
 
 
@@ -276,16 +298,20 @@ def read_state(worker: Worker, checkpoint: Checkpoint) -> None:
     if worker.state.store is not None:
         worker.state.store.refresh(values.keys())
     averaged.read(worker, checkpoint)
-    _read_optimizer(worker, checkpoint)
+    for phase, (build, state) in worker.phases.items():
+        _read_optimizer(worker, phase, build, state, checkpoint)
 
 
 def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     """Take up the schedule and the data where the checkpoint left them; its `extra`."""
     meta = checkpoint.meta
-    if worker.state.scheduler is not None and meta["scheduler"] is not None:
-        worker.state.scheduler.load_state_dict(from_plain(meta["scheduler"]))
-    if worker.state.scaling is not None:
-        worker.state.rescale(restored(worker.state.scaling, meta.get("scaling")))
+    for phase, (_, state) in worker.phases.items():
+        told = phase_meta(meta, phase)
+        if state.scheduler is not None and told["scheduler"] is not None:
+            state.scheduler.load_state_dict(from_plain(told["scheduler"]))
+        if state.scaling is not None:
+            state.rescale(restored(state.scaling, told.get("scaling")))
+    worker.turn(worker.phase)
     if worker.source is not None and meta["data"] is not None:
         worker.source.restore(meta["data"])
         worker.read = True
@@ -303,18 +329,20 @@ def restore(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
     return go_on(worker, checkpoint)
 
 
-def _read_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
+def _read_optimizer(
+    worker: Worker, phase: str, build: Build, state: RankState, checkpoint: Checkpoint
+) -> None:
     """Fill the optimizer's state and its groups' settings."""
-    state, build = worker.state, worker.build
-    saved = checkpoint.meta["optimizer"]
+    saved = phase_meta(checkpoint.meta, phase)["optimizer"]
     for shard in state.shards.values():  # a damaged checkpoint may have filled some before
         state.optimizer.state.pop(shard, None)
     for bare in state.shards.keys() & saved["state"].keys():
         state.optimizer.state[state.shards[bare]].update(from_plain(saved["state"][bare]))
     for name, entry in checkpoint.entries.items():
-        kind, _, rest = name.partition("/")
-        slot, _, bare = rest.partition("/")
-        if kind != "optimizer" or bare not in state.shards:
+        if not name.startswith(under(phase)):
+            continue
+        slot, _, bare = name.removeprefix(under(phase)).partition("/")
+        if bare not in state.shards:
             continue
         whole = tuple(build.model.parameters[bare].shape)
         alike = bool(whole) and entry.shape == whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ def prepare(
     dtype: torch.dtype | None = None,
     data: Any = None,
     units: dict[tuple[Hashable, ...], Unit] | None = None,
+    work: Mapping[str, Layout] | None = None,
 ) -> Build:
     """Blueprint the model and lay its state out.
 
@@ -52,12 +53,18 @@ def prepare(
         dtype: floating tensors' dtype instead of their own.
         data: what `job.data()` returned, where it was called already.
         units: what other builds of this job and dtype have traced, to take from and add to.
+        work: how parameters are split while they are worked with, where that is settled.
 
     Raises:
         PlanError: the plan does not fit the world, the batch or the model.
         UserCodeError: a factory raised or made what it must not.
     """
     plan = plan.filled(world)
+    if job.phases is not None:
+        raise PlanError(
+            "the job trains several losses in phases, and this works out one; take one phase's "
+            "job, as job.of(name) gives it"
+        )
     known = Facts(world, job.batch_size, job.normalize_over, clip_norm=job.clip_norm, ema=job.ema)
     require(plan, known)
     model = blueprint(job.model, job.seed)
@@ -72,7 +79,7 @@ def prepare(
     moved = {n for n in made.names if model.parameters[n].requires_grad}
     build = Build(job, plan, mesh_of(plan), model, made, {}, dtype, precision=precision)
     build.units = {} if units is None else units
-    work = _work_layouts(build, data)
+    work = _work_layouts(build, data) if work is None else work
     if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
 from meshwright.run import averaged
+from meshwright.run.build import Build
 from meshwright.run.checkpoint.compare import Wanted, compare, describe
 from meshwright.run.checkpoint.header import dtype_name
 from meshwright.run.checkpoint.restore import Checkpoint
 from meshwright.run.imported import found_entries, require_optimizer, stored_names
 from meshwright.run.kept import cast_from, may_cast
+from meshwright.run.step import RankState
 from meshwright.run.worker import Worker
 
-__all__ = ["require_same_job", "wanted"]
+__all__ = ["phase_meta", "require_same_job", "under", "wanted"]
 
 
 def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
@@ -23,6 +27,7 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: says in what they differ.
     """
+    _require_same_phases(worker, checkpoint)
     job, tied = worker.build.job, worker.build.model.tied
     every = {**wanted(worker), **averaged.wanted(worker, checkpoint)}
     names = stored_names(every, checkpoint, tied)
@@ -43,7 +48,30 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
                 f"checkpoint {checkpoint.path} was trained with {what}={saved}, the job has {now}; "
                 "samples would be repeated or lost: use the same, or --fresh"
             )
-    _require_same_optimizer(worker, checkpoint)
+    for phase, (build, state) in worker.phases.items():
+        _require_same_optimizer(phase, build, state, checkpoint)
+
+
+def under(phase: str) -> str:
+    """How entries of a phase's optimizer begin; of a job without phases, its only one's."""
+    return f"optimizer/{phase}/" if phase else "optimizer/"
+
+
+def phase_meta(meta: Mapping[str, Any], phase: str) -> Mapping[str, Any]:
+    """What a checkpoint says of a phase's optimizer, schedule and scaling."""
+    found: Mapping[str, Any] = meta["phases"][phase] if phase else meta
+    return found
+
+
+def _require_same_phases(worker: Worker, checkpoint: Checkpoint) -> None:
+    """The job's losses are those of the checkpoint."""
+    saved, now = set(checkpoint.meta.get("phases", ())), {name for name in worker.phases if name}
+    if saved != now:
+        held, asked = (f"phases {', '.join(sorted(x))}" if x else "one loss" for x in (saved, now))
+        raise StorageError(
+            f"checkpoint {checkpoint.path} is of a job with {held}, this one has {asked}; use the "
+            "same phases, or weights= to start from its weights"
+        )
 
 
 def _needed(name: str, checkpoint: Checkpoint, worker: Worker) -> bool:
@@ -53,15 +81,17 @@ def _needed(name: str, checkpoint: Checkpoint, worker: Worker) -> bool:
     return kept or bare in worker.build.model.module.state_dict()
 
 
-def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
-    saved, kind = checkpoint.meta["optimizer"], type(worker.state.optimizer).__name__
-    _require_optimizer_state(checkpoint)
+def _require_same_optimizer(
+    phase: str, build: Build, state: RankState, checkpoint: Checkpoint
+) -> None:
+    saved, kind = phase_meta(checkpoint.meta, phase)["optimizer"], type(state.optimizer).__name__
+    _require_optimizer_state(phase, checkpoint)
     if saved["class"] != kind:
         raise StorageError(
             f"checkpoint {checkpoint.path} holds the state of {saved['class']}, the job uses "
             f"{kind}; use the same optimizer, or weights= to start from exported weights"
         )
-    old, new = saved["groups"], worker.build.recipe.groups
+    old, new = saved["groups"], build.recipe.groups
     if len(old) != len(new):
         raise StorageError(
             f"checkpoint {checkpoint.path} has {_counted(len(old))}, the job makes "
@@ -77,11 +107,13 @@ def _require_same_optimizer(worker: Worker, checkpoint: Checkpoint) -> None:
             )
 
 
-def _require_optimizer_state(checkpoint: Checkpoint) -> None:
+def _require_optimizer_state(phase: str, checkpoint: Checkpoint) -> None:
     """What the first rank held of the optimizer must be there: a step with less is another step."""
-    names = [name.split("/", 2) for name in checkpoint.entries]
-    found = Counter(slot for kind, slot, *_ in names if kind == "optimizer")
-    for slot, told in checkpoint.meta["optimizer"].get("slots", {}).items():
+    begin = under(phase)
+    mine = (name.removeprefix(begin) for name in checkpoint.entries if name.startswith(begin))
+    found = Counter(name.partition("/")[0] for name in mine)
+    slots = phase_meta(checkpoint.meta, phase)["optimizer"].get("slots", {})
+    for slot, told in slots.items():
         if found[slot] < told:
             raise StorageError(
                 f"checkpoint {checkpoint.path} has the optimizer's {slot} of {found[slot]} of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from meshwright.errors import StorageError, UsageError
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.run import averaged, persist
-from meshwright.run.asynchronous import worker_of
 from meshwright.run.auto import require_host
 from meshwright.run.build import Build
 from meshwright.run.checkpoint.save import open_checkpoint, resume
@@ -32,7 +31,8 @@ from meshwright.run.eager import EagerWorker
 from meshwright.run.evaluate import evaluate, predict
 from meshwright.run.executor import Timing
 from meshwright.run.given import given_weights
-from meshwright.run.prepare import prepare
+from meshwright.run.phased import worker_for
+from meshwright.run.phases import builds_of
 from meshwright.run.same import require_same_job
 from meshwright.run.step import Metrics, Policy
 from meshwright.run.together import together
@@ -60,11 +60,12 @@ class Session:
     """This rank, its sources and its place in the job.
 
     Attributes:
+        given: the job that is trained, with all its phases.
         step: how many steps are done.
         extra: JSON-able values that checkpoints keep for the user.
     """
 
-    build: Build
+    given: Job
     worker: Worker
     comm: Comm
     step: int = 0
@@ -81,8 +82,13 @@ class Session:
         self.saver = Saver(self.everyone, self.worker.rank)
 
     @property
+    def build(self) -> Build:
+        """What runs; of a job with phases, the one whose turn it is."""
+        return self.worker.build
+
+    @property
     def job(self) -> Job:
-        """What is trained."""
+        """What is trained; of a job with phases, the one whose turn it is."""
         return self.build.job
 
     @property
@@ -121,13 +127,27 @@ class Session:
         """Take a batch and run one step on it; arguments as of `take` and `run_taken`."""
         return self.run_taken(self.take(batch, local=local), until)
 
-    def run_taken(self, fetched: Fetched, until: int | None = None) -> Record:
+    def turn(self, phase: str | None = None) -> None:
+        """Let a phase run next; by default the one that the job's order has at this step."""
+        if phase is None:
+            self.worker.turn_at(self.step)
+            return
+        if phase not in (self.given.phases or {}):
+            known = ", ".join(map(repr, self.given.phases or ())) or "one loss"
+            raise UsageError(f"the job has no phase {phase!r}; it has {known}")
+        self.worker.turn(phase)
+
+    def run_taken(
+        self, fetched: Fetched, until: int | None = None, phase: str | None = None
+    ) -> Record:
         """One step on a batch that was taken.
 
         Args:
             fetched: from `take`.
             until: the last step, after which no batch is looked at ahead.
+            phase: that it is of; by default by the job's order.
         """
+        self.turn(phase)
         began = time.perf_counter()
         lr = self.lr
         last = until is not None and self.step + 1 >= until
@@ -135,6 +155,7 @@ class Session:
         self.worker.ahead, self.worker.until = None, until
         self.worker.flags = {**self.worker.flags, BUSY: self.saver.busy}
         metrics, timing = self.comm.perform(self.worker.step(fetched, upcoming))
+        metrics = replace(metrics, phase=self.worker.phase) if self.worker.phase else metrics
         self.fetched = self.worker.ahead
         self.step += 1
         if self.saver.pending and BUSY not in metrics.flags and metrics.step >= self._told:
@@ -149,8 +170,10 @@ class Session:
         data: Any = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         weights: str = "current",
+        phase: str | None = None,
     ) -> dict[str, float]:
         """Loss and metrics over the held-out set (or `data`), weighted as in training."""
+        self.turn(phase)
         with self._weighing(weights), self._held_out(data) as source:
             found: dict[str, float] = self.comm.perform(evaluate(self.worker, source, forward))
             self._take_notes(source)
@@ -320,7 +343,7 @@ class Session:
             for _ in tensors:
                 pass
             return None
-        model = built(self.job.model, self.job.seed, self.worker.build.model)
+        model = built(self.given.model, self.job.seed, self.worker.build.model)
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, tensor in tensors:
@@ -367,19 +390,8 @@ def open_session(  # noqa: PLR0913 - what is asked of a run, one word each
                 "leave one of them out"
             )
         require_compiler()
-    split = [axis for axis, size in plan.sizes.items() if axis != "data" and size > 1]
-    if eager and split:
-        raise UsageError(
-            f"--eager runs the user's code as it is, which {split[0]}={plan.sizes[split[0]]} would "
-            "have to split; use data parallelism alone, or leave --eager out"
-        )
-    moved = {"remat": "computes parts of it again", "offload": "moves its state"}
-    for key, does in moved.items() if eager else ():
-        if plan.value(key) != "none":
-            raise UsageError(
-                f"--eager runs the user's code as it is, but {key}={plan.value(key)} {does}; leave "
-                "one of them out"
-            )
+    if eager:
+        _require_as_it_is(job, plan)
     if nonfinite not in ("raise", "skip", "ignore"):
         raise UsageError(f"nonfinite={nonfinite!r}; use 'raise', 'skip' or 'ignore'")
     if nonfinite == "skip" and plan.asynchronous:
@@ -387,9 +399,11 @@ def open_session(  # noqa: PLR0913 - what is asked of a run, one word each
             f"nonfinite='skip' leaves a whole step out, but schedule={plan.schedule} has begun the "
             "next ones by then; use nonfinite='raise', or a schedule that flushes, such as 1f1b"
         )
-    build = prepare(job, plan, comm.world.size, dtype, data)
-    build.compiled = compiled
-    build.offload = offload or build.offload
+    builds = builds_of(job, plan, comm.world.size, dtype, data)
+    for build in builds.values():
+        build.compiled = compiled
+        build.offload = offload or build.offload
+    build = next(iter(builds.values()))
     require_host(build, comm.world.local_size)
     told = pipeline_notes(build.plan, job.batch_size)
     notes = [*build.model.notes, *notes_on(plan.precision), *told]
@@ -407,9 +421,34 @@ def open_session(  # noqa: PLR0913 - what is asked of a run, one word each
             )
         make, missing = given_weights(build, Path(job.weights))
         notes += missing
-    kind = EagerWorker if eager else worker_of
-    worker = kind(build, comm.world.rank, source, Policy(job.clip_norm, nonfinite), make)
-    return Session(build, worker, comm, notes=notes)
+    rest = comm.world.rank, source, Policy(job.clip_norm, nonfinite), make
+    worker = EagerWorker(build, *rest) if eager else worker_for(job, builds, *rest)
+    return Session(job, worker, comm, notes=notes)
+
+
+def _require_as_it_is(job: Job, plan: Plan) -> None:
+    """What `--eager` runs is neither split nor moved.
+
+    Raises:
+        UsageError: the plan or the job asks for it.
+    """
+    split = [axis for axis, size in plan.sizes.items() if axis != "data" and size > 1]
+    if split:
+        raise UsageError(
+            f"--eager runs the user's code as it is, which {split[0]}={plan.sizes[split[0]]} would "
+            "have to split; use data parallelism alone, or leave --eager out"
+        )
+    moved = {"remat": "computes parts of it again", "offload": "moves its state"}
+    for key, does in moved.items():
+        if plan.value(key) != "none":
+            raise UsageError(
+                f"--eager runs the user's code as it is, but {key}={plan.value(key)} {does}; leave "
+                "one of them out"
+            )
+    if job.phases is not None:
+        raise UsageError(
+            "--eager runs one loss, but the job trains several in phases; leave --eager out"
+        )
 
 
 def steps_to_run(session: Session, steps: int | None) -> int:

@@ -46,6 +46,7 @@ class Metrics:
         flags: those that any rank raised.
         loss_scale: what the loss was scaled by; None where nothing computes in fp16.
         overflowed: its gradients, under that scale, were not finite.
+        phase: of the job, whose loss it is; empty where it has one loss.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Metrics:
     flags: frozenset[str] = frozenset()
     loss_scale: float | None = None
     overflowed: bool = False
+    phase: str = ""
 
     def __getitem__(self, name: str) -> float:
         """`loss`, or a metric by name."""

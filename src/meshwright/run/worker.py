@@ -24,7 +24,7 @@ from meshwright.run.data.batch import checked, cut, digest
 from meshwright.run.data.samples import Source
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.initial import Make, initial_state, rounding_of
-from meshwright.run.step import Metrics, Policy, StepWork
+from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
 __all__ = ["Fetched", "Make", "Worker", "advance", "initial_state", "rounding_of"]
 
@@ -83,6 +83,23 @@ class Worker:
         for tier in (self.state.kept, self.state.store):
             if tier is not None:
                 tier.close()
+
+    @property
+    def phases(self) -> Mapping[str, tuple[Build, RankState]]:
+        """By name, what each of the job's losses runs and steps; one without a name is all."""
+        return {"": (self.build, self.state)}
+
+    @property
+    def phase(self) -> str:
+        """The name of the one that runs next."""
+        return ""
+
+    def turn(self, phase: str) -> None:
+        """Let this phase run next."""
+        assert not phase
+
+    def turn_at(self, step: int) -> None:
+        """Let the phase run next that the job's order has at a step."""
 
     def overlap_reading(self) -> None:
         """Read batches while steps compute; only where one rank alone uses this process."""

@@ -162,6 +162,9 @@ def line_of(record: Record) -> dict[str, Any]:
         },
         **metrics.metrics,
     }
+    if metrics.phase:
+        own = {"loss": metrics.loss, "lr": record.lr, **metrics.metrics}
+        line |= {"phase": metrics.phase, metrics.phase: own}
     if metrics.gradient_norm is not None:
         line["gradient_norm"] = metrics.gradient_norm
     if metrics.loss_scale is not None:

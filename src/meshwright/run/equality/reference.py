@@ -29,7 +29,7 @@ from meshwright.run.data.samples import Source
 from meshwright.run.optimizer.scaling import nonfinite
 from meshwright.run.optimizer.stochastic import Rounding
 
-__all__ = ["Reference", "Snapshot"]
+__all__ = ["Reference", "Snapshot", "average_of", "scaler_of", "slots"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,10 @@ class Reference:
         for name, parameter in self.model.named_parameters():
             if name in kept:
                 parameter.data = parameter.data.bfloat16()
-        self.scaler = _scaler(job) if precision.scales and dtype is None else None
+        self.scaler = scaler_of(job) if precision.scales and dtype is None else None
         self.optimizer = job.optimizer(self.model)
         self.scheduler = job.schedule(self.optimizer) if job.schedule is not None else None
-        self.average = _average(job, self.model)
+        self.average = average_of(job, self.model)
         self.model.train()
         self.next = 0
         self.kept: dict[int, Snapshot] = {}
@@ -228,7 +228,7 @@ class Reference:
         return slots(self.optimizer, name_of)
 
 
-def _scaler(job: Job) -> torch.amp.GradScaler:
+def scaler_of(job: Job) -> torch.amp.GradScaler:
     """torch's own, as the job has the loss scale move."""
     rule = job.loss_scale or LossScale()
     return torch.amp.GradScaler(
@@ -240,7 +240,7 @@ def _scaler(job: Job) -> torch.amp.GradScaler:
     )
 
 
-def _average(job: Job, model: nn.Module) -> AveragedModel | None:
+def average_of(job: Job, model: nn.Module) -> AveragedModel | None:
     """torch's own."""
     if job.ema is None:
         return None

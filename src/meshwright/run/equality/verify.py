@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,15 @@ from torch import Tensor
 
 from meshwright.comm.base import Comm, gather_json
 from meshwright.comm.local import LocalWorld
-from meshwright.compile.draw import SampleDim
-from meshwright.compile.example import example_of
 from meshwright.job import Job
 from meshwright.plan.plan import Plan
 from meshwright.program.layout import Layout
 from meshwright.run import averaged
-from meshwright.run.asynchronous import pipe_of, worker_of
-from meshwright.run.build import Build, Micro, has_batch_norm
+from meshwright.run.build import Build, has_batch_norm
 from meshwright.run.data.samples import Source, open_source
+from meshwright.run.equality.begin import DRAINS, reference_of
 from meshwright.run.equality.lockstep import first_difference
 from meshwright.run.equality.measure import KINDS, LAW, Report, Worst, compare
-from meshwright.run.equality.recurrence import Recurrence, stages_of
 from meshwright.run.equality.reference import Reference, Snapshot, slots
 from meshwright.run.equality.rounding import (
     allow_zeros,
@@ -36,9 +33,11 @@ from meshwright.run.equality.rounding import (
 )
 from meshwright.run.given import given_weights
 from meshwright.run.part import part_of
-from meshwright.run.prepare import prepare
-from meshwright.run.step import Policy
-from meshwright.run.worker import Make, Worker, rounding_of
+from meshwright.run.phased import worker_for
+from meshwright.run.phases import builds_of
+from meshwright.run.same import under
+from meshwright.run.step import Policy, RankState
+from meshwright.run.worker import Make, Worker
 
 __all__ = [
     "KINDS",
@@ -46,7 +45,6 @@ __all__ = [
     "Report",
     "Trial",
     "merge",
-    "reference_for",
     "try_local",
     "verify_local",
     "verify_rank",
@@ -54,30 +52,9 @@ __all__ = [
 ]
 
 
-DRAINS = (7,)
-"""The steps before which asynchronous pipelines are drained: drains are verified too."""
-
-
 def _slot_of(name: str) -> str:
     """The kind of `optimizer/<slot>/<parameter>`: its slot."""
     return name.split("/")[1]
-
-
-def reference_for(build: Build, source: Source, **how: Any) -> Reference:
-    """The reference of a build, counting random ops' samples as its programs do."""
-
-    def draws(tree: Any, samples: int) -> Sequence[SampleDim | None]:
-        return build.unit(Micro(example_of(tree)[0], samples)).draws
-
-    plan = build.plan
-    usual = {
-        "microbatches": plan.microbatches, "precision": build.precision, "dtype": build.dtype,
-        "rounding": rounding_of(build),
-    }  # fmt: skip
-    if plan.asynchronous and build.stages is not None:
-        usual |= {"pipe": pipe_of(build), "stages": stages_of(build), "drains": DRAINS}
-        return Recurrence(build.job, build.model, source, draws=draws, **{**usual, **how})
-    return Reference(build.job, build.model, source, draws=draws, **{**usual, **how})
 
 
 def verify_rank(
@@ -90,6 +67,7 @@ def verify_rank(
         if step in DRAINS:
             yield from worker.drain()
         upcoming = step + 1 if step + 1 < steps else None
+        worker.turn_at(step)
         metrics, _ = yield from worker.step(fetched, upcoming)
         snapshot = reference.after(step)
         scaled = metrics.loss_scale, metrics.overflowed
@@ -108,8 +86,16 @@ def compare_step(
     """Put the errors of one step into the report."""
     build, place = worker.build, worker.place
 
+    averages = {
+        name: one.states[name].optimizer
+        for one, own in worker.phases.values()
+        for name in (own.average.tensors if own.average is not None else ())
+    }
+
     def lies(name: str, *, optimizer: bool) -> Layout | None:
         states = build.states.get(name)
+        if optimizer and name in averages:
+            return averages[name]
         return None if states is None else states.optimizer if optimizer else states.weights
 
     def part(name: str, tensor: Tensor, *, optimizer: bool) -> Tensor:
@@ -145,22 +131,38 @@ def compare_step(
     )
     for name, error in found.items():
         report.add("weights", error, name.removeprefix("model/").removeprefix("buffer/"), step)
-    names = {id(p): name for name, p in worker.state.shards.items()}
+    for phase in worker.phases:
+        _compare_optimizer(worker, phase, snapshot, step, report)
+
+
+def _compare_optimizer(
+    worker: Worker, phase: str, snapshot: Snapshot, step: int, report: Report
+) -> None:
+    build, state = worker.phases[phase]
+    names, begin = {id(p): name for name, p in state.shards.items()}, under(phase)
+    wanted = {
+        f"optimizer/{name.removeprefix(begin)}": tensor
+        for name, tensor in snapshot.optimizer.items()
+        if name.startswith(begin)
+    }
     found = compare(
-        slots(worker.state.optimizer, names),
-        snapshot.optimizer,
-        lambda name, t: part_of_slot(worker, name, t),
+        slots(state.optimizer, names),
+        wanted,
+        lambda name, t: part_of_slot(worker, build, state, name, t),
         _slot_of,
         held=lambda name: build.holds(worker.rank, f"model/{name.split('/', 2)[2]}"),
     )
     for name, error in found.items():
-        report.add("optimizer", error, name.removeprefix("optimizer/"), step)
+        whole = begin + name.removeprefix("optimizer/")
+        report.add("optimizer", error, whole.removeprefix("optimizer/"), step)
 
 
-def part_of_slot(worker: Worker, name: str, whole: Tensor) -> Tensor:
+def part_of_slot(
+    worker: Worker, build: Build, state: RankState, name: str, whole: Tensor
+) -> Tensor:
     """What a rank holds of a tensor of the optimizer's state."""
     _, slot, bare = name.split("/", 2)
-    build, state, shape = worker.build, worker.state, tuple(whole.shape)
+    shape = tuple(whole.shape)
     alike = shape == build.model.parameters[bare].shape
     layout = build.states[bare].optimizer if alike else Layout()
     joint = state.joint.layout(bare, slot, whole)
@@ -193,22 +195,27 @@ def merge(report: Report, worker: Worker) -> Generator[Any, Any, Report]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan to verify: its build, its data, and where ranks and the reference begin.
+    """A plan to verify: its build by phase, its data, where ranks and the reference begin.
 
     Attributes:
         start: whole tensors of the job's `weights`, by global name.
     """
 
     job: Job
-    build: Build
+    builds: Mapping[str, Build]
     data: Any
     start: dict[str, Tensor]
 
     @classmethod
     def of(cls, job: Job, plan: Plan, ranks: int, dtype: str) -> Trial:
         """A trial in float64, or as the plan computes (`float32`)."""
-        build = prepare(job, plan, ranks, torch.float64 if dtype == "float64" else None)
-        return cls(job, build, job.data(), _start(job, build))
+        builds = builds_of(job, plan, ranks, torch.float64 if dtype == "float64" else None)
+        return cls(job, builds, job.data(), _start(job, next(iter(builds.values()))))
+
+    @property
+    def build(self) -> Build:
+        """Of the job, or of its first phase."""
+        return next(iter(self.builds.values()))
 
     @property
     def rounds(self) -> bool:
@@ -222,8 +229,9 @@ class Trial:
 
     def worker(self, rank: int) -> Worker:
         """A rank at step 0."""
-        return worker_of(
-            self.build,
+        return worker_for(
+            self.job,
+            self.builds,
             rank,
             self.source(),
             Policy(self.job.clip_norm),
@@ -232,7 +240,7 @@ class Trial:
 
     def reference(self, **how: Any) -> Reference:
         """The user's code at step 0."""
-        return reference_for(self.build, self.source(), start=self.start, **how)
+        return reference_of(self.job, self.builds, self.source(), start=self.start, **how)
 
     def report(self) -> Report:
         """An empty report, with what is to be in it."""
@@ -354,8 +362,18 @@ def try_local(trial: Trial, steps: int) -> dict[str, Any]:
     outcome = trial.outcome(report, steps)
     if not report.passed and not trial.rounds:
         crew = [trial.worker(worker.rank) for worker in workers]
-        outcome["first_difference"] = first_difference(trial.build, crew)
+        outcome["first_difference"] = _first_difference(trial, crew)
     return outcome
+
+
+def _first_difference(trial: Trial, crew: Sequence[Worker]) -> dict[str, Any] | None:
+    """The first op of a phase's first step that differs, of the first phase that has one."""
+    for phase, build in trial.builds.items():
+        for worker in crew:
+            worker.turn(phase)
+        if (found := first_difference(build, crew)) is not None:
+            return found
+    return None
 
 
 def _session(trial: Trial, comm: Comm, steps: int) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def convert(
             f"{to.name} is the name of another step's checkpoint; this one's is "
             f"{step_name(source.step or 0)}"
         )
+    _require_one_loss(source, form)
     left_out = tuple(name for name in source.items if not _holds(form, name))
     # Something else than a checkpoint's name, so that no run takes half of one for its own.
     aside = to.parent / f".{to.name}.tmp-{secrets.token_hex(8)}"
@@ -183,6 +184,16 @@ def convert(
         with suppress(OSError):
             shutil.rmtree(aside)
     return Written(to, form, len(source.items) - len(left_out), size, left_out)
+
+
+def _require_one_loss(source: Source, form: str) -> None:
+    """Formats that keep an optimizer's state by parameter have no name for a phase's."""
+    phases = (source.meta or {}).get("phases")
+    if phases and form in ("dcp", "universal"):
+        raise UsageError(
+            f"{source.path} holds the optimizers of phases {', '.join(phases)}, which {form} has "
+            "no place for; write --to safetensors or --to torch, of the weights alone"
+        )
 
 
 def _holds(form: str, name: str) -> bool:

@@ -101,6 +101,11 @@ def renamed(source: Source, rules: Sequence[Rule]) -> Renamed:
     """
     if not rules:
         return Renamed(source, {}, ())
+    if phases := (source.meta or {}).get("phases"):
+        raise UsageError(
+            f"{source.path} holds the optimizers of phases {', '.join(phases)}, which --map does "
+            "not rename; write --to safetensors first, and rename the weights"
+        )
     old_names: dict[str, str] = {}
     dropped, used = [], set[Rule]()
     for name in source.items:
