@@ -39,7 +39,12 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def parts(
-    rounds: int | None, patience: float, *, quick: bool, reasons: dict[str, str]
+    rounds: int | None,
+    patience: float,
+    memory: float = 2.0,
+    *,
+    quick: bool,
+    reasons: dict[str, str],
 ) -> dict[str, Callable[[], Measured]]:
     """Everything that can be run, by name."""
     most = rounds or (2 if quick else None)
@@ -53,6 +58,13 @@ def parts(
     found["scheduling"] = lambda: special.scheduled(say, rounds or (3 if quick else 9))
     found["collectives"] = lambda: special.collectives(say, rounds or 9, quick=quick)
     found["checkpoint"] = lambda: special.checkpoint(say, rounds or 9, quick=quick)
+    steps = found["offload"]
+    found["offload"] = lambda: special.offload(
+        steps(), say, rounds or (3 if quick else 9), quick=quick
+    )
+    found["ladder"] = lambda: special.ladder(
+        say, int(memory * 2**30), reasons, patience, quick=quick
+    )
     found["first"] = lambda: special.first(say, rounds or (3 if quick else 9))
     found["gpu"] = special.gpu
     return found
@@ -101,6 +113,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="names for --only, and keys of lines")
     parser.add_argument("--rounds", type=int, help="at most, in place of each part's own")
     parser.add_argument("--patience", type=float, default=1.0, help="times each part's time")
+    parser.add_argument("--memory", type=float, default=2.0, help="GiB a rank, of the ladder")
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs")
     parser.add_argument("--page", action="store_true", help="write the page from raw.json anew")
     parser.add_argument("--renew", action="store_true", help="put these parts onto the page")
@@ -117,7 +130,9 @@ def main() -> None:
     # So that a stopped run ends its processes: a signal becomes an exception that unwinds.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reasons = peers.ensure()
-    all_parts = parts(asked.rounds, asked.patience, quick=asked.quick, reasons=reasons)
+    all_parts = parts(
+        asked.rounds, asked.patience, asked.memory, quick=asked.quick, reasons=reasons
+    )
     raw = run({name: all_parts[name] for name in asked.only})
     docs.mkdir(exist_ok=True)
     write(renewed(raw, docs) if asked.renew else raw, docs)

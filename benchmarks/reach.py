@@ -30,6 +30,8 @@ SMALL = "A 100k-parameter model against DDP"
 COLLECTIVES = "Collectives over shared memory, 2 ranks"
 CROWDED = "Collectives, 4 ranks on 2 cores"
 CHECKPOINT = "A checkpoint of 1 GB, 2 ranks"
+LADDER = "The largest GPT in a given memory, 2 ranks"
+OFFLOAD = "Offload"
 FIRST = "Time to the first step"
 GPU = "One GPU"
 CONTROLS = "The control"
@@ -51,6 +53,8 @@ SECTIONS = (
     COLLECTIVES,
     CROWDED,
     CHECKPOINT,
+    LADDER,
+    OFFLOAD,
     FIRST,
     GPU,
 )
@@ -253,6 +257,26 @@ def _groups() -> list[Group]:
     ]
 
 
+def offloads() -> Group:
+    """Steps with their state in host memory or on disk, against steps without; the same numbers."""
+    tasks = {
+        "none": ours("data=2"),
+        "host": ours("data=2,offload=host"),
+        "zero3": ours("zero3"),
+        "zero3, host": ours("zero3,offload=host"),
+        "zero3, disk": ours("zero3,offload=disk"),
+    }
+    lines = [
+        (OFFLOAD, Line(f"offload-{mine}".replace(", ", "-").replace(" ", "-"), what, mine, (other,),
+                       1.15, "at most"))
+        for mine, other, what in (
+            ("host", "none", "all to host memory, data=2"),
+            ("zero3, host", "zero3", "all to host memory, zero3"),
+        )
+    ]  # fmt: skip
+    return group("offload", "gpt10m", 8, tasks, *lines, seconds=150)
+
+
 MICROBATCHES = 8
 CUT = {"gpipe": 1, "1f1b": 1, "zb-h1": 1, "interleaved": 2, "zb-v": 2}
 """Schedules, and how many stages each rank holds."""
@@ -356,4 +380,4 @@ def pipelines() -> list[Group]:
     return [_two_stages(), _asynchronous(), _four_stages()]
 
 
-GROUPS = [*_groups(), *pipelines()]
+GROUPS = [*_groups(), *pipelines(), offloads()]

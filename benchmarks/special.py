@@ -22,6 +22,9 @@ from benchmarks.harness.lines import Line, judged
 from benchmarks.harness.measure import Measured
 from benchmarks.harness.result import Result, failed
 from benchmarks.harness.statistics import HOLDS, MISSES, Estimate
+from benchmarks.ladder import run as climb
+from benchmarks.ladder.rungs import RUNGS
+from benchmarks.offload import disk as tier
 
 ROOT = Path(__file__).parents[1]
 KB, MB = 1 << 10, 1 << 20
@@ -58,6 +61,45 @@ def checkpoint(say: Say, rounds: int, *, quick: bool) -> Measured:
 def _as_ours(line: Line, times: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
     """The times of a line, ours also under that name."""
     return {**{name: times[name] for name in (line.ours, *line.others)}, "ours": times[line.ours]}
+
+
+def offload(steps: Measured, say: Say, rounds: int, *, quick: bool) -> Measured:
+    """Steps with offload, which were measured, and the disk tier's rates over the disk's."""
+    (ROOT / ".bench").mkdir(exist_ok=True)
+    times = tier.seconds((64 if quick else 512) * MB, rounds, say, ROOT / ".bench")
+    lines = [
+        Line("offload-put", "disk: written, digests and all", "put", ("raw write",), 0.8),
+        Line("offload-fetch", "disk: read and compared", "fetch", ("raw read",), 0.8),
+    ]
+    rates = [timed(reach.OFFLOAD, line, _as_ours(line, times), 1.0, "s") for line in lines]
+    return Measured([*steps.results, *rates], {**steps.raw, "disk": {"seconds": times}})
+
+
+def ladder(
+    say: Say, memory: int, reasons: Mapping[str, str], patience: float, *, quick: bool
+) -> Measured:
+    """The largest GPT that trains in so many bytes a rank, rung by rung, beside DeepSpeed."""
+    told = climb.climbed(
+        memory, ROOT / ".bench" / "ladder", say,
+        reasons=reasons, patience=0.0 if quick else patience,
+    )  # fmt: skip
+    results = []
+    for rung, ours, theirs in zip(RUNGS, told["ours"], told["deepspeed"], strict=True):
+        key = f"ladder-{rung.what.strip('+ ').replace(' ', '-')}".lower()
+        what = f"{rung.what}: parameters, over DeepSpeed's"
+        if not ours.parameters or not theirs.parameters:
+            why = ours.reason if not ours.parameters else f"DeepSpeed: {theirs.reason}"
+            results.append(failed(reach.LADDER, key, what, 1.0, "at least", why))
+            continue
+        ratio = ours.parameters / theirs.parameters
+        results.append(
+            Result(
+                reach.LADDER, key, what, f"{ours.parameters / 1e6:.0f} M",
+                f"{theirs.parameters / 1e6:.0f} M", "", Estimate(ratio, ratio, ratio, 1), 1.0,
+                "at least", HOLDS if ratio >= 1 else MISSES,
+            )
+        )  # fmt: skip
+    return Measured(results, {"ladder": climb.as_raw(told, memory)})
 
 
 def curve(say: Say, steps: int) -> Measured:

@@ -65,7 +65,7 @@ class Crew:
     def started(cls, name: str, task: Task, folder: Path) -> Self:
         """Start the processes; `losses` waits for them."""
         folder.mkdir(parents=True, exist_ok=True)
-        crew, port = cls(name, task), _free_port()
+        crew, port = cls(name, task), free_port()
         for rank in range(task.ranks):
             mine = replace(task, rank=rank, folder=str(_own(folder, task, rank)))
             crew.members.append(_start(mine, port, folder / f"{rank}.log"))
@@ -179,7 +179,8 @@ def _environment(task: Task, port: int) -> dict[str, str]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this host, free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 

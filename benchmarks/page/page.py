@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import reach
 from benchmarks.harness.result import Result, from_json
-from benchmarks.page import pipelines, tables
+from benchmarks.page import ladder, pipelines, tables
 
 NOTES = Path(__file__).parents[1] / "notes.toml"
 
@@ -29,7 +29,7 @@ def page(raw: Mapping[str, Any], pictures: Sequence[str]) -> str:
     for section in reach.SECTIONS:
         mine = [r for r in results if r.section == section]
         if mine:
-            parts.append(_section(section, mine, notes, pictures))
+            parts.append(_section(section, mine, notes, pictures, raw["groups"]))
     if "pipeline" in raw["groups"]:
         parts.append(pipelines.table(raw["groups"]["pipeline"]["raw"]))
     controls = [r for r in results if r.section == reach.CONTROLS]
@@ -73,13 +73,20 @@ def _where(raw: Mapping[str, Any]) -> str:
 
 
 def _section(
-    section: str, results: Sequence[Result], notes: Mapping[str, str], pictures: Sequence[str]
+    section: str,
+    results: Sequence[Result],
+    notes: Mapping[str, str],
+    pictures: Sequence[str],
+    groups: Mapping[str, Any],
 ) -> str:
     parts = [f"## {section}", _explained(section), tables.in_markdown(results, notes)]
     if section == reach.COLLECTIVES:
         parts += _picture("collectives.svg", "Time of collectives by size", pictures)
     if section == reach.BF16:
         parts += _picture("loss.svg", "Loss in bf16 and in float32", pictures)
+    if section == reach.LADDER and "ladder" in groups:
+        parts.append(ladder.table(groups["ladder"]["raw"]["ladder"]))
+        return "\n\n".join(parts)
     parts.append(f"{tables.rounds(results).capitalize()}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -113,6 +120,14 @@ def _explained(section: str) -> str:
         " that steps wait for a save in the background, over one copy of the state and over DCP's;"
         " speed of a load, all digests compared, over reading what the page cache has, and over"
         " DCP's.",
+        reach.OFFLOAD: "Time of a step of the 10M GPT, 8 sequences a rank, over that without"
+        " (docs/offload.md says when a step has compute enough to hide it); rates of the disk tier"
+        " over those of the same disk, past the page cache, as many bytes and threads.",
+        reach.LADDER: "Of 8 layers, its width searched for; 2 sequences of 128 tokens a rank. Each"
+        " trial is a run of 3 steps by two processes whose private memory is limited"
+        " (`RLIMIT_DATA`, from before torch is imported; what is mapped counts, touched or not)."
+        " Host offload takes memory beside it, shared anonymous, up to twice as much. DeepSpeed's"
+        " host tier on a processor is the process's own memory.",
         reach.FIRST: "From starting `mw train` to its first step's line, over torchrun and DDP.",
     }.get(section, "")
 

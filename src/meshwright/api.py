@@ -38,7 +38,7 @@ from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.describe import explain as describe
 from meshwright.run.equality.verify import verify_local, verify_session
-from meshwright.run.folder import choose
+from meshwright.run.folder import OFFLOAD, choose
 from meshwright.run.observe.profiler import Profiler
 from meshwright.run.observe.window import parse_steps, within
 from meshwright.run.session import Record, Session, open_session, steps_to_run
@@ -217,7 +217,7 @@ class Run:
     def _offload(self, contract: Contract) -> Path:
         """What is offloaded to disk lies beside the runs, or in the run's own folder."""
         given = self._folder["run_dir"] or contract.run_dir
-        return Path(given or "runs") / "offload"
+        return Path(given or "runs") / OFFLOAD
 
     def _open_folder(self) -> None:
         assert self._contract is not None

@@ -89,6 +89,24 @@ def test_memory_comes_back_when_the_last_view_is_gone():
     assert pool.empty((1 << 19,), torch.float32).data_ptr() == where
 
 
+def test_a_larger_block_that_is_idle_is_taken_before_more_memory_is():
+    pool = Pool()
+    del [pool.empty((size << 18,), torch.float32) for size in (12, 32)][:]
+    gc.collect()
+    kept = pool.idle
+    first = pool.empty((8 << 18,), torch.float32)
+    second = pool.empty((10 << 18,), torch.float32)
+    assert pool.idle == 0
+    del first, second
+    gc.collect()
+    assert pool.idle == kept
+    pool.empty((2 << 18,), torch.float32)
+    gc.collect()
+    small = pool.empty((1 << 18,), torch.float32)
+    assert pool.idle == kept, "a block of 12 MiB is no place for 1"
+    del small
+
+
 def test_what_is_in_use_is_not_handed_out_again():
     pool = Pool()
     tensors = [pool.empty((1 << 18, 2), torch.float32).fill_(k) for k in range(5)]

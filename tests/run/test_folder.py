@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshwright.errors import StorageError, UsageError
-from meshwright.run.folder import choose
+from meshwright.run.folder import OFFLOAD, choose
 
 
 def saved(run):
@@ -54,6 +54,12 @@ def test_fresh_refuses_what_is_there_unless_told(tmp_path):
     found = choose("gpt", run_dir=mine, fresh=True, overwrite=True)
     assert not found.resume
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_fresh_passes_over_what_this_run_offloads(tmp_path):
+    (tmp_path / "mine" / OFFLOAD).mkdir(parents=True)
+    assert not choose("gpt", run_dir=tmp_path / "mine", fresh=True).resume
+    assert (tmp_path / "mine" / OFFLOAD).is_dir()
 
 
 def test_words_that_contradict(tmp_path):

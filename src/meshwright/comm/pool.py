@@ -21,6 +21,8 @@ __all__ = ["Pool"]
 _SMALL = 1 << 20
 _GRAIN = 1 << 21  # of huge pages
 _KEPT = 1 << 29
+_WASTE = 8
+"""How many times as large a block may be as what is put into it."""
 
 
 @final
@@ -49,8 +51,12 @@ class Pool:
         return sum(map(len, self._idle))
 
     def _block(self, size: int) -> mmap.mmap:
-        """The smallest idle block that fits without much waste, else a new one."""
-        fitting = [block for block in self._idle if size <= len(block) <= size + size // 4 + _GRAIN]
+        """The smallest idle block that fits, else a new one.
+
+        Half of it may be wasted, or more: blocks of every size that is ever asked for would take
+        1.4 times the memory, all of it for good.
+        """
+        fitting = [block for block in self._idle if size <= len(block) <= _WASTE * size]
         if fitting:
             best = min(fitting, key=len)
             self._idle.remove(best)

@@ -10,7 +10,10 @@ from pathlib import Path
 from meshwright.errors import StorageError, UsageError
 from meshwright.run.checkpoint.retention import listed
 
-__all__ = ["Choice", "choose"]
+__all__ = ["OFFLOAD", "Choice", "choose"]
+
+OFFLOAD = "offload"
+"""The folder, in a run's own, of what it offloads to disk."""
 
 _OURS = ("checkpoints", "failures", "ledger", "logs", "tensorboard", "metrics.jsonl",
          "report.html", "run.json", "verify.json")  # fmt: skip
@@ -53,7 +56,7 @@ def choose(
     if overwrite and not fresh:
         raise UsageError("--overwrite is for --fresh; use `--fresh --overwrite`")
     if run_dir is not None:
-        if fresh and not overwrite and run_dir.is_dir() and any(run_dir.iterdir()):
+        if fresh and not overwrite and run_dir.is_dir() and _used(run_dir):
             raise UsageError(
                 f"--fresh, but {run_dir} is not empty; use another --run-dir, or --overwrite to "
                 "lose it"
@@ -78,6 +81,11 @@ def choose(
             )
         return Choice(found, resume=True)
     return Choice(_next(stem, root, numbered[-1] + 1 if numbered else 1), resume=False)
+
+
+def _used(run_dir: Path) -> bool:
+    """Whether anything lies there but what this run offloads, which may have begun."""
+    return any(found.name != OFFLOAD for found in run_dir.iterdir())
 
 
 def _numbered(stem: str, root: Path) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from meshwright.errors import StorageError
 from meshwright.run.offload import disk as disks
 from meshwright.run.offload.disk import ALIGNED, CHUNK, Disk, sweep
-from meshwright.run.offload.host import Host
+from meshwright.run.offload.host import Host, shared
 
 SHAPES = [(), (3,), (5, 7), (0, 4), (CHUNK // 4,), (CHUNK // 4 + 5,)]
 
@@ -79,6 +79,30 @@ def put(tier, count=CHUNK):
     place = tier.place("optimizer/exp_avg/w", (count,), torch.float32)
     tier.put(place, torch.arange(float(count))).wait()
     return place
+
+
+def aligned(count):
+    return shared("x", 4 * count).view(torch.float32)
+
+
+def test_aligned_memory_is_read_and_written_in_place(tmp_path):
+    tier, count = Disk(tmp_path, 0, seconds=1.0), 2 * CHUNK // 4 + 3 * ALIGNED
+    if tier._direct is None:
+        pytest.skip("a file system without O_DIRECT")
+    place, source, out = tier.place("x", (count,), torch.float32), aligned(count), aligned(count)
+    torch.arange(float(count), out=source)
+    while not tier._buffers.empty():  # whoever wants one waits for ever
+        tier._buffers.get()
+    tier.put(place, source).wait()
+    tier.fetch(place, out).wait()
+    assert torch.equal(out, source)
+    with tier.path.open("r+b") as file:
+        file.write(b"\xff")
+        os.fsync(file.fileno())
+    with pytest.raises(StorageError, match="was changed between bytes 0 and"):
+        tier.fetch(place, out).wait()
+    with pytest.raises(StorageError, match="has not ended in 1 s"):
+        tier.put(place, torch.ones(count + 1)[1:]).wait()
 
 
 @pytest.mark.parametrize("direct", [True, False])

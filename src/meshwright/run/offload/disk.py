@@ -2,7 +2,7 @@
 
     folder/rank0-<pid>-<nonce>.offload     each tensor from a multiple of 4096 bytes on
 
-Two threads read and two write, a chunk each at a time: while one waits for the disk the other takes
+Four threads read and four write, a chunk each at a time: while some wait for the disk, others take
 digests and copies. The file is locked while its run lives, so that the next one can tell what a
 killed one left and remove it.
 """
@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from meshwright.run.checkpoint.digest import preferred, usable
 from meshwright.run.offload.lane import Lane
 from meshwright.run.offload.tier import PATIENCE, Moved, Place, Transfer, bytes_of
 
-__all__ = ["ALIGNED", "CHUNK", "Disk", "sweep"]
+__all__ = ["ALIGNED", "CHUNK", "THREADS", "Disk", "sweep"]
 
 ALIGNED = 4096
 """What a file's places, and transfers past the page cache, are multiples of."""
@@ -39,7 +39,16 @@ CHUNK = 1 << 22
 """Bytes of a transfer that are read or written at once, and share a digest."""
 
 _SUFFIX = ".offload"
-_THREADS = 2  # each way: one waits for the disk while the other computes
+THREADS = 4
+"""Each way: some wait for the disk while others take digests and copy."""
+
+
+class _Act(Protocol):
+    """Reads or writes a chunk; `straight`: out of or into memory aligned as the file is."""
+
+    def __call__(
+        self, place: Place, part: memoryview | None, begin: int, size: int, /, *, straight: bool
+    ) -> None: ...
 
 
 @final
@@ -66,10 +75,10 @@ class Disk:
         self._file = _made(self.path)
         self._direct = _reopened(self.path) if direct else None
         self._digest = usable(preferred())
-        self._readers = Lane(_THREADS, "offload-read")
-        self._writers = Lane(_THREADS, "offload-write")
+        self._readers = Lane(THREADS, "offload-read")
+        self._writers = Lane(THREADS, "offload-write")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(2 * _THREADS):
+        for _ in range(2 * THREADS):
             self._buffers.put(mmap.mmap(-1, CHUNK))
         files = [file for file in (self._file, self._direct) if file is not None]
         self._gone = weakref.finalize(self, _removed, self.path, files)
@@ -131,21 +140,32 @@ class Disk:
     def _start(
         self,
         threads: Lane,
-        act: Callable[[Place, memoryview | None, int, int], None],
+        act: _Act,
         place: Place,
         tensor: Tensor | None,
     ) -> Transfer:
         before, data = place.last, None if tensor is None else bytes_of(tensor)
+        aligned = tensor is not None and tensor.data_ptr() % ALIGNED == 0
+        straight = aligned and self._direct is not None
         parts = []
         for begin in range(0, place.bytes, CHUNK):
             size = min(CHUNK, place.bytes - begin)
             part = None if data is None else data[begin : begin + size]
-            parts.append(threads.submit(partial(_after, before, act, place, part, begin, size)))
+            move = partial(act, place, part, begin, size, straight=straight)
+            parts.append(threads.submit(partial(_after, before, move)))
         what = f"{place.name} in {self.path}"
         place.last = Transfer(what, self._seconds, parts)
         return place.last
 
-    def _write(self, place: Place, data: memoryview | None, begin: int, size: int) -> None:
+    def _write(
+        self,
+        place: Place,
+        data: memoryview | None,
+        begin: int,
+        size: int,
+        *,
+        straight: bool,
+    ) -> None:
         assert data is not None
         place.digests[begin // CHUNK] = self._digest(data)
         at, file = place.begin + begin, self._file
@@ -153,6 +173,9 @@ class Disk:
             if self._direct is None:
                 _written(file, data, at)
                 os.posix_fadvise(file, at, size, os.POSIX_FADV_DONTNEED)
+                return
+            if straight and size % ALIGNED == 0:
+                _written(self._direct, data, at)
                 return
             buffer = self._buffers.get()
             try:
@@ -162,26 +185,40 @@ class Disk:
             finally:
                 self._buffers.put(buffer)
 
-    def _read(self, place: Place, out: memoryview | None, begin: int, size: int) -> None:
+    def _read(
+        self,
+        place: Place,
+        out: memoryview | None,
+        begin: int,
+        size: int,
+        *,
+        straight: bool,
+    ) -> None:
         at = place.begin + begin
+        if straight and out is not None and size % ALIGNED == 0:
+            self._chunk(place, out, begin, size)
+            return
         buffer = self._buffers.get()
         try:
-            whole = size + -size % ALIGNED
-            with self._told("read", place):
-                file = self._file if self._direct is None else self._direct
-                got = _filled(file, memoryview(buffer)[:whole], at)
-            view = memoryview(buffer)[:size]
-            if got < size:
-                raise self._damaged(place, f"ends at byte {at + got:,}: it was cut short")
-            if self._digest(view) != place.digests[begin // CHUNK]:
-                raise self._damaged(place, f"was changed between bytes {at:,} and {at + size:,}")
+            view = memoryview(buffer)
+            self._chunk(place, view[: size + -size % ALIGNED], begin, size)
             if out is not None:
-                out[:] = view
+                out[:] = view[:size]
         finally:
             self._buffers.put(buffer)
         if self._direct is None:
             with suppress(OSError):
                 os.posix_fadvise(self._file, at, size, os.POSIX_FADV_DONTNEED)
+
+    def _chunk(self, place: Place, into: memoryview, begin: int, size: int) -> None:
+        """Read a chunk, and compare it with its digest."""
+        at = place.begin + begin
+        with self._told("read", place):
+            got = _filled(self._file if self._direct is None else self._direct, into, at)
+        if got < size:
+            raise self._damaged(place, f"ends at byte {at + got:,}: it was cut short")
+        if self._digest(into[:size]) != place.digests[begin // CHUNK]:
+            raise self._damaged(place, f"was changed between bytes {at:,} and {at + size:,}")
 
     def _damaged(self, place: Place, how: str) -> StorageError:
         return StorageError(
@@ -215,18 +252,11 @@ class _Told:
         ) from None
 
 
-def _after(
-    before: Transfer,
-    act: Callable[[Place, memoryview | None, int, int], None],
-    place: Place,
-    part: memoryview | None,
-    begin: int,
-    size: int,
-) -> None:
+def _after(before: Transfer, act: Callable[[], None]) -> None:
     """Act once the place's transfer before this one is done; it tells its own errors."""
     for work in before.parts:
         work.exception(before.seconds)
-    act(place, part, begin, size)
+    act()
 
 
 def _made(path: Path) -> int:

@@ -12,7 +12,7 @@ from meshwright.run.offload.host import shared
 
 __all__ = ["Staging"]
 
-_ALIGNED = 64
+_ALIGNED = 4096  # past the page cache a disk reads and writes whole pages in place
 
 
 @final
