@@ -54,6 +54,7 @@ def parts(
     }
     found["curve"] = lambda: special.curve(say, 20 if quick else 100)
     found["bytes"] = lambda: special.bytes_moved(say)
+    found["bill"] = lambda: special.bill(say)
     found["deepest"] = lambda: special.deepest(say)
     found["scheduling"] = lambda: special.scheduled(say, rounds or (3 if quick else 9))
     found["collectives"] = lambda: special.collectives(say, rounds or 9, quick=quick)

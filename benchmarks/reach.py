@@ -21,6 +21,7 @@ PIPELINE = "Pipelines: share of the ideal speed-up"
 PIPELINE_PEERS = "Pipelines against peers"
 PIPELINE_ORDER = "Pipelines of 4 stages on 2 cores, for the order only"
 DEEPEST = "The deepest GPT in 52 MiB a rank, after GPipe's Table 1"
+BILL = "Memory of a rank against its bill"
 SCHEDULING = "Schedules and their execution"
 BYTES = "Bytes beside JAX's compiler, 8 ranks"
 DEVICE = "One device, traced against eager"
@@ -44,6 +45,7 @@ SECTIONS = (
     PIPELINE_PEERS,
     PIPELINE_ORDER,
     DEEPEST,
+    BILL,
     SCHEDULING,
     BYTES,
     DEVICE,

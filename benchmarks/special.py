@@ -24,6 +24,7 @@ from benchmarks.harness.result import Result, failed
 from benchmarks.harness.statistics import HOLDS, MISSES, Estimate
 from benchmarks.ladder import run as climb
 from benchmarks.ladder.rungs import RUNGS
+from benchmarks.memory import compare as memory
 from benchmarks.offload import disk as tier
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,24 @@ def bytes_moved(say: Say) -> Measured:
             )
         )  # fmt: skip
     return Measured(results, {"rows": found})
+
+
+def bill(say: Say) -> Measured:
+    """Peak resident bytes of every rank against its bill; of each plan, the rank farthest off."""
+    found = memory.sweep(say)
+    results = []
+    for plan, ranks in found.items():
+        worst = max(ranks, key=lambda one: abs(one.difference))
+        ratio = worst.peak / worst.bill
+        results.append(
+            Result(
+                reach.BILL, f"bill-{plan}", plan, f"{worst.peak / MB:.0f} MiB",
+                f"{worst.bill / MB:.0f} MiB", "", Estimate(ratio, ratio, ratio, len(ranks)),
+                memory.WITHIN, "within",
+                HOLDS if abs(worst.difference) <= memory.WITHIN else MISSES,
+            )
+        )  # fmt: skip
+    return Measured(results, {"ranks": {p: [asdict(one) for one in r] for p, r in found.items()}})
 
 
 def scheduled(say: Say, rounds: int) -> Measured:

@@ -113,6 +113,8 @@ def _explained(section: str) -> str:
         reach.SCHEDULING: "Times, over what the reach table allows.",
         reach.DEEPEST: "By the memory bill of what is compiled, neediest rank; the target is 0.9 of"
         " the paper's ratio (its Transformer: 3, 13 and, in 8 stages, 103 layers in 16 GB each).",
+        reach.BILL: "The most bytes that were resident on the rank farthest off its bill, over the"
+        " bill; a GPT of 74 MiB of weights, each plan in processes of its own.",
         reach.BYTES: "Bytes that a rank receives in a step of a 4-layer GPT, ours over those of"
         " JAX's compiled program for the same annotations; *limit* is the closed form. Nothing is"
         " run.",

@@ -34,6 +34,7 @@ from meshwright.launch.worker import ending, guard
 from meshwright.plan.plan import Plan
 from meshwright.plan.size import parse_bytes
 from meshwright.plan.toml import AUTO, parse_plan
+from meshwright.run.account import Account
 from meshwright.run.auto import choose_plan
 from meshwright.run.describe import describe_run, facts_of
 from meshwright.run.describe import explain as describe
@@ -41,7 +42,9 @@ from meshwright.run.equality.verify import verify_local, verify_session
 from meshwright.run.folder import OFFLOAD, choose
 from meshwright.run.observe.profiler import Profiler
 from meshwright.run.observe.window import parse_steps, within
+from meshwright.run.room import require_room
 from meshwright.run.session import Record, Session, open_session, steps_to_run
+from meshwright.run.shortage import explained, forget, ran_out
 from meshwright.run.step import Metrics
 from meshwright.run.worker import Fetched
 from meshwright.view.journal import Journal, Logger, open_journal
@@ -123,10 +126,12 @@ class Run:
         self._contract: Contract | None = None
         self._stop = Stop()
         self._described = False
+        self._account: Account | None = None
         self.dir = Path()
 
     def __enter__(self) -> Self:
         self._described, self._saved_at = False, time.monotonic()
+        self._session = self._account = None
         with ExitStack() as stack:
             self._contract = contract = here()
             keep_freed_memory()
@@ -139,15 +144,16 @@ class Run:
             stack.enter_context(ending(contract, comm))
             self._connected(comm)
             plan, notes = _agreed_plan(contract.plan or self._plan, self.job, comm)
-            self._session = open_session(
-                self.job,
-                plan,
-                comm,
-                nonfinite=self._nonfinite,
-                eager=self._eager,
-                compiled=self._compiled,
-                offload=contract.offload or self._offload(contract),
-            )
+            with self._remembering(plan, contract.world.rank):
+                self._session = open_session(
+                    self.job,
+                    plan,
+                    comm,
+                    nonfinite=self._nonfinite,
+                    eager=self._eager,
+                    compiled=self._compiled,
+                    offload=contract.offload or self._offload(contract),
+                )
             stack.callback(self._session.close)
             if not self._eager:  # there the user's own forward draws from the process's generators
                 self._session.worker.overlap_reading()
@@ -173,6 +179,7 @@ class Run:
                 if self._profiler is not None:
                     self._profiler.close()
                 self.session.settle()
+                self.memory()
                 self._tell()
             except BaseException:
                 self._journal.close("failed")
@@ -273,7 +280,8 @@ class Run:
         session.turn(phase)
         if part not in ("global", "local"):
             raise UsageError(f"part={part!r}; use 'global' or 'local'")
-        fetched = session.take(batch, local=part == "local")
+        with self._remembering(self.plan, self.rank):
+            fetched = session.take(batch, local=part == "local")
         if not self._described:
             self._describe(fetched)
             self._profile(self._until)
@@ -282,7 +290,7 @@ class Run:
         session.worker.flags = {"save": due and self.rank == 0, **stops}
         if self._profiler is not None:
             self._profiler.before()
-        record = session.run_taken(fetched, self._until, phase)
+        record = self._ran(fetched, phase)
         if not self._waits and time.monotonic() - self._saved_at > 0.9 * CHECKPOINT_SECONDS:
             session.prepare_saves()
         stopped = [f for f in record.metrics.flags if f.startswith("stop")]
@@ -297,6 +305,30 @@ class Run:
         if "save" in record.metrics.flags:
             self.save(wait=self._waits)
         return record.metrics
+
+    def _ran(self, fetched: Fetched, phase: str | None) -> Record:
+        """One step on a batch, its memory watched."""
+        if self._account is not None:
+            self._account.begins()
+        with self._remembering(self.plan, self.rank):
+            record = self.session.run_taken(fetched, self._until, phase)
+        if self._account is not None:
+            self._account.ended()
+        return record
+
+    @contextlib.contextmanager
+    def _remembering(self, plan: Plan, rank: int) -> Iterator[None]:
+        """Within, want of memory is explained."""
+        try:
+            yield
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            where = f"in step {self._session.step + 1}" if self._session else "as it began"
+            process = 0 if self._account is None else self._account.process
+            if self._session is not None:
+                forget(self._session)
+            raise explained(self.job, plan, rank, (where, process), error) from error
 
     def _profile(self, total: int | None) -> None:
         """Get ready to trace, before the first step."""
@@ -401,8 +433,38 @@ class Run:
         session = self.session
         self._described = True
         self._journal.describe(lambda: {**describe_run(session, fetched), **self._info})
+        if not self._eager:
+            self._bills(fetched)
         if session.step:
             self._note(f"resumed at step {session.step} from {self.dir}")
+
+    def _bills(self, fetched: Fetched) -> None:
+        """Before the first step: every rank learns its bill, and whether there is room for it."""
+        session = self.session
+        if not self.plan.asynchronous:
+            session.worker.lowered(fetched)  # what it takes is the process's, not the step's
+        told = session.comm.perform(
+            gather_json(self._journal.told.get("memory"), session.everyone, "bills")
+        )
+        self._account = Account(session)
+        self._account.ready()
+        session.comm.perform(require_room(session, self.job, told[0]))
+
+    def memory(self) -> list[dict[str, Any]]:
+        """What each rank's memory went to so far, by rank; every rank calls it.
+
+        Returns:
+            Of each: `parts` in bytes, `process`, `rest`, `away`, and `peak`: the most that was
+            resident in a step. Empty before the first step, and with `eager`.
+        """
+        if self._account is None:
+            return []
+        everyone, mine = self.session.everyone, self._account.told()
+        told: list[dict[str, Any]] = self.session.comm.perform(
+            gather_json(mine, everyone, "memory")
+        )
+        self._journal.amend({"measured": told})
+        return told
 
 
 def _on_main_thread() -> bool:

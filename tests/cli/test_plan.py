@@ -102,7 +102,13 @@ def test_without_explain_it_is_short_and_says_where_more_is(mw):
 def test_a_budget_that_is_kept_changes_nothing(mw):
     plain = mw("plan", "sums.py", "--plan", "data=2")
     kept = mw("plan", "sums.py", "--plan", "data=2", "--max-bytes", "1MiB", "--memory", "1GiB")
-    assert (kept.status, kept.out, kept.err) == (0, plain.out, plain.err)
+    assert (kept.status, still(kept.out), kept.err) == (0, still(plain.out), plain.err)
+
+
+def still(text):
+    """What of a plan's page does not depend on what this process holds."""
+    lines = text[: text.index("\nprocess, as this one")].splitlines()
+    return [*lines, *text[text.index("\n  per step") :].splitlines()]
 
 
 def test_a_budget_that_is_not_kept_fails_with_the_list_and_what_to_change(mw):

@@ -16,7 +16,7 @@ def pairs(row: Row) -> frozenset[tuple[int, str, int, str]]:
 
 
 def cover(factors: Sequence[Sequence[str]], legal: Callable[[Row], bool]) -> tuple[Row, ...]:
-    """Few legal rows that hold every pair that any legal row holds: the one with most new, again."""
+    """Few legal rows that hold every pair of any legal row: the one with most new, again."""
     left = {row: pairs(row) for row in product(*factors) if legal(row)}
     wanted = set[tuple[int, str, int, str]]().union(*left.values())
     found: list[Row] = []

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from meshwright.cli.output import program
 from meshwright.view.units import value_text
 
-__all__ = ["summary_text"]
+__all__ = ["measured_text", "summary_text"]
+
+
+def measured_text(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """The memory bill beside what was measured, where the run has both."""
+    from meshwright.view.folder import read_record
+    from meshwright.view.foretold import measured_table
+
+    table = measured_table(read_record(Path(summary["run_dir"])))
+    return [] if table is None else [Text(), table]
 
 
 def summary_text(summary: Mapping[str, Any]) -> Table:

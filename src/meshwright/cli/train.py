@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from meshwright.cli.output import log, print_json, show, user_output
-from meshwright.cli.summary import summary_text
+from meshwright.cli.summary import measured_text, summary_text
 from meshwright.cli.told import Task, attempt
 from meshwright.cli.words import (
     AsJson,
@@ -257,7 +257,7 @@ def _run(wanted: _Wanted, plan: str, ranks: int, folder: Mapping[str, Any]) -> i
             print_json(summary)
         else:
             log("")
-            show(summary_text(summary))
+            show(summary_text(summary), *measured_text(summary))
     return 0
 
 

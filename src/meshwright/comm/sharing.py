@@ -19,7 +19,7 @@ from meshwright.comm.roll import named
 from meshwright.comm.segment import NoRoom, Segment
 from meshwright.errors import OutOfMemory
 
-__all__ = ["Ground", "Unsuited"]
+__all__ = ["Ground", "Unsuited", "room_of"]
 
 _CAPACITY = 1 << 19  # of a slot: two of them and the result stay in a core's cache
 _ROOM = 1 << 26  # for one stream of all members' slots
@@ -112,6 +112,11 @@ def _problem(meeting: Meeting) -> str | None:
 def _capacity(members: int) -> int:
     """Bytes of a slot, so that all members' slots fit in the room."""
     return max(min(_CAPACITY, _ROOM // (SLOTS * members)), 4096, 64 * members)
+
+
+def room_of(members: int) -> int:
+    """Bytes that the channel of so many ranks takes."""
+    return size_of(members, _capacity(members))
 
 
 def _channel(

@@ -22,7 +22,7 @@ from typing import final
 from meshwright.errors import OutOfMemory, PeerLost
 from meshwright.launch import failure
 from meshwright.launch.failure import Failure
-from meshwright.launch.kernel import oom_kills
+from meshwright.launch.kernel import bill_text, oom_kills
 from meshwright.launch.pump import Pump
 
 __all__ = ["Member", "Watch"]
@@ -186,7 +186,8 @@ class Watch:
             return Failure(member.rank, pid, now, failure.EXITED, text, status)
         name = signal.Signals(-status).name
         if status == -signal.SIGKILL and oom_kills() > self.oom_before:
-            text = f"was killed by {name}: the kernel was out of memory; use more ranks or zero=3"
+            needed = bill_text(self.run_dir, member.rank)
+            text = f"was killed by {name}: the kernel was out of memory; {needed}"
             return Failure(member.rank, pid, now, failure.SIGNALLED, text, OutOfMemory.exit_status)
         text = f"was killed by {name}"
         return Failure(member.rank, pid, now, failure.SIGNALLED, text, PeerLost.exit_status)

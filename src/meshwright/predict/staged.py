@@ -1,14 +1,13 @@
-"""The memory bill of a rank of a pipeline, read off its instruction list.
+"""What a rank's instruction list holds, read off the list itself, value by value.
 
-Micro-batches are alive together there, as many as the schedule has in flight: what lives when is
-told by the list itself, value by value, and storages are counted once, however many values view
-them.
+Storages are counted once, however many values view them. Large results of collectives lie in memory
+of their own, which is kept for the next ones: it does not give room to anything else.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshwright.predict.memory import live_bytes
@@ -19,9 +18,33 @@ from meshwright.program.instruction import Instruction
 from meshwright.program.partition import COLLECTIVES
 from meshwright.program.program import Op, Program
 
-__all__ = ["staged_bill"]
+__all__ = ["Held", "most_held", "staged_bill"]
 
 _SUMS = ("gradient/", "reduced/")
+_POOLED, _GRAIN = 1 << 20, 1 << 21  # as comm/pool.py
+_POOL = "pool"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The most bytes that a list holds beside state, at once and by kind.
+
+    Attributes:
+        peak: of all kinds at once.
+        gradients, activations: each by itself.
+    """
+
+    peak: int
+    gradients: int
+    activations: int
+
+
+def most_held(compiled: Compiled, weights: Mapping[str, int]) -> Held:
+    """What a step holds; `weights` are bytes at rest, by `model/` name, of what is offloaded."""
+    walk = _Walk(compiled, resting=dict(weights))
+    for instruction in compiled.instructions.body:
+        walk.take(instruction)
+    return Held(walk.peak + walk.most[_POOL], walk.most["gradient"], walk.most["activation"])
 
 
 def staged_bill(
@@ -40,16 +63,14 @@ def staged_bill(
         optimizer: bytes of its state.
         away: what is offloaded, as a plan calls it.
     """
-    walk = _Walk(compiled, resting=dict(weights))
-    for instruction in compiled.instructions.body:
-        walk.take(instruction)
+    held = most_held(compiled, weights)
     return {
         "weights": 0 if "params" in away else sum(weights.values()),
-        "gradients": walk.most["gradient"],
+        "gradients": held.gradients,
         "optimizer": 0 if "optimizer" in away else optimizer,
         "buffers": buffers,
-        "saved activations": walk.most["activation"],
-        "working memory": max(0, walk.peak - walk.most["activation"] - walk.most["gradient"]),
+        "saved activations": held.activations,
+        "working memory": max(0, held.peak - held.activations - held.gradients),
     }
 
 
@@ -62,7 +83,10 @@ class _Walk:
         sizes: of each storage, its kind and bytes.
         users: of each storage, how many names it has.
         alive, most: bytes by kind, now and at most.
-        peak: most bytes of all kinds at once, what a segment makes included.
+        peak: most bytes of all kinds at once, what a segment makes included, but those in the pool.
+        pooled: storages in memory that collectives keep.
+        inside: bytes of them that are in use.
+        coming: of each collective under way, the storages of its results.
         sums: names of values that become gradients.
         insides: of each segment, most bytes that it makes at once.
         makers: of each collective, the program that holds it.
@@ -79,18 +103,15 @@ class _Walk:
     sums: set[str] = field(default_factory=set)
     insides: dict[int, int] = field(default_factory=dict)
     makers: dict[int, Program] = field(default_factory=dict)
+    pooled: set[int] = field(default_factory=set)
+    inside: int = 0
+    coming: dict[str, list[int | None]] = field(default_factory=dict)
     resting: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         programs = [local.program for _, local in self.compiled.units]
         programs += [move.program for move in self.compiled.moves]
-        self.sums = {
-            source
-            for each in self.compiled.instructions.body
-            if each.kind == "Stash"
-            for source, name in zip(each.inputs, each.outputs, strict=True)
-            if name.startswith(_SUMS)
-        }
+        self.sums = _summed(self.compiled.instructions.body)
         self.makers = {id(op): p for p in programs for op in p.ops if op.name in COLLECTIVES}
 
     def take(self, instruction: Instruction) -> None:
@@ -100,6 +121,8 @@ class _Walk:
                 self._offloaded(instruction)
             case "Run":
                 self._run(instruction)
+            case "Start":
+                self._started(instruction)
             case "Wait":
                 self._arrived(instruction)
             case "Stash":
@@ -128,36 +151,69 @@ class _Walk:
         segment = lists.segments[index]
         if index not in self.insides:
             self.insides[index] = live_bytes(segment)[1]
-        self.peak = max(self.peak, sum(self.alive.values()) + self.insides[index])
+        self.peak = max(self.peak, self._heap() + self.insides[index])
         base = bases(segment)
         given = {v: name for (_, v), name in zip(segment.inputs, instruction.inputs, strict=True)}
         made: dict[int, int] = {}
         outputs = list(zip(segment.outputs, instruction.outputs, strict=True))
-        summed = {base[value] for (_, value), name in outputs if name in self.sums}
+        adding = {base[value] for (_, value), name in outputs if name in self.sums}
         for (_, value), name in outputs:
             root = base[value]
             if root in given:
-                self._name(name, self.held.get(given[root]))
+                storage = self.held.get(given[root])
+                if storage is not None and name in self.sums:
+                    self._becomes(storage, "gradient")
+                self._name(name, storage)
                 continue
             if root not in made:
-                kind = "gradient" if root in summed else "activation"
+                kind = "gradient" if root in adding else "activation"
                 made[root] = self._new(kind, segment.values[root].bytes)
             self._name(name, made[root])
 
-    def _arrived(self, instruction: Instruction) -> None:
-        """The result of a collective, or a message."""
+    def _started(self, instruction: Instruction) -> None:
+        """A collective: from now on its results have room."""
         lists, index = self.compiled.instructions, instruction.segment
-        if index is None:
-            return
-        if instruction.peer is not None:
-            sizes: Iterable[tuple[str, int]] = (
-                ("activation", value.bytes) for value in lists.messages[index].values
-            )
-        else:
-            sizes = map(self._brought, lists.calls[index])
-        for name, (kind, size) in zip(instruction.outputs, sizes, strict=True):
-            self._name(name, self._new(kind, size))
-        self.peak = max(self.peak, sum(self.alive.values()))
+        assert index is not None
+        found = [
+            self._reduced(op, source)
+            for op, source in zip(lists.calls[index], instruction.inputs, strict=False)
+        ]
+        self.coming[instruction.outputs[0]] = found
+        self.peak = max(self.peak, self._heap())
+
+    def _reduced(self, op: Op, source: str) -> int | None:
+        """The storage of what a collective makes; None where it is left in a weight's own."""
+        notes = dict(op.kwargs)
+        if "into" in notes:
+            return None
+        if notes.get("donate") is True:
+            return self.held.get(source)
+        return self._result(*self._brought(op))
+
+    def _result(self, kind: str, size: int) -> int:
+        """Room for what comes."""
+        storage = len(self.sizes)
+        if size >= _POOLED:
+            self.pooled.add(storage)
+        self.sizes[storage] = kind, size
+        self._count(storage, 1)
+        return storage
+
+    def _arrived(self, instruction: Instruction) -> None:
+        """The results of a collective; or a message, which takes room once it comes."""
+        index, found = instruction.segment, self.coming.pop(instruction.inputs[0], [])
+        if instruction.peer is not None and index is not None:
+            values = self.compiled.instructions.messages[index].values
+            found = [self._result("activation", value.bytes) for value in values]
+        for name, storage in zip(instruction.outputs, found, strict=False):
+            if storage is not None and name in self.sums:
+                self._becomes(storage, "gradient")
+            self._name(name, storage)
+        self.peak = max(self.peak, self._heap())
+
+    def _heap(self) -> int:
+        """Bytes that are there now, but those in the pool."""
+        return sum(size for kind, size in self.alive.items() if kind != _POOL) - self.inside
 
     def _brought(self, op: Op) -> tuple[str, int]:
         """The kind and bytes of what a collective brings: gathered weights, or else."""
@@ -173,12 +229,24 @@ class _Walk:
     def _new(self, kind: str, size: int) -> int:
         storage = len(self.sizes)
         self.sizes[storage] = kind, size
-        self._count(kind, size)
+        self._count(storage, 1)
         return storage
 
-    def _count(self, kind: str, size: int) -> None:
-        self.alive[kind] += size
+    def _becomes(self, storage: int, kind: str) -> None:
+        """What was of another kind is of this one."""
+        self._count(storage, -1)
+        self.sizes[storage] = kind, self.sizes[storage][1]
+        self._count(storage, 1)
+
+    def _count(self, storage: int, sign: int) -> None:
+        """A storage comes, or goes."""
+        kind, size = self.sizes[storage]
+        self.alive[kind] += sign * size
         self.most[kind] = max(self.most[kind], self.alive[kind])
+        if storage in self.pooled:
+            self.inside += sign * size
+            self.alive[_POOL] += sign * (size + -size % _GRAIN)
+            self.most[_POOL] = max(self.most[_POOL], self.alive[_POOL])
 
     def _name(self, name: str, storage: int | None) -> None:
         """Call a storage so; None is state, which is counted by itself."""
@@ -194,5 +262,20 @@ class _Walk:
             return
         self.users[storage] -= 1
         if not self.users[storage]:
-            kind, size = self.sizes[storage]
-            self.alive[kind] -= size
+            self._count(storage, -1)
+
+
+def _summed(body: Sequence[Instruction]) -> set[str]:
+    """The names of values that become gradients: what is stashed as one, or reduced to one."""
+    sums: set[str] = set()
+    waited: dict[str, tuple[bool, ...]] = {}
+    for each in reversed(body):
+        if each.kind == "Stash":
+            pairs = zip(each.inputs, each.outputs, strict=True)
+            sums |= {source for source, name in pairs if name.startswith(_SUMS) or name in sums}
+        elif each.kind == "Wait" and each.peer is None and not each.offloads:
+            waited[each.inputs[0]] = tuple(name in sums for name in each.outputs)
+        elif each.kind == "Start":
+            flags = waited.get(each.outputs[0], ())
+            sums |= {name for name, is_sum in zip(each.inputs, flags, strict=False) if is_sum}
+    return sums

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from meshwright.comm.lane import capacity_for
+from meshwright.comm.sharing import room_of
 from meshwright.plan.offload import TIERS, Part
 from meshwright.predict.memory import memory_bill
-from meshwright.predict.staged import staged_bill
+from meshwright.predict.staged import most_held, staged_bill
+from meshwright.program.assemble import Compiled
 from meshwright.program.away import slots
+from meshwright.program.instruction import InstructionList
 from meshwright.program.layout import local_shape
 from meshwright.program.offload import MOVED
 from meshwright.program.program import Value
@@ -16,15 +20,26 @@ from meshwright.run.build import Build, Micro, micro_ranges, values_of
 from meshwright.run.foreseen import joint_bytes
 from meshwright.run.offload.kept import CHUNK, chunks_of
 from meshwright.run.offload.probe import steps_apart
+from meshwright.run.optimizer.stochastic import CHUNK_ELEMENTS
 from meshwright.schedule.bubble import endless
 
-__all__ = ["away", "bills"]
+__all__ = ["SLACK", "away", "bill_of", "bills"]
+
+SLACK = 0.25
+"""Of what a step makes and frees: what malloc holds between blocks, as measured on glibc."""
+
+_COMES_AND_GOES = ("gradients", "saved activations", "working memory")
 
 
 def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
     """Memory by part on every rank; ranks whose shards are alike are compiled once."""
+    return (parts for parts, _ in _each(build, micros))
+
+
+def _each(build: Build, micros: Sequence[Micro]) -> Iterator[tuple[dict[str, int], int]]:
+    """By rank, memory by part, and a rank that is alike."""
     slots = build.recipe.slots()
-    seen: dict[Any, dict[str, int]] = {}
+    seen: dict[Any, tuple[dict[str, int], int]] = {}
     for rank in range(build.mesh.size):
         shards = _shards(build, rank)
         ranges = micro_ranges(build.job.batch_size, len(micros))
@@ -36,14 +51,90 @@ def bills(build: Build, micros: Sequence[Micro]) -> Iterator[dict[str, int]]:
             alone = (n for n in build.recipe.names if n in shards and n not in joint)
             held = sum(joint.values()) + slots * sum(shards[n].bytes for n in alone)
             compiled, gone = build.lowered(rank, micros).compiled, build.plan.offloads
-            seen[form] = (
+            parts = (
                 memory_bill(compiled, held, gone)
                 if build.stages is None and "activations" not in gone
                 else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
             if build.job.ema is not None:
-                seen[form] = {**seen[form], "average": _averaged(shards.values())}
+                parts = {**parts, "average": _averaged(shards.values())}
+            seen[form] = parts, rank
         yield seen[form]
+
+
+def bill_of(build: Build, micros: Sequence[Micro]) -> list[dict[str, Any]]:
+    """The bill of every rank, as run.json has it.
+
+    `parts` are tensors, each at its most. `beside` is what a process has beside them. `peak` is
+    what all come to at once, which is less where gradients come as activations go, and more where
+    memory that collectives keep lies idle. `saving` is what a copy for a checkpoint takes at most.
+    """
+    found, seen = [], dict[int, tuple[int, dict[str, int]]]()
+    for rank, (parts, alike) in enumerate(_each(build, micros)):
+        if alike not in seen:
+            compiled = build.lowered(alike, micros).compiled
+            wide = _wide(build, alike)
+            comes = max(
+                most_held(compiled, _state(build, alike)[0]).peak, parts["gradients"] + wide
+            )
+            # Gradients that no freed activations make room for lie between what comes and goes.
+            between = max(0, parts["gradients"] - parts["saved activations"])
+            beside = {
+                "batches": _batches(compiled),
+                "communication buffers": _buffers(build, alike, compiled.instructions),
+                "slack": int(SLACK * comes) + between + wide,
+            }
+            seen[alike] = comes, beside
+        comes, beside = seen[alike]
+        state = sum(size for name, size in parts.items() if name not in _COMES_AND_GOES)
+        far = away(build, rank, micros) if build.plan.offload != "none" else {}
+        entry: dict[str, Any] = {"rank": rank, "parts": parts, "beside": beside}
+        entry["peak"] = state + comes + sum(beside.values()) + far.get("host", 0)
+        entry["saving"] = _copied(build, rank, parts)
+        found.append(entry | ({"away": far} if far else {}))
+    return found
+
+
+def _wide(build: Build, rank: int) -> int:
+    """What a step of weights that are kept in bf16 makes of a chunk: all of it in float32."""
+    if not build.precision.stored or build.dtype is not None:
+        return 0
+    kept = [v for n, v in _shards(build, rank).items() if n in build.precision.stored]
+    elements = min(sum(v.bytes // 2 for v in kept), CHUNK_ELEMENTS)
+    return 4 * elements * (3 + build.recipe.slots())
+
+
+def _batches(compiled: Compiled) -> int:
+    """This step's batch and the next one's, which is read meanwhile."""
+    return 2 * sum(
+        count * sum(u.program.values[v].bytes for n, v in u.program.inputs if _of_batch(n))
+        for count, u in compiled.units
+    )
+
+
+def _of_batch(name: str) -> bool:
+    return name.startswith("batch/")
+
+
+def _copied(build: Build, rank: int, parts: Mapping[str, int]) -> int:
+    """The most that a copy of a rank's state takes while it is written."""
+    shards = sum(value.bytes for value in _shards(build, rank).values())
+    return shards + parts["optimizer"] + parts["buffers"] + parts.get("average", 0)
+
+
+def _buffers(build: Build, rank: int, lists: InstructionList) -> int:
+    """Shared memory that collectives and messages pass through, on one host."""
+    groups = build.place(rank).groups
+    used = {each.axis for each in lists.body if each.kind == "Start" and each.axis} | {"world"}
+    members = {groups[axis].ranks for axis in used if axis in groups}
+    found = sum(room_of(len(ranks)) for ranks in members if len(ranks) > 1)
+    lanes: dict[tuple[str, int], int] = {}
+    for each in lists.body:
+        if each.kind in ("Send", "Recv") and each.segment is not None and each.peer is not None:
+            size = sum(value.bytes for value in lists.messages[each.segment].values)
+            lane = each.kind, each.peer
+            lanes[lane] = max(lanes.get(lane, 0), size)
+    return found + sum(map(capacity_for, lanes.values()))
 
 
 def _averaged(shards: Iterable[Value]) -> int:

@@ -26,11 +26,12 @@ from meshwright.program.fallback import fallbacks
 from meshwright.program.fold import folded, pattern_of
 from meshwright.program.layout import Layout, local_shape
 from meshwright.program.program import Value
-from meshwright.run.bill import away, bills
+from meshwright.run.bill import bill_of
 from meshwright.run.build import Build, Micro, values_of
 from meshwright.run.eager import EagerWorker
 from meshwright.run.foreseen import describe_optimizer, update_rows
 from meshwright.run.form import first_micros
+from meshwright.run.observe.resident import settled
 from meshwright.run.phases import builds_of
 from meshwright.run.remat import describe_remat
 from meshwright.run.session import Session
@@ -181,7 +182,6 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
     rank = 0 if piped is None else most_moved(build, piped)
     compiled, axes = build.lowered(rank, micros).compiled, build.lines(rank)
     rows = (*collectives(compiled, axes), *update_rows(build, rank))
-    moves = build.plan.offload != "none"
     return {
         **_setting(build),
         **({} if piped is None else {"pipeline": piped}),
@@ -194,10 +194,7 @@ def describe_build(build: Build, micros: Sequence[Micro]) -> dict[str, Any]:
         "conflicts": [_near(found.as_json()) for found in conflicts(compiled, axes)],
         "attention": _near(_attention(build, micros)),
         "block": _near(block(compiled, axes).as_json()),
-        "memory": [
-            {"rank": rank, "parts": parts, **({"away": away(build, rank, micros)} if moves else {})}
-            for rank, parts in enumerate(bills(build, micros))
-        ],
+        "memory": bill_of(build, micros),
     }
 
 
@@ -239,10 +236,12 @@ def _near(value: Any) -> Any:
 def explain(job: Job, plan: Plan, ranks: int) -> dict[str, Any]:
     """What `describe_build` says of a job under a plan; nothing is initialised or started.
 
-    Only rank 0's samples of the first step are read, for their shapes.
+    Only rank 0's samples of the first step are read, for their shapes. `process` is what this
+    process holds: that of a rank, which traces the same, holds about as much beside its tensors.
     """
     builds = builds_of(job, plan, ranks)
-    return describe_phases(builds, first_micros(next(iter(builds.values()))))
+    found = describe_phases(builds, first_micros(next(iter(builds.values()))))
+    return found | {"process": settled()}
 
 
 def _setting(build: Build) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from meshwright.compile.settings import in_dtype
 from meshwright.program.instruction import Instruction, InstructionList, Kind, Message
 from meshwright.program.program import Op
 from meshwright.run.checkpoint.header import dtype_of
+from meshwright.run.meter import Meter
 
 __all__ = [
     "Committed",
     "Machine",
+    "Metered",
     "Place",
     "Sharing",
     "Step",
@@ -130,6 +132,13 @@ class Sharing(Protocol):
         """Reduce what the ranks along an axis have to; an exchange."""
 
 
+@runtime_checkable
+class Metered(Protocol):
+    """A step in which somebody may count what is held."""
+
+    meter: Meter | None
+
+
 def older(name: str, age: int) -> str:
     """What a weight of some updates ago is called."""
     return f"older/{age}/{name}"
@@ -166,6 +175,9 @@ def interpret(
 ) -> Generator[Any, Any, Committed]:
     """Follow instructions one after the other; an exchange."""
     result = None
+    meter = step.meter if isinstance(step, Metered) else None
+    if meter is not None:
+        meter.begin(machine.values)
     stamps = [time.perf_counter()]
     for instruction in body:
         if instruction.kind in _ASKING:
@@ -174,6 +186,8 @@ def interpret(
             result = step.commit(machine.values)
         else:
             _ACTING[instruction.kind](machine, instruction, step)
+        if meter is not None:
+            meter.take(instruction, machine.values)
         stamps.append(time.perf_counter())
     return Committed(result, Timing.of(body, stamps), stamps)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
+from meshwright.run.meter import Meter
 from meshwright.run.offload.kept import Kept
 from meshwright.run.offload.store import Store
 from meshwright.run.optimizer.average import Average
@@ -180,6 +181,7 @@ class StepWork:
         self.skipped = self.overflowed = False
         self.norm: float | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
+        self.meter: Meter | None = None  # counts what the step holds, where somebody asked for it
         self.expected: tuple[str, ...] = ()  # totals of the step, of which this rank makes some
 
     def load(self, microbatch: int) -> Mapping[str, Tensor]:

@@ -24,6 +24,7 @@ from meshwright.run.data.batch import checked, cut, digest
 from meshwright.run.data.samples import Source
 from meshwright.run.executor import Committed, Step, execute
 from meshwright.run.initial import Make, initial_state, rounding_of
+from meshwright.run.meter import Meter
 from meshwright.run.step import Metrics, Policy, RankState, StepWork
 
 __all__ = ["Fetched", "Make", "Worker", "advance", "initial_state", "rounding_of"]
@@ -73,6 +74,7 @@ class Worker:
         self.reading = ReadAhead(self.fetch, math.inf)  # on no thread, unless `overlap_reading`
         self.observer: Callable[[int, Lowered, Committed], None] | None = None
         self.keep_gradients: dict[str, Tensor] | None = None
+        self.meter: Meter | None = None
         self.until: int | None = None  # the last step but one that is to be run, where it is known
         self.read = False  # something of the source, since it was opened
         self.unread: int | None = None  # the last step, where the user pushed its batch instead
@@ -297,6 +299,7 @@ class AheadWork(StepWork):
         )
         self.failed_ahead = False
         self.keep_gradients = worker.keep_gradients
+        self.meter = worker.meter
         if upcoming is not None and worker.source is not None:
             worker.reading.begin(upcoming)
 

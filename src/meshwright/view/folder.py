@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import StorageError, UsageError
+from meshwright.view.again import remat_line
 from meshwright.view.fields import finite, integer, mapping, numbers, text
 from meshwright.view.history import History, parse_history
+from meshwright.view.measured import Compared, compared
 from meshwright.view.parts import Part, read_parts
 from meshwright.view.runfile import Setup, parse_setup
 
-__all__ = ["Folder", "Verification", "parse_verification", "read_folder"]
+__all__ = ["Folder", "Verification", "parse_verification", "read_folder", "read_record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,29 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A run folder's contents."""
+    """A run folder's contents.
+
+    Attributes:
+        measured: what ranks held, beside their bills.
+        remat: what is computed again, in a sentence.
+    """
 
     path: Path
     setup: Setup
     history: History
     verification: Verification | None
     trace: Sequence[Part] = ()
+    measured: Sequence[Compared] = ()
+    remat: str = ""
+
+
+def read_record(path: Path) -> Mapping[str, Any]:
+    """The decoded `run.json` of a run folder; empty where there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return _load(path / "run.json") if (path / "run.json").is_file() else {}
 
 
 def read_folder(path: Path) -> Folder:
@@ -65,12 +83,15 @@ def read_folder(path: Path) -> Folder:
             "name one that `mw train` made, such as runs/train-001"
         )
     verify, metrics = path / "verify.json", path / "metrics.jsonl"
+    run = _load(path / "run.json")
     return Folder(
         path=path,
-        setup=parse_setup(_load(path / "run.json")),
+        setup=parse_setup(run),
         history=parse_history(_text(metrics).split("\n")) if metrics.is_file() else History(),
         verification=parse_verification(_load(verify)) if verify.is_file() else None,
         trace=tuple(part for part in read_parts(path) if part.slices),
+        measured=compared(run),
+        remat=remat_line(run),
     )
 
 

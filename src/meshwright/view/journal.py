@@ -88,6 +88,16 @@ class Journal:
             self._info = {**describe(), "started": started}
             self._write("running")
 
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What run.json says; empty where none is written."""
+        return self._info
+
+    def amend(self, more: Mapping[str, Any]) -> None:
+        """Have run.json say this too, once it is closed."""
+        if self._info:
+            self._info |= more
+
     def close(self, status: str) -> None:
         """Say in run.json how the run ended, and close the files."""
         if self._info:

@@ -41,6 +41,7 @@ from meshwright.view.folder import Folder, read_folder
 from meshwright.view.history import History
 from meshwright.view.holdings import modules, shape_text
 from meshwright.view.layouts import KINDS
+from meshwright.view.measured import difference_text
 from meshwright.view.measures import measure
 from meshwright.view.overlap import overlap
 from meshwright.view.parts import Part
@@ -226,6 +227,7 @@ _FILTERS = {
     "bytes": lambda size: _quantity(units.bytes_text(size)),
     "bytes_text": units.bytes_text,
     "count": units.count_text,
+    "difference": difference_text,
     "error": units.error_text,
     "hidden": hidden_text,
     "percent": units.percent_text,

@@ -53,12 +53,19 @@ class RankMemory:
     """What a rank's memory goes to: (part, bytes), largest kinds first as written.
 
     Attributes:
+        parts: tensors, each part at its most.
         away: (tier, bytes) of what it keeps elsewhere.
+        beside: what the process holds beside tensors: shared buffers, what malloc keeps.
+        peak: the most of all that at once.
+        saving: what a copy for a checkpoint takes on top.
     """
 
     rank: int
     parts: tuple[tuple[str, int], ...]
     away: tuple[tuple[str, int], ...] = ()
+    beside: tuple[tuple[str, int], ...] = ()
+    peak: int = 0
+    saving: int = 0
 
     @property
     def total(self) -> int:
@@ -72,6 +79,7 @@ class Setup:
 
     Attributes:
         sent: by a stage to others in a step: bytes and messages, of the one that sends most.
+        process: bytes of a process that has loaded and traced the job, and holds no tensors of it.
     """
 
     file: str
@@ -95,6 +103,7 @@ class Setup:
     attention: tuple[Attention, ...]
     block: Block
     memory: tuple[RankMemory, ...]
+    process: int = 0
 
 
 def parse_setup(run: Mapping[str, Any]) -> Setup:
@@ -122,6 +131,7 @@ def parse_setup(run: Mapping[str, Any]) -> Setup:
         attention=tuple(map(parse_attention, mappings(run.get("attention")))),
         block=parse_block(run.get("block")),
         memory=tuple(_memory(entry) for entry in mappings(run.get("memory"))),
+        process=integer(run.get("process")),
     )
 
 
@@ -173,4 +183,6 @@ def _parameter(entry: Mapping[str, Any]) -> Parameter:
 def _memory(entry: Mapping[str, Any]) -> RankMemory:
     parts = tuple((name, int(size)) for name, size in numbers(entry.get("parts")))
     away = tuple((name, integer(size)) for name, size in mapping(entry.get("away")).items())
-    return RankMemory(integer(entry.get("rank")), parts, away)
+    beside = tuple((name, int(size)) for name, size in numbers(entry.get("beside")))
+    peak, saving = integer(entry.get("peak")), integer(entry.get("saving"))
+    return RankMemory(integer(entry.get("rank")), parts, away, beside, peak, saving)

@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.view.again import remat_line
+from meshwright.view.bar import memory_bar
 from meshwright.view.chart.memory import equal_bills
 from meshwright.view.findings import mesh_finding, verification_text
 from meshwright.view.folder import parse_verification
 from meshwright.view.layouts import KINDS, layout_of, placements, shards
-from meshwright.view.runfile import Setup, parse_setup
+from meshwright.view.runfile import RankMemory, Setup, parse_setup
 from meshwright.view.staged import pipeline_table
 from meshwright.view.traffic import Phase, Row, hidden_text, phases
 from meshwright.view.units import bytes_text, count_text, error_text
@@ -45,7 +46,7 @@ def plan_table(run: Mapping[str, Any], *, rows: int | None = _ROWS_PER_PHASE) ->
     if setup.parameters:
         parts += [Text(), _state(setup)]
     if setup.memory:
-        parts += [Text(), _memory(setup)]
+        parts += [Text(), _memory(setup), Text(), memory_bar(setup)]
     if setup.collectives:
         parts += [Text(), _traffic(setup, rows)]
     return Group(*parts)
@@ -122,12 +123,27 @@ def _memory(setup: Setup) -> Table:
         table.add_row(Text(name), *map(bytes_text, sizes))
     totals = (bytes_text(entry.total) for _, entry in bills[:_MOST_BILLS])
     table.add_row("in all", *totals, style="bold")
+    if bills[0][1].peak:
+        _with_process(table, setup, [entry for _, entry in bills[:_MOST_BILLS]])
     for tier in dict.fromkeys(tier for entry in setup.memory for tier, size in entry.away if size):
         kept = (bytes_text(dict(entry.away).get(tier, 0)) for _, entry in bills[:_MOST_BILLS])
         table.add_row(_AWAY.get(tier, tier), *kept)
     if len(bills) > _MOST_BILLS:
         table.caption = f"and {len(bills) - _MOST_BILLS} more bills, which are smaller"
     return table
+
+
+def _with_process(table: Table, setup: Setup, shown: Sequence[RankMemory]) -> None:
+    """What processes hold beside tensors, and what all comes to at once."""
+    for name in dict.fromkeys(name for entry in shown for name, size in entry.beside if size):
+        table.add_row(Text(name), *(bytes_text(dict(entry.beside).get(name, 0)) for entry in shown))
+    if setup.process:
+        table.add_row("process, as this one", *(bytes_text(setup.process) for _ in shown))
+    table.add_row(
+        "at once", *(bytes_text(entry.peak + setup.process) for entry in shown), style="bold"
+    )
+    copies = (f"+ {bytes_text(entry.saving)}" for entry in shown)
+    table.add_row("while a checkpoint is saved", *copies, style="dim")
 
 
 def _traffic(setup: Setup, rows: int | None) -> RenderableType:

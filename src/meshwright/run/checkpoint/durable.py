@@ -135,4 +135,5 @@ def read_small(folder: Path, name: str, limit: int) -> bytes:
         StorageError: as `opened`.
     """
     with opened(folder, name) as file, os.fdopen(os.dup(file), "rb") as stream:
-        return stream.read(limit + 1)
+        size = os.fstat(file).st_size  # read() takes memory for all that it is asked for
+        return stream.read(min(limit, size) + 1)

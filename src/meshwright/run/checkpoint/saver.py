@@ -158,6 +158,11 @@ class Saver:
         return head.busy
 
     @property
+    def copies(self) -> int:
+        """Bytes of the copies that saves made of this rank's state, at most."""
+        return self._buffers.bytes
+
+    @property
     def _first(self) -> bool:
         return self._rank == self._group.ranks[0]
 

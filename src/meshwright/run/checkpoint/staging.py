@@ -24,11 +24,17 @@ _ALIGNED = 64
 
 @final
 class Buffers:
-    """Memory for `most` copies of the state, of which each is one save's at a time."""
+    """Memory for `most` copies of the state, of which each is one save's at a time.
+
+    Attributes:
+        taken: copies that saves have.
+        bytes: the most that all copies took.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.taken = 0
+        self.bytes = 0
         self._free: list[Tensor] = []
         self._coming: Task[Tensor | None] | None = None
 
@@ -47,6 +53,7 @@ class Buffers:
         self._free = [buffer for buffer in self._free if buffer.numel() == size]
         buffer = self._free.pop() if self._free else _memory(size)
         self.taken += buffer is not None
+        self.bytes = max(self.bytes, (self.taken + len(self._free)) * size)
         return buffer
 
     def give(self, buffer: Tensor) -> None:

@@ -90,6 +90,11 @@ class Kept:
         self.rest(tuple(self.shards))
         self._written()
 
+    @property
+    def passing(self) -> int:
+        """Bytes of host memory that chunks pass through."""
+        return self._steps.bytes + sum(read.staging.bytes for read in self._sets)
+
     def step(self, gradients: Mapping[str, Tensor], factor: float = 1.0) -> None:
         """Step the parameters that have gradients; those on disk are still to be multiplied."""
         sizes = {n: s.nbytes for n, s in self.shards.items() if n in gradients}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from meshwright.compile.draw import philox, scrambled
 from meshwright.program.layout import Bounds
 
-__all__ = ["Boxes", "Rounding", "rounded"]
+__all__ = ["CHUNK_ELEMENTS", "Boxes", "Rounding", "rounded"]
 
 Boxes = tuple[tuple[Bounds, Bounds], ...]
 """Where the parts of a rank's tensor lie: in the whole, and in it."""
@@ -31,7 +31,7 @@ _STREAM = 2**41
 """Draws of streams of their own, far from those of steps and of initialisation."""
 
 _LANES = 4  # 16-bit draws in a word
-_CHUNK = 2**21
+CHUNK_ELEMENTS = 2**21
 """Elements that are widened at a time: 8 MiB of each of weights, gradients and slots."""
 
 
@@ -99,7 +99,7 @@ class Rounding:
         for name in () if self.together else names:
             if name not in self.numbers:
                 continue
-            if size and size + shards[name].numel() > _CHUNK:
+            if size and size + shards[name].numel() > CHUNK_ELEMENTS:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(name)

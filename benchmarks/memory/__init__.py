@@ -1,0 +1,1 @@
+"""What ranks hold, against their bills."""
