@@ -40,7 +40,15 @@ _PROCESS = 320 << 20  # Python and torch
 
 _HOST = {"device": "cpu"}
 _DISK = {"device": "nvme", "nvme_path": "FOLDER"}
-_THREE = {"stage": 3, "stage3_param_persistence_threshold": 0}
+_BUCKET = 25 * 2**20 // 4  # elements: as large as ours, for by default one alone takes 2 GB
+_THREE = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "reduce_bucket_size": _BUCKET,
+    "stage3_prefetch_bucket_size": _BUCKET,
+    "stage3_max_live_parameters": 2 * _BUCKET,
+    "sub_group_size": 2 * _BUCKET,
+}
 
 RUNGS = (
     Rung("none", "data=2", {"stage": 0}, each=19.0),
