@@ -5,6 +5,7 @@ A pairwise cover of the product is in `make test`, the whole product in `make ma
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from itertools import product
 
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from meshwright import Job
 from meshwright.errors import PlanError
 from meshwright.program import away
-from meshwright.run.bill import bills
-from meshwright.run.form import first_micros
 from tests.equal.harness import Case, assert_equal
 from tests.equal.optimizers import OPTIMIZERS, decayed
 from tests.equal.pairwise import cover, pairs
@@ -95,14 +94,11 @@ def case(optimizer: str) -> Case:
 
 @cache
 def budget(plan: str, optimizer: str) -> int:
-    """Nearer to all saved than to nothing."""
-
-    def most(remat: str) -> int:
-        build = case(optimizer).build(f"{plan},remat={remat}")
-        return max(sum(b.values()) for b in bills(build, first_micros(build, case(optimizer).data)))
-
-    least = most("full")
-    return least + 7 * max(0, most("none") - least) // 10
+    """A little more than the least that the plan can do with, which its refusal says."""
+    with pytest.raises(PlanError) as refusal:
+        case(optimizer).build(f"{plan},remat=budget:1")
+    found = re.search(r"\((\d+) bytes\)", str(refusal.value))
+    return int(1.05 * int(found[1]))
 
 
 def plan_of(parallel: str, zero: str, remat: str, offload: str, optimizer: str) -> str:

@@ -12,7 +12,7 @@ from meshwright.run.optimizer.recipe import Recipe, build
 
 __all__ = ["fuses", "lets_fuse", "steps_apart"]
 
-_SHAPES = ((6, 4), (37,))
+_SHAPES = ((6, 4), (37, 1))  # some optimizers take matrices only
 _STEPS = 3
 _ULPS = 64  # a fused kernel multiplies and adds in one, and in another order
 
