@@ -22,7 +22,45 @@ __all__ = ["Held", "most_held", "staged_bill"]
 
 _SUMS = ("gradient/", "reduced/")
 _POOLED, _GRAIN = 1 << 20, 1 << 21  # as comm/pool.py
-_POOL = "pool"
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Memory that results of collectives lie in, as comm/pool.py hands it out and keeps it.
+
+    Attributes:
+        total: bytes of all blocks.
+        idle: sizes of those that nobody uses.
+        block: of each storage in one, the block.
+        sizes, users: of each block, its bytes and how many storages it has.
+    """
+
+    total: int = 0
+    idle: list[int] = field(default_factory=list)
+    block: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    users: Counter[int] = field(default_factory=Counter)
+
+    def lay(self, storages: Collection[int], size: int) -> None:
+        """Have a block of `size` bytes for these."""
+        fitting = [b for b in self.idle if size <= b <= size + size // 4 + _GRAIN]
+        if fitting:
+            self.idle.remove(found := min(fitting))
+        else:
+            self.total += (found := size + -size % _GRAIN)
+        number = len(self.sizes)
+        self.sizes[number] = found
+        self.users[number] = len(storages)
+        self.block |= dict.fromkeys(storages, number)
+
+    def leave(self, storage: int) -> None:
+        """A storage goes; its block, with the last one."""
+        number = self.block.pop(storage, None)
+        if number is None:
+            return
+        self.users[number] -= 1
+        if not self.users[number]:
+            self.idle.append(self.sizes[number])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +82,7 @@ def most_held(compiled: Compiled, weights: Mapping[str, int]) -> Held:
     walk = _Walk(compiled, resting=dict(weights))
     for instruction in compiled.instructions.body:
         walk.take(instruction)
-    return Held(walk.peak + walk.most[_POOL], walk.most["gradient"], walk.most["activation"])
+    return Held(walk.peak + walk.pool.total, walk.most["gradient"], walk.most["activation"])
 
 
 def staged_bill(
@@ -84,8 +122,9 @@ class _Walk:
         users: of each storage, how many names it has.
         alive, most: bytes by kind, now and at most.
         peak: most bytes of all kinds at once, what a segment makes included, but those in the pool.
-        pooled: storages in memory that collectives keep.
-        inside: bytes of them that are in use.
+        pool: memory that collectives keep.
+        inside: bytes of it that are in use.
+        fresh: storages that were made just now.
         coming: of each collective under way, the storages of its results.
         sums: names of values that become gradients.
         insides: of each segment, most bytes that it makes at once.
@@ -103,8 +142,9 @@ class _Walk:
     sums: set[str] = field(default_factory=set)
     insides: dict[int, int] = field(default_factory=dict)
     makers: dict[int, Program] = field(default_factory=dict)
-    pooled: set[int] = field(default_factory=set)
+    pool: _Pool = field(default_factory=_Pool)
     inside: int = 0
+    fresh: list[int] = field(default_factory=list)
     coming: dict[str, list[int | None]] = field(default_factory=dict)
     resting: dict[str, int] = field(default_factory=dict)
 
@@ -178,6 +218,7 @@ class _Walk:
             self._reduced(op, source)
             for op, source in zip(lists.calls[index], instruction.inputs, strict=False)
         ]
+        self._lay()
         self.coming[instruction.outputs[0]] = found
         self.peak = max(self.peak, self._heap())
 
@@ -188,23 +229,28 @@ class _Walk:
             return None
         if notes.get("donate") is True:
             return self.held.get(source)
-        return self._result(*self._brought(op))
+        new = self._new(*self._brought(op))
+        self.fresh.append(new)
+        return new
 
-    def _result(self, kind: str, size: int) -> int:
-        """Room for what comes."""
-        storage = len(self.sizes)
+    def _lay(self) -> None:
+        """What came just now lies in one block, if it is large."""
+        size = sum(self.sizes[storage][1] for storage in self.fresh)
         if size >= _POOLED:
-            self.pooled.add(storage)
-        self.sizes[storage] = kind, size
-        self._count(storage, 1)
-        return storage
+            self.pool.lay(self.fresh, size)
+            self.inside += size
+        self.fresh = []
 
     def _arrived(self, instruction: Instruction) -> None:
         """The results of a collective; or a message, which takes room once it comes."""
         index, found = instruction.segment, self.coming.pop(instruction.inputs[0], [])
         if instruction.peer is not None and index is not None:
             values = self.compiled.instructions.messages[index].values
-            found = [self._result("activation", value.bytes) for value in values]
+            found = []
+            for value in values:
+                self.fresh = [self._new("activation", value.bytes)]
+                found += self.fresh
+                self._lay()
         for name, storage in zip(instruction.outputs, found, strict=False):
             if storage is not None and name in self.sums:
                 self._becomes(storage, "gradient")
@@ -213,7 +259,7 @@ class _Walk:
 
     def _heap(self) -> int:
         """Bytes that are there now, but those in the pool."""
-        return sum(size for kind, size in self.alive.items() if kind != _POOL) - self.inside
+        return sum(self.alive.values()) - self.inside
 
     def _brought(self, op: Op) -> tuple[str, int]:
         """The kind and bytes of what a collective brings: gathered weights, or else."""
@@ -243,10 +289,6 @@ class _Walk:
         kind, size = self.sizes[storage]
         self.alive[kind] += sign * size
         self.most[kind] = max(self.most[kind], self.alive[kind])
-        if storage in self.pooled:
-            self.inside += sign * size
-            self.alive[_POOL] += sign * (size + -size % _GRAIN)
-            self.most[_POOL] = max(self.most[_POOL], self.alive[_POOL])
 
     def _name(self, name: str, storage: int | None) -> None:
         """Call a storage so; None is state, which is counted by itself."""
@@ -263,6 +305,9 @@ class _Walk:
         self.users[storage] -= 1
         if not self.users[storage]:
             self._count(storage, -1)
+            if storage in self.pool.block:
+                self.inside -= self.sizes[storage][1]
+                self.pool.leave(storage)
 
 
 def _summed(body: Sequence[Instruction]) -> set[str]:
