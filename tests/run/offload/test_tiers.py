@@ -83,7 +83,7 @@ assert rss("RssAnon") - before[0] < -0.8 * size, "somebody keeps what was put"
 def test_host_memory_is_shared_and_not_private():
     """In a process of its own: what others have freed or keep is not counted."""
     done = subprocess.run(
-        [sys.executable, "-c", SHARED], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SHARED], check=False, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
 
