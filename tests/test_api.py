@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import meshwright as mw
-from meshwright import api
+from meshwright.api import plans
+from meshwright.api import run as api
 from meshwright.comm.base import World
 from meshwright.errors import StorageError, UsageError, UserCodeError
 from meshwright.launch.contract import Contract
@@ -334,7 +335,7 @@ def test_a_periodic_save_that_fails_is_told_the_last_one_ends_the_run():
 def test_auto_is_the_first_ranks_choice(monkeypatch):
     """Free memory differs from rank to rank; the plan must not."""
     texts = iter(["zero1,data=2", "data=2"])
-    monkeypatch.setattr(api, "choose_plan", lambda job, world: mw.Plan.parse(next(texts)))
+    monkeypatch.setattr(plans, "choose_plan", lambda job, world: mw.Plan.parse(next(texts)))
 
     def body():
         with run(job(), plan="auto") as r:

@@ -15,7 +15,9 @@ import psutil
 from meshwright.comm.base import gather_json
 from meshwright.errors import OutOfMemory
 from meshwright.job import Job
+from meshwright.plan.size import bytes_text
 from meshwright.run.account import away_of, state_of
+from meshwright.run.build import Build
 from meshwright.run.fitting import out_of_memory
 from meshwright.run.observe.resident import fields, resident
 from meshwright.run.session import Session
@@ -93,6 +95,20 @@ def short(needs: Sequence[Mapping[str, Any]]) -> Short | None:
     return max(found, key=lambda found: found[0])[1] if found else None
 
 
+def _largest(build: Build, room: int) -> str:
+    """The op that makes the largest value, where that alone takes a good part of the room."""
+    made = [
+        (unit.program.values[value].bytes, op.base.removeprefix("aten."), op.source)
+        for unit in build.units.values()
+        for op in unit.program.ops
+        for value in op.results
+    ]
+    size, name, source = max(made, default=(0, "", ""))
+    if 4 * size < room:
+        return ""
+    return f"; the largest value, {bytes_text(size)} in all, is made by {name} in {source}"
+
+
 def require_room(
     session: Session, job: Job, memory: Sequence[Mapping[str, Any]]
 ) -> Generator[Any, Any, None]:
@@ -122,5 +138,6 @@ def require_room(
         text = out_of_memory(
             job, session.build.plan, memory[lacking.rank], lacking.room, lacking.why
         )
+        text += _largest(session.build, lacking.room)
     told = yield from gather_json(text, everyone, "room")
     raise OutOfMemory(told[0])

@@ -7,30 +7,25 @@ at the end of an accumulation the whole step runs as one program under the plan.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from typing_extensions import override
 
 from meshwright.api import Run
-from meshwright.comm.base import Comm, Group
+from meshwright.compat.deepspeed.behind import EngineRun, Schedule, job_of, recipe_of
 from meshwright.compat.deepspeed.config import Settings
 from meshwright.compat.deepspeed.forms import Form, form_of
 from meshwright.compat.deepspeed.given import Given
 from meshwright.compat.deepspeed.lazy import Call, Lazy, Recording
 from meshwright.errors import StorageError, UsageError, UserCodeError
-from meshwright.job import Job
-from meshwright.launch.contract import Contract, here
-from meshwright.launch.worker import guard
+from meshwright.launch.contract import here
 from meshwright.run.checkpoint.durable import sync_folder, write_file
-from meshwright.run.optimizer.recipe import Recipe, build
 from meshwright.run.step import Metrics
 
 __all__ = ["Engine"]
@@ -58,7 +53,7 @@ class Engine:
         self.training = module.training
         self.global_steps = self.micro_steps = 0
         self.client_lr_scheduler = schedule
-        self.lr_scheduler = None if schedule is None else _Schedule(self)
+        self.lr_scheduler = None if schedule is None else Schedule(self)
         self.device = torch.device("cpu")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake = self.given.fake(self._mode)
@@ -66,12 +61,12 @@ class Engine:
         self._recording: Recording | None = None
         self._losses: list[Lazy] = []
         self._micros: list[tuple[Form, dict[str, Tensor], Recording, list[Lazy]]] = []
-        self._forms: dict[str, Form] = {}
+        self.forms: dict[str, Form] = {}
         self._kept: frozenset[tuple[int, int]] = frozenset()
-        self._example: Any = None
+        self.example: Any = None
         self._told: set[str] = set()
-        self._recipe = _recipe(self.given, optimizer)
-        self._run: _EngineRun | None = None
+        self.recipe = recipe_of(self.given, optimizer)
+        self._run: EngineRun | None = None
         self._metrics: Metrics | None = None
         if asked.plan.tensor == 1:  # a step's form says how tensors are split
             self._open()
@@ -226,8 +221,8 @@ class Engine:
                 "the micro-batches of one step compute different losses; a step is one program: "
                 "compute the same in each"
             )
-        self._forms[form.key] = form
-        if len(self._forms) == _MANY:
+        self.forms[form.key] = form
+        if len(self.forms) == _MANY:
             self._note(
                 f"{_MANY} different losses were traced: a Python number in it changes with every "
                 "step; make a tensor of it with one value per sample"
@@ -236,7 +231,7 @@ class Engine:
             name: torch.cat([tensors[name] for _, tensors, _, _ in micros]) for name in micros[0][1]
         }
         batch["form"] = form.key
-        self._example = batch
+        self.example = batch
         run = self._open()
         self._take_rates(run)
         self._metrics = metrics = run.step(batch, part="local")
@@ -376,15 +371,15 @@ class Engine:
         self._open().export(save_dir)
         return True
 
-    def _open(self) -> _EngineRun:
+    def _open(self) -> EngineRun:
         """The run, entered."""
         if self._run is None:
-            if self.asked.plan.tensor > 1 and self._example is None:
+            if self.asked.plan.tensor > 1 and self.example is None:
                 raise UsageError(
                     "with tensor_parallel the engine learns from its first training step how "
                     "weights are split; run one before evaluating, saving or loading"
                 )
-            self._run = _EngineRun(self, _job(self))
+            self._run = EngineRun(self, job_of(self))
             self._run.__enter__()
         return self._run
 
@@ -416,95 +411,6 @@ class Engine:
         if text not in self._told:
             self._told.add(text)
             self._open().session.notes.append(text)
-
-
-class _EngineRun(Run):
-    """A run whose weights are those of the first rank's module."""
-
-    def __init__(self, engine: Engine, job: Job) -> None:
-        super().__init__(job, engine.asked.plan, info={"file": sys.argv[0] or "deepspeed"})
-        self.engine = engine
-
-    @override
-    def _connected(self, comm: Comm) -> None:
-        contract = self.engine.contract
-        if contract.world.size > 1:
-            guard(contract, cast("Any", comm))
-            comm.perform(self.engine.given.agree(Group.world(contract.world.size)))
-
-    @override
-    def _offload(self, contract: Contract) -> Path:
-        return self.engine.asked.folder or super()._offload(contract)
-
-
-class _Schedule:
-    """The learning-rate schedule as a script sees it: stepped by the engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def step(self, *_: Any) -> None:
-        """The engine does, after every step."""
-
-    def get_last_lr(self) -> list[float]:
-        """Of each parameter group."""
-        return self._engine.get_lr()
-
-    get_lr = get_last_lr
-
-
-class _Pushed:
-    """The data of a job whose batches are all pushed: the form of the first one is all it knows."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __iter__(self) -> Iterator[Any]:
-        copies = self._engine.dp_world_size
-
-        def whole(leaf: Any) -> Any:
-            return torch.cat([leaf] * copies) if isinstance(leaf, Tensor) else leaf
-
-        while self._engine._example is not None:  # noqa: SLF001 - the two are one
-            yield pytree.tree_map(whole, self._engine._example)  # noqa: SLF001
-
-
-def _job(engine: Engine) -> Job:
-    asked = engine.asked
-
-    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return engine._forms[batch["form"]].loss(model, batch)  # noqa: SLF001 - the two are one
-
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return build(engine._recipe, dict(model.named_parameters()))  # noqa: SLF001
-
-    return Job(
-        model=engine.given.factory,
-        loss=loss,
-        optimizer=optimizer,
-        data=lambda: _Pushed(engine),
-        batch_size=asked.batch_size,
-        schedule=engine.client_lr_scheduler,
-        clip_norm=asked.clip_norm,
-        loss_scale=asked.loss_scale,
-    )
-
-
-def _recipe(given: Given, optimizer: torch.optim.Optimizer) -> Recipe:
-    """A script's optimizer, its groups by parameters' names."""
-    names = {id(tensor): name for name, tensor in zip(given.names, given.tensors, strict=True)}
-    groups = []
-    for number, group in enumerate(optimizer.param_groups):
-        for tensor in group["params"]:
-            if id(tensor) not in names:
-                raise UserCodeError(
-                    f"optimizer group {number} holds a tensor of shape {list(tensor.shape)} that "
-                    "is no parameter of the model; build the optimizer from that model's "
-                    "parameters"
-                )
-        named = tuple(names[id(tensor)] for tensor in group["params"])
-        groups.append((named, {key: value for key, value in group.items() if key != "params"}))
-    return Recipe(type(optimizer), dict(optimizer.defaults), tuple(groups))
 
 
 def _copy_settings(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
