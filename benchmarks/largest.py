@@ -14,7 +14,7 @@ import torch
 from benchmarks import models
 from meshwright import Job
 from meshwright.plan.plan import Plan
-from meshwright.run.describe import bills
+from meshwright.run.bill import bills
 from meshwright.run.form import first_micros
 from meshwright.run.prepare import prepare
 

@@ -1,8 +1,8 @@
-"""Rows of a product of factors in which every two values that go together stand together."""
+"""Rows of a product of factors in which every two values stand together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 
 __all__ = ["cover", "pairs"]
@@ -15,9 +15,9 @@ def pairs(row: Row) -> frozenset[tuple[int, str, int, str]]:
     return frozenset((i, row[i], j, row[j]) for i, j in combinations(range(len(row)), 2))
 
 
-def cover(factors: Sequence[Sequence[str]], legal: Callable[[Row], bool]) -> tuple[Row, ...]:
-    """Few legal rows that hold every pair of any legal row: the one with most new, again."""
-    left = {row: pairs(row) for row in product(*factors) if legal(row)}
+def cover(factors: Sequence[Sequence[str]]) -> tuple[Row, ...]:
+    """Few rows that hold every pair: the one with most new, again and again."""
+    left = {row: pairs(row) for row in product(*factors)}
     wanted = set[tuple[int, str, int, str]]().union(*left.values())
     found: list[Row] = []
     while wanted:

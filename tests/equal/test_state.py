@@ -108,19 +108,13 @@ def plan_of(parallel: str, zero: str, remat: str, offload: str, optimizer: str) 
     return f"{plan},remat={remat},offload={offload}"
 
 
-def refused(row: tuple[str, ...]) -> bool:
-    """What docs/offload.md and docs/remat.md say cannot be."""
-    del row
-    return False
-
-
 @pytest.fixture(autouse=True)
 def all_go(monkeypatch):
     """Tiny values leave too."""
     monkeypatch.setattr(away, "LEAST", 0)
 
 
-COVER = cover(FACTORS, lambda row: not refused(row))
+COVER = cover(FACTORS)
 
 
 @pytest.mark.parametrize("row", COVER, ids="-".join)
@@ -131,24 +125,15 @@ def test_every_two_go_together(row):
 @pytest.mark.matrix
 @pytest.mark.parametrize("row", sorted(set(product(*FACTORS)) - set(COVER)), ids="-".join)
 def test_and_all_of_them(row):
-    if refused(row):
-        with pytest.raises(PlanError):
-            case(row[4]).verify(plan_of(*row), STEPS)
-    else:
-        assert_equal(case(row[4]).verify(plan_of(*row), STEPS))
+    assert_equal(case(row[4]).verify(plan_of(*row), STEPS))
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_a_cover_holds_every_legal_pair(data):
-    sizes = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+def test_a_cover_holds_every_pair(sizes):
     factors = [[f"{k}{n}" for n in range(size)] for k, size in enumerate(sizes)]
-    rows = list(product(*factors))
-    banned = set(data.draw(st.lists(st.sampled_from(rows), max_size=len(rows) - 1)))
-    found = cover(factors, lambda row: row not in banned)
-    wanted = set().union(*(pairs(row) for row in rows if row not in banned))
-    assert set().union(*map(pairs, found)) == wanted
-    assert banned.isdisjoint(found)
+    wanted = set().union(*map(pairs, product(*factors)))
+    assert set().union(*map(pairs, cover(factors))) == wanted
 
 
 def test_the_cover_is_small():

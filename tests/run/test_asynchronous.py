@@ -13,8 +13,8 @@ from meshwright.errors import UsageError
 from meshwright.plan.plan import Plan
 from meshwright.program.instruction import Instruction
 from meshwright.run.asynchronous import AsyncWorker, received_ahead
+from meshwright.run.equality.begin import reference_for
 from meshwright.run.equality.recurrence import Recurrence
-from meshwright.run.equality.verify import reference_for
 from meshwright.run.prepare import prepare
 from meshwright.run.session import Session, open_session
 from tests.equal.test_asynchronous import CASE, job
