@@ -155,7 +155,7 @@ def test_updates_below_a_unit_in_the_last_place_are_not_lost():
 
 
 def pair(shards, sizes, monkeypatch, together=False):
-    monkeypatch.setattr(stochastic, "CHUNK", sizes)
+    monkeypatch.setattr(stochastic, "CHUNK_ELEMENTS", sizes)
     names = list(shards)
     parameters = {n: nn.Parameter(t.clone()) for n, t in shards.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=1e-2)

@@ -6,7 +6,9 @@ at the end of an accumulation the whole step runs as one program under the plan.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -385,10 +387,15 @@ class Engine:
 
     def close(self, error: BaseException | None = None) -> None:
         """Write what is still to be written, and leave the world; the process's end calls it."""
+        atexit.unregister(self.leave)
         run, self._run = self._run, None
         if run is not None:
             kind = None if error is None else type(error)
             run.__exit__(kind, error, None if error is None else error.__traceback__)
+
+    def leave(self) -> None:
+        """Close, at the end of the process; as failed where an error ends it."""
+        self.close(vars(sys).get("last_value"))
 
     def _refresh(self) -> None:
         """Put the weights as they are now into the script's module."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,14 +89,10 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's own parameters
     schedule = _schedule(asked, lr_scheduler)
     loader = None if training_data is None else _loader(asked, training_data, collate_fn)
     engine = Engine(model, asked, made, schedule, loader)
-    atexit.register(_leave, engine)
+    atexit.register(engine.leave)
     for left in asked.left:
         engine.run.session.notes.append(f"DeepSpeed config: {left.key} is left out: {left.why}")
     return engine, made, loader, engine.lr_scheduler
-
-
-def _leave(engine: Engine) -> None:
-    engine.close(vars(sys).get("last_value"))
 
 
 def _source(args: Any, *given: Any) -> Any:
