@@ -115,7 +115,7 @@ def test_expert_asks_for_experts(case):
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("comm", ["shared", "gloo"])
+@pytest.mark.parametrize("comm", ["shared", pytest.param("gloo", marks=pytest.mark.matrix)])
 def test_processes_send_rows_to_experts(comm):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/src", "MESHWRIGHT_COMM": comm}
     done = subprocess.run(

@@ -43,7 +43,7 @@ REST = (
     "params:disk",
     "optimizer:disk+gradients+params",
 )
-SAMPLE = [(plan, REST[k % len(REST)]) for k, plan in enumerate(PLANS)]
+SAMPLE = [(plan, REST[k % len(REST)]) for k, plan in enumerate(PLANS) if k in (4, 5, 7)]
 
 
 @cache

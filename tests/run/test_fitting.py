@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from meshwright.plan.plan import Plan
 from meshwright.run.bill import bill_of
 from meshwright.run.fitting import candidates, fitting, out_of_memory
@@ -26,6 +28,7 @@ def small():
     return job(width=128, depth=6, batch=512)
 
 
+@pytest.mark.matrix
 def test_those_that_fit_come_by_predicted_time_and_are_what_their_bill_says():
     made, plan = small(), Plan.parse("data=1")
     build = prepare(made, plan, 1)

@@ -169,7 +169,15 @@ def _together(bills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name: (sum if name in _EACH else max)(bill["parts"].get(name, 0) for bill in bills)
         for name in names
     }
-    found = {"rank": bills[0]["rank"], "parts": parts}
+    own = [sum(bill["parts"].get(name, 0) for name in _EACH) for bill in bills]
+    beside = bills[0]["beside"]
+    found = {
+        "rank": bills[0]["rank"],
+        "parts": parts,
+        "beside": {name: max(bill["beside"][name] for bill in bills) for name in beside},
+        "peak": sum(own) + max(b["peak"] - mine for b, mine in zip(bills, own, strict=True)),
+        "saving": sum(own) + max(b["saving"] - mine for b, mine in zip(bills, own, strict=True)),
+    }
     if "away" in bills[0]:
         tiers = bills[0]["away"]
         found["away"] = {tier: sum(bill["away"][tier] for bill in bills) for tier in tiers}
