@@ -31,6 +31,7 @@ def plans(*, named: bool = False):
         virtual=counts,
         microbatches=counts,
         gather=st.sampled_from([None, "step", "microbatch"]),
+        reduce=st.sampled_from([None, "step", "microbatch"]),
         remat=words,
         precision=words,
         offload=words,

@@ -201,6 +201,19 @@ def gathers_are_there(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     return ()
 
 
+def reductions_are_of_one_step(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
+    """When gradients are reduced is said only where a step's micro-batches all go to all ranks."""
+    del facts
+    asked = f"plan asks for reduce={plan.reduce}"
+    if plan.reduce is not None and plan.asynchronous:
+        rule = f"schedule={plan.schedule} updates without waiting for a step's gradients"
+        return (Problem(f"{asked}, but {rule}", "drop reduce, or use schedule=1f1b"),)
+    if plan.reduce == "microbatch" and plan.replicas is not None:
+        rule = f"replicas={plan.replicas} take whole micro-batches in turn, and sum once a step"
+        return (Problem(f"{asked}, but {rule}", "drop reduce, or use data in place of replicas"),)
+    return ()
+
+
 # What this version runs, of the keys whose other values are still to come.
 RUNS: Final[dict[str, tuple[int | str | None, ...]]] = {
     "sequence": ("none", "tensor"),
@@ -267,6 +280,7 @@ CHECKS: Final[dict[str, Check]] = {
     "replicas": replicas_are_of_stages,
     "asynchronous": old_gradients_are_used_as_they_come,
     "gather": gathers_are_there,
+    "reduce": reductions_are_of_one_step,
     "shard": shards_divide_the_data_axis,
     "sequence": sequences_are_split_over_something,
     "attention": attention_has_a_context,

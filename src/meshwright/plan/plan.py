@@ -14,7 +14,7 @@ from meshwright.errors import PlanError, UsageError, nearest
 from meshwright.plan.named import ASYNCHRONOUS, OWN, PAIRED, PRESETS
 from meshwright.plan.offload import Part, Tier, offloads
 
-__all__ = ["AXES", "COUNTS", "KEYS", "PRECISIONS", "Attention", "Plan"]
+__all__ = ["AXES", "COUNTS", "KEYS", "PRECISIONS", "Attention", "Plan", "When"]
 
 AXES: Final = ("data", "pipeline", "tensor", "context", "expert")
 COUNTS: Final = (*AXES, "shard", "virtual", "microbatches")  # whole numbers, 1 or more
@@ -24,6 +24,7 @@ _WORDS: Final = (
     "replicas",
     "schedule",
     "gather",
+    "reduce",
     "remat",
     "precision",
     "offload",
@@ -32,7 +33,7 @@ _WORDS: Final = (
     "attention",
 )
 _OPTIONAL: Final = (  # None: left to Meshwright
-    "data", "shard", "replicas", "schedule", "gather", "attention",
+    "data", "shard", "replicas", "schedule", "gather", "reduce", "attention",
 )  # fmt: skip
 KEYS: Final = (*COUNTS, *_WHOLE, *_WORDS)  # those that have a text form
 _WORD: Final = re.compile(r"[a-z0-9_][A-Za-z0-9_.:()+-]*")
@@ -41,7 +42,7 @@ PRECISIONS: Final = ("float32", "bf16", "fp16")
 """What a module may compute in."""
 _LARGEST: Final = 1_000_000  # of any count; more ranks than the largest machines have
 
-Gather = Literal["step", "microbatch"]
+When = Literal["step", "microbatch"]
 Attention = Literal["gather", "all-to-all", "ring"]
 
 
@@ -67,6 +68,9 @@ class Plan:
         virtual: stages per pipeline rank.
         microbatches: parts a global batch is split into, run one after another.
         gather: when sharded weights are gathered; None takes the default for `zero`.
+        reduce: when gradients are reduced: `microbatch`, each micro-batch's as the backward makes
+            them; `step`, their sums, once. None takes `step` for zero 0 and 1 and with gather=step,
+            else `microbatch`.
         remat: what the backward computes again instead of saving it: `none`; `full`, all but what
             goes from block to block; `selective`, what is cheap for its bytes; `marks`, the model's
             `torch.utils.checkpoint` regions; `budget:2GiB`, the least with which a rank's whole
@@ -107,7 +111,8 @@ class Plan:
     schedule: str | None = None
     virtual: int = 1
     microbatches: int = 1
-    gather: Gather | None = None
+    gather: When | None = None
+    reduce: When | None = None
     remat: str = "none"
     precision: str = "float32"
     offload: str = "none"
@@ -285,8 +290,8 @@ def _require(key: str, value: object) -> None:
     if key in _WORDS:
         if not isinstance(value, str) or not _WORD.fullmatch(value):
             raise PlanError(f"plan key {key} takes a word, not {value!r}")
-        if key == "gather" and value not in ("step", "microbatch"):
-            raise PlanError(f"plan asks for gather={value}; use gather=step or gather=microbatch")
+        if key in ("gather", "reduce") and value not in get_args(When):
+            raise PlanError(f"plan asks for {key}={value}; use {key}=step or {key}=microbatch")
         if key == "replicas" and not _REPLICAS.fullmatch(value):
             raise PlanError(
                 f"plan asks for replicas={value}; write the data ranks of each pipeline rank, "

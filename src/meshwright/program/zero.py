@@ -2,7 +2,8 @@
 
 Rajbhandari et al. 2020, section 5: stage 1 shards the optimizer state over the data axis, stage 2
 the gradients too, stage 3 the weights too. Gradients that are not sharded are accumulated as
-partial sums and reduced once a step.
+partial sums and reduced once a step; a plan may ask for either at any stage (`reduce`): once a
+step moves the fewest bytes, each micro-batch's at once holds the fewest.
 
     zero   weights      gradients     optimizer
     0      replicated   partial       replicated
@@ -22,7 +23,7 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Fused, Layout, Partial, Shard
 from meshwright.program.program import Value
 
-__all__ = ["WHOLE_BELOW", "StateLayouts", "once_a_step", "shard_dim", "slot_layout", "zero_layouts"]
+__all__ = ["WHOLE_BELOW", "StateLayouts", "gathered_once", "shard_dim", "slot_layout", "zero_layouts"]
 
 _SUMMED = (*SAMPLE_AXES, "context")
 """Axes that split samples or their tokens, so that every gradient is a sum over them."""
@@ -70,6 +71,7 @@ def zero_layouts(
     axes: Sequence[Axis],
     still: frozenset[str] = frozenset(),
     work: Mapping[str, Layout] = MappingProxyType({}),
+    reduce: str | None = None,
 ) -> dict[str, StateLayouts]:
     """The layouts of every parameter's state under ZeRO stage `zero`.
 
@@ -83,6 +85,7 @@ def zero_layouts(
         still: parameters that are frozen, or not the optimizer's: they have no optimizer state and
             no update that would move them; stage 3 shards them all the same.
         work: how the other axes split parameters; those not named are whole.
+        reduce: gradients once a `step`, or of each `microbatch`; None leaves it to the stage.
     """
     found = {}
     for name, value in parameters.items():
@@ -92,14 +95,13 @@ def zero_layouts(
         partial = Layout.of(axes, {**owed, **dict(base.placements)})
         split = Layout.of(axes, {**dict(base.placements), **shards})
         shards_state = zero >= (3 if name in still else 1)
-        # Gradients of what stays whole are reduced once a step at any stage.
+        optimizer = split if shards_state else base
+        # Left to the stage, gradients of what stays whole are reduced once a step.
         late = zero < 2 or not shards or not shards_state
-        found[name] = StateLayouts(
-            weights=split if zero == 3 else base,
-            gradients=partial if late else Layout.of(axes, {**dict(partial.placements), **shards}),
-            optimizer=split if shards_state else base,
-            work=base,
-        )
+        gradients = partial if late else Layout.of(axes, {**dict(partial.placements), **shards})
+        given = {None: gradients, "step": partial, "microbatch": optimizer}
+        weights = split if zero == 3 else base
+        found[name] = StateLayouts(weights, given[reduce], optimizer, base)
     return found
 
 
@@ -118,13 +120,16 @@ def slot_layout(slot: Value, parameter: Value, state: StateLayouts, axes: Sequen
     return Layout.of(axes, _shards(slot, axes, REPLICATED))
 
 
-def once_a_step(state: StateLayouts, axes: Sequence[Axis]) -> StateLayouts:
-    """The layouts in a step whose weights are gathered once, and whose gradients reduced once.
+def gathered_once(state: StateLayouts, axes: Sequence[Axis], reduce: str | None) -> StateLayouts:
+    """The layouts in a step whose weights are gathered once.
 
-    Fused weights stay as they rest.
+    Its gradients are reduced once too, unless `reduce` says otherwise. Fused weights stay as they
+    rest.
     """
     if any(isinstance(place, Fused) for _, place in state.weights.placements):
         return state
+    if reduce is not None:
+        return replace(state, weights=state.work)
     owed = {a.name: Partial() for a in axes if a.name in _SUMMED and a.size > 1}
     partial = Layout.of(axes, {**owed, **dict(state.work.placements)})
     return replace(state, weights=state.work, gradients=partial)

@@ -37,7 +37,7 @@ from meshwright.program.layout import chunk
 from meshwright.program.offload import MOVED, offloaded, viewed_again
 from meshwright.program.program import Program, Value
 from meshwright.program.vocabulary import split_losses
-from meshwright.program.zero import StateLayouts, once_a_step
+from meshwright.program.zero import StateLayouts, gathered_once
 from meshwright.run.executor import Place
 from meshwright.run.optimizer.joint import Traces
 from meshwright.run.optimizer.recipe import Recipe
@@ -356,7 +356,8 @@ class Build:
         if key not in self.micros:
             states: Mapping[str, StateLayouts] = self.states
             if self.plan.gather == "step":
-                states = {name: once_a_step(state, self.axes) for name, state in states.items()}
+                when = self.plan.reduce
+                states = {n: gathered_once(s, self.axes, when) for n, s in states.items()}
             unit = open_unit(program, self.states)
             self.micros[key] = StageMicro.of(
                 program,

@@ -136,14 +136,17 @@ def _require_possible(build: Build) -> None:
     if plan.zero:
         raise PlanError(
             f"--eager runs the model as it is, but the plan asks for zero={plan.zero}; use zero=0, "
-            "or "
-            "leave out --eager"
+            "or leave out --eager"
+        )
+    if plan.reduce == "microbatch":
+        raise PlanError(
+            "--eager sums micro-batches up and reduces once a step, but the plan asks for "
+            "reduce=microbatch; drop reduce, or leave out --eager"
         )
     if data > 1 and has_batch_norm(build.model.module):
         raise PlanError(
             f"--eager with data={data} would take batch norm's statistics over each rank's samples "
-            "only;"
-            " use 1 rank, or leave out --eager"
+            "only; use 1 rank, or leave out --eager"
         )
 
 

@@ -82,7 +82,8 @@ def prepare(
     work = _work_layouts(build, data) if work is None else work
     if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
-    build.states = zero_layouts(plan.zero, values, build.axes, frozenset(values) - moved, work)
+    still = frozenset(values) - moved
+    build.states = zero_layouts(plan.zero, values, build.axes, still, work, plan.reduce)
     split = any(build.states[name].optimizer.placements for name in moved)
     build.traces = _traces(build, split=split)
     _require_movable(build)
