@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from meshwright.run.optimizer.average import Average
+from meshwright.run.average import Average
 from tests.equal.cells import example
 from tests.equal.harness import Case, assert_equal
 
@@ -25,8 +25,20 @@ LAYOUTS = (
     "zero1,pipeline=2,data=2,microbatches=2",
     "pipeline=2,replicas=2-1,microbatches=2",
     "zero2,data=2,precision=bf16",
+    "zero1,data=2,offload=host",
+    "data=2,offload=optimizer:disk",
+    "zero1,data=2,offload=disk",
+    "zero3,data=2,microbatches=2,offload=disk",
+    "zero2,data=2,microbatches=2,offload=params:disk",
+    "zero2,data=2,pipeline=2,microbatches=2,offload=disk",
+    "tensor=2,offload=disk",
 )
-SAMPLE = ("zero1,data=2", "zero3,data=2,tensor=2", "zero1,pipeline=2,data=2,microbatches=2")
+SAMPLE = (
+    "zero1,data=2",
+    "zero3,data=2,tensor=2",
+    "zero1,pipeline=2,data=2,microbatches=2",
+    "zero1,data=2,offload=disk",
+)
 
 
 @cache

@@ -88,13 +88,17 @@ def test_what_is_reduced_at_once_is_held_in_shards(zero):
     [
         (
             "replicas=2-1,pipeline=2,microbatches=4,reduce=microbatch",
-            "plan asks for reduce=microbatch, but replicas=2-1 take whole micro-batches in turn, "
-            "and sum once a step; drop reduce, or use data in place of replicas",
+            (
+                "plan asks for reduce=microbatch, but replicas=2-1 take whole micro-batches in "
+                "turn, and sum once a step; drop reduce, or use data in place of replicas"
+            ),
         ),
         (
             "pipeline=2,data=1,schedule=pipedream,reduce=step",
-            "plan asks for reduce=step, but schedule=pipedream updates without waiting for a "
-            "step's gradients; drop reduce, or use schedule=1f1b",
+            (
+                "plan asks for reduce=step, but schedule=pipedream updates without waiting for a "
+                "step's gradients; drop reduce, or use schedule=1f1b"
+            ),
         ),
     ],
 )

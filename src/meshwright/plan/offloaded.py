@@ -12,14 +12,12 @@ __all__ = ["offload_is_known"]
 
 def offload_is_known(plan: Plan, facts: Facts) -> tuple[Problem, ...]:
     """What is offloaded are parts there are, to tiers there are, and this version moves them."""
+    del facts
     asked = f"plan asks for offload={plan.offload}"
     try:
         found = offloads(plan.offload)
     except UsageError as error:
         return (Problem(asked, str(error)),)
-    if found and facts.ema is not None:
-        rule = f"this version keeps the average of ema={facts.ema} beside state that stays"
-        return (Problem(f"{asked}, but {rule}", "leave ema out of the job, or drop offload"),)
     if plan.asynchronous and found.keys() & {"gradients", "params", "activations"}:
         rule = f"schedule={plan.schedule} keeps several versions of its weights at hand"
         return (Problem(f"{asked}, but {rule}", "use offload=optimizer, or schedule=1f1b"),)

@@ -23,7 +23,14 @@ from meshwright.plan.mesh import SAMPLE_AXES, Axis
 from meshwright.program.layout import REPLICATED, Fused, Layout, Partial, Shard
 from meshwright.program.program import Value
 
-__all__ = ["WHOLE_BELOW", "StateLayouts", "gathered_once", "shard_dim", "slot_layout", "zero_layouts"]
+__all__ = [
+    "WHOLE_BELOW",
+    "StateLayouts",
+    "gathered_once",
+    "shard_dim",
+    "slot_layout",
+    "zero_layouts",
+]
 
 _SUMMED = (*SAMPLE_AXES, "context")
 """Axes that split samples or their tokens, so that every gradient is a sum over them."""

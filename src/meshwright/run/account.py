@@ -115,7 +115,7 @@ def state_of(worker: Worker) -> dict[str, int]:
         found["optimizer"] += held(shard.data for shard in state.shards.values())
     if older := held(of("older/")):
         found["older weights"] = older
-    if state.average is not None:
+    if state.average is not None and (store is None or "ema" not in store.tiers):
         found["average"] = held(state.average.tensors.values())
     return found
 

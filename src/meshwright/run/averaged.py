@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +11,10 @@ from meshwright.compile.settings import in_dtype
 from meshwright.errors import UsageError
 from meshwright.job import Job
 from meshwright.program.layout import Layout, pieces
+from meshwright.run.average import averaged_dtype
 from meshwright.run.checkpoint.compare import Wanted
 from meshwright.run.checkpoint.header import dtype_name
 from meshwright.run.checkpoint.restore import Checkpoint
-from meshwright.run.optimizer.average import averaged_dtype
 from meshwright.run.part import box, part_of
 from meshwright.run.whole import whole_of
 from meshwright.run.worker import Worker
@@ -42,6 +42,8 @@ def require_weights(weights: str, job: Job) -> None:
 def exchanged(worker: Worker) -> Generator[Any, Any, dict[str, Tensor]]:
     """Fill the rank's weights with their average; what they were, for `put_back`; an exchange."""
     kept: dict[str, Tensor] = {}
+    if worker.state.store is not None:
+        worker.state.store.require_whole()
     for entry, _, layout, tensor in held(worker):
         name, part = entry.partition("/")[2], tensor
         resting = worker.build.states[name].weights
@@ -51,6 +53,7 @@ def exchanged(worker: Worker) -> Generator[Any, Any, dict[str, Tensor]]:
         weights = worker.state.values[f"model/{name}"]
         kept[name] = weights.clone()
         weights.copy_(part)
+    _written(worker, kept)
     return kept
 
 
@@ -58,6 +61,13 @@ def put_back(worker: Worker, kept: Mapping[str, Tensor]) -> None:
     """The weights are what they were."""
     for name, tensor in kept.items():
         worker.state.values[f"model/{name}"].copy_(tensor)
+    _written(worker, kept)
+
+
+def _written(worker: Worker, names: Iterable[str]) -> None:
+    """Weights were written to: those on disk get new digests."""
+    if worker.state.store is not None:
+        worker.state.store.refresh(f"model/{name}" for name in names)
 
 
 def held(worker: Worker) -> Iterator[tuple[str, tuple[int, ...], Layout, Tensor]]:
@@ -114,6 +124,9 @@ def read(worker: Worker, checkpoint: Checkpoint) -> None:
     for name, shape, layout, tensor in held(worker):
         for there, here in pieces(shape, layout, *where):
             checkpoint.read_into(box(tensor, here), name, tuple(start for start, _ in there))
+    for _, state in worker.phases.values():
+        if state.average is not None:
+            state.average.written()
 
 
 def noted(worker: Worker, checkpoint: Checkpoint) -> list[str]:

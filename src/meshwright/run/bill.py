@@ -56,7 +56,7 @@ def _each(build: Build, micros: Sequence[Micro]) -> Iterator[tuple[dict[str, int
                 if build.stages is None and "activations" not in gone
                 else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
-            if build.job.ema is not None:
+            if build.job.ema is not None and "optimizer" not in gone:
                 parts = {**parts, "average": _averaged(shards.values())}
             seen[form] = parts, rank
         yield seen[form]
@@ -189,6 +189,8 @@ def away(build: Build, rank: int, micros: Sequence[Micro] = ()) -> dict[str, int
     held = {n: v.bytes for n, v in shards.items() if n in build.recipe.names}
     weights, _ = _state(build, rank)
     optimizer = build.recipe.slots() * sum(held.values())
+    if build.job.ema is not None:
+        optimizer += _averaged(shards.values())
     sums = sum(v.bytes for v in shards.values())
     sizes: dict[Part, int] = {
         "optimizer": optimizer, "gradients": sums, "params": sum(weights.values()),

@@ -16,10 +16,10 @@ from meshwright.program.layout import (
     local_shape,
     pieces,
 )
+from meshwright.run.average import Average
 from meshwright.run.build import Build
 from meshwright.run.offload.opened import kept_of, store_of
 from meshwright.run.offload.store import Store
-from meshwright.run.optimizer.average import Average
 from meshwright.run.optimizer.joint import Joint
 from meshwright.run.optimizer.recipe import build as build_optimizer
 from meshwright.run.optimizer.recipe import is_separable, scheduled
@@ -110,7 +110,7 @@ def _with_optimizer(
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
     joint = _joint(build, rank, shards, optimizer)
     kept = kept_of(build, rank, shards, optimizer, store)
-    average = None if build.job.ema is None else Average.of(build.job.ema, shards)
+    average = None if build.job.ema is None else Average.of(build.job.ema, shards, store)
     told = scheduler, partly, None, rounding_of(build, coordinates), kept, store, average
     return RankState(values, shards, optimizer, seen, trained, joint, *told)
 

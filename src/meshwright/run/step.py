@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
+from meshwright.run.average import Average
 from meshwright.run.meter import Meter
 from meshwright.run.offload.kept import Kept
 from meshwright.run.offload.store import Store
-from meshwright.run.optimizer.average import Average
 from meshwright.run.optimizer.joint import Joint
 from meshwright.run.optimizer.scaling import Scaling, nonfinite, require_found
 from meshwright.run.optimizer.stochastic import Rounding

@@ -23,8 +23,9 @@ _KINDS: Mapping[Part, tuple[str, ...]] = {
     "params": ("model",),
     "gradients": ("gradient", "reduced"),
     "activations": ("away",),
+    "optimizer": ("ema",),
 }
-"""How the names of a part's values begin."""
+"""How the names of a part's values begin; the optimizer keeps its own state by itself (`Kept`)."""
 
 
 def tier_of(build: Build, rank: int, kind: str) -> Tier:
@@ -37,7 +38,7 @@ def store_of(build: Build, rank: int) -> Store | None:
     asked = build.plan.offloads
     tiers: dict[str, Tier] = {}
     for part, kinds in _KINDS.items():
-        if part in asked:
+        if part in asked and (part != "optimizer" or build.job.ema is not None):
             tiers |= dict.fromkeys(kinds, tier_of(build, rank, asked[part]))
     return Store(tiers) if tiers else None
 

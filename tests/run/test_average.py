@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from meshwright.errors import PlanError, UsageError
-from meshwright.run.bill import bills
+from meshwright.errors import PlanError, StorageError, UsageError
+from meshwright.run.account import away_of, state_of
+from meshwright.run.average import Average
+from meshwright.run.bill import away, bills
 from meshwright.run.checkpoint.save import open_checkpoint
-from meshwright.run.optimizer.average import Average
 from tests.run.jobs import Net, Points, alone, close, fresh, job, losses, on_ranks, torch_loop
 
 DECAY, STEPS = 0.8, 4
-PLANS = ("data=1", "zero1,data=2", "zero3,data=3")
+PLANS = ("data=1", "zero1,data=2", "zero3,data=3", "zero3,data=2,offload=disk")
 
 
 @cache
@@ -69,7 +70,7 @@ def test_everything_takes_the_average_in_place_of_the_weights(plan, tmp_path):
     assert not torch.equal(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("plan", ["data=1", "zero2,data=2"])
+@pytest.mark.parametrize("plan", ["data=1", "zero2,data=2", "zero1,data=2,offload=disk"])
 def test_training_goes_on_as_if_the_average_had_not_been_used(plan):
     def body(session, *, use):
         losses(session, 2)
@@ -84,7 +85,13 @@ def test_training_goes_on_as_if_the_average_had_not_been_used(plan):
 
 
 @pytest.mark.parametrize(
-    ("save", "load"), [("zero3,data=3", "zero1,data=2"), ("data=1", "tensor=2")]
+    ("save", "load"),
+    [
+        ("zero3,data=3", "zero1,data=2"),
+        ("data=1", "tensor=2"),
+        ("zero1,data=2,offload=disk", "data=1,offload=host"),
+        ("zero2,data=2", "zero3,data=2,offload=disk"),
+    ],
 )
 def test_any_plan_goes_on_with_the_average_of_any_other(save, load, tmp_path):
     def first(session):
@@ -177,6 +184,49 @@ def test_the_bill_has_it(plan):
     assert told == held > 0
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_it_rests_where_the_optimizers_state_does(tier):
+    """What the bill says, and what is there, grows by the average in that tier only."""
+
+    def body(session):
+        losses(session, 2)
+        parts, *_ = bills(session.build, session.take().micros)
+        average = session.worker.state.average
+        held = sum(t.nbytes for t in average.tensors.values()) if average else 0
+        kept = {**parts, **state_of(session.worker)}
+        assert "average" not in kept
+        return away(session.build, session.worker.rank), away_of(session.worker), held
+
+    plan = f"zero1,data=2,offload=optimizer:{tier}"
+    with_it, without = (
+        on_ranks(each, plan, body)[0] for each in (made(), replace(made(), ema=None))
+    )
+    for more, less in zip(with_it[:2], without[:2], strict=True):
+        assert more[tier] - less[tier] == with_it[2] > 0
+        assert {t: more[t] for t in more if t != tier} == {t: less[t] for t in less if t != tier}
+
+
+def test_a_damaged_average_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_OFFLOAD", str(tmp_path))
+
+    def body(session):
+        losses(session, 2)
+        session.worker.state.average.tensors["up.weight"].zero_()  # mapped: past all digests
+        losses(session, 1)
+
+    with pytest.raises(StorageError, match=r"was changed.*so ema/up\.weight is lost"):
+        on_ranks(made(), "zero1,data=2,offload=optimizer:disk", body)
+
+
+def test_the_eager_door_keeps_it_too():
+    def body(session):
+        losses(session, STEPS)
+        return state(session.module("ema"))
+
+    found, *_ = on_ranks(made(), "data=2", body, eager=True)
+    close(found, by_hand()[0])
+
+
 def test_the_user_is_told_what_cannot_be():
     with pytest.raises(UsageError, match=r"ema is 1\.0, but must be a number above 0 and below 1"):
         job(ema=1.0)
@@ -187,5 +237,3 @@ def test_the_user_is_told_what_cannot_be():
         session.module("mean")
     with pytest.raises(PlanError, match=r"ema=0\.8 averages"):
         on_ranks(made(), "pipeline=2,schedule=pipedream", lambda session: session)
-    with pytest.raises(PlanError, match=r"leave ema out of the job, or drop offload"):
-        on_ranks(made(), "zero1,data=2,offload=optimizer", lambda session: session)
