@@ -22,7 +22,7 @@ from benchmarks.harness.peers import PEERS, peers_environment
 from benchmarks.ladder.rungs import HEAD, RANKS, Trial
 
 ROOT = Path(__file__).parents[2]
-LOOK_SECONDS, TRIAL_SECONDS = 0.02, 300.0
+LOOK_SECONDS = 0.02
 STEP = HEAD  # widths are its multiples
 
 _NO_MEMORY = ("annot allocate memory", "MemoryError", "bad_alloc", "can't start new thread")
@@ -63,15 +63,22 @@ class Outcome:
         return bool(self.seconds)
 
 
-def tried(trial: Trial, host: int, parent: Path) -> Outcome:
-    """Run a trial's ranks in a folder of its own in `parent`; `host` bytes are all there is."""
+def tried(trial: Trial, host: int, parent: Path, most: float = 300.0) -> Outcome:
+    """Run a trial's ranks in a folder of its own in `parent`.
+
+    Args:
+        trial: what to run.
+        host: bytes of memory beside the ranks' own, for both.
+        parent: of the folder.
+        most: seconds that it may take.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ladder-", dir=parent))
     port = free_port()
     mine = [replace(trial, folder=str(folder), rank=rank) for rank in range(RANKS)]
     ranks = [_started(each, port) for each in mine]
     held = Held()
     try:
-        reason = _watched(ranks, held, host, folder)
+        reason = _watched(ranks, held, host, folder, most)
         told = [folder / f"told{rank}.json" for rank in range(RANKS)]
         if reason or not all(path.exists() for path in told):
             return Outcome(trial.width, (), (), held, reason or _last_words(folder, ranks))
@@ -161,9 +168,11 @@ def _started(trial: Trial, port: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _watched(ranks: list[subprocess.Popen[bytes]], held: Held, host: int, folder: Path) -> str:
+def _watched(
+    ranks: list[subprocess.Popen[bytes]], held: Held, host: int, folder: Path, most: float
+) -> str:
     """Look at the ranks until they end; why they were not let go on."""
-    deadline, never = time.monotonic() + TRIAL_SECONDS, Event()
+    deadline, never = time.monotonic() + most, Event()
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() not in (None, 0) for rank in ranks):
             return ""  # the log tells why
@@ -171,7 +180,7 @@ def _watched(ranks: list[subprocess.Popen[bytes]], held: Held, host: int, folder
         if held.shared > host:
             return f"{held.shared >> 20} MiB of host memory"
         if time.monotonic() > deadline:
-            return f"no end in {TRIAL_SECONDS:.0f} s"
+            return f"no end in {most:.0f} s"
         never.wait(LOOK_SECONDS)
     return ""
 

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.ladder.climb import Outcome, largest, tried
 from benchmarks.ladder.rungs import CONTEXT, GIB, RANKS, ROWS, RUNGS, Trial, guessed, parameters
 
 SIDES = ("ours", "deepspeed")
-HOST = 2  # memory beside each rank, over its own
-RUNG_SECONDS = 60.0
+HOST = 2  # memory beside each rank, over its own, where the machine has as much
+SPARE = 2 * GIB  # what the machine keeps for itself
+RUNG_SECONDS, TRIAL_SECONDS = 60.0, 300.0  # the latter in 2 GiB a rank
 _TINY, _STEPS = 64, 3
 
 
@@ -34,6 +37,12 @@ class Reached:
         """Tokens per second."""
         assert self.outcome is not None
         return RANKS * ROWS * CONTEXT / statistics.median(self.outcome.seconds)
+
+
+def beside(memory: int) -> int:
+    """Bytes of the host's memory that ranks of `memory` may have together, beside their own."""
+    there = psutil.virtual_memory().total - RANKS * memory - SPARE
+    return max(0, min(RANKS * HOST * memory, there))
 
 
 def climbed(
@@ -80,7 +89,7 @@ def _reached(
 
     There DeepSpeed also compiles its C++, which takes more memory than its training.
     """
-    host = RANKS * HOST * memory
+    host = beside(memory)
     if side != "ours":
         first = tried(Trial(side, number, _TINY, 64 * GIB, "", steps=_STEPS), 64 * GIB, folder)
         if not first.fits:
@@ -90,7 +99,12 @@ def _reached(
     if side != "ours" and below is not None:  # its host memory is its own
         guess = below.width
     good, bad = largest(
-        lambda width: tried(Trial(side, number, width, memory, "", steps=_STEPS), host, folder),
+        lambda width: tried(
+            Trial(side, number, width, memory, "", steps=_STEPS),
+            host,
+            folder,
+            TRIAL_SECONDS * max(1.0, memory / (2 * GIB)),
+        ),
         guess,
         say,
         RUNG_SECONDS * patience,
@@ -103,7 +117,7 @@ def as_raw(found: Mapping[str, list[Reached]], memory: int) -> dict[str, Any]:
     """Plain data for the page."""
     return {
         "memory_bytes": memory,
-        "host_bytes": HOST * memory,
+        "host_bytes": beside(memory) // RANKS,
         "sides": {
             side: [
                 {
