@@ -133,8 +133,10 @@ def test_ranks_that_do_not_draw_by_place_have_other_bits(monkeypatch, tmp_path):
     """The law below sees what it forbids."""
     made, places = job(model=Wide), stochastic._places
     saved(made, "zero3,data=2" + PURE, tmp_path / "right", steps=5)
-    shape_of = lambda boxes: tuple(size for _, size in boxes[0][0])  # noqa: E731
-    wrong = lambda shape, boxes: places(shape_of(boxes) if boxes else shape, None)  # noqa: E731
+    first = lambda boxes: tuple((0, size) for _, size in boxes[0][1])  # noqa: E731
+    shape_of = lambda boxes: tuple(size for _, size in first(boxes))  # noqa: E731
+    own = lambda boxes: ((first(boxes), first(boxes)),)  # noqa: E731
+    wrong = lambda _, boxes, rows: places(shape_of(boxes), own(boxes), rows)  # noqa: E731
     monkeypatch.setattr(stochastic, "_places", wrong)
     saved(made, "zero3,data=2" + PURE, tmp_path / "wrong", steps=5)
     right, other = (read(made, tmp_path / name) for name in ("right", "wrong"))

@@ -15,19 +15,14 @@ from meshwright.program.program import Op, Program
 __all__ = ["brought", "live_bytes", "memory_bill"]
 
 
-def live_bytes(program: Program, leaving: tuple[str, ...] = ()) -> tuple[int, int]:
+def live_bytes(program: Program) -> tuple[int, int]:
     """(saved, peak): bytes made in the forward that the backward reads, and the most alive at once.
 
-    Inputs (state, the batch) are not counted. Outputs stay to the end, but those whose names begin
-    as one of `leaving`, which are offloaded as they are made.
+    Inputs (state, the batch) are not counted. Outputs stay to the end.
     """
     base = bases(program)
     inputs = {base[value] for _, value in program.inputs}
-    end: dict[int, int] = {
-        base[value]: len(program.ops)
-        for name, value in program.outputs
-        if not name.startswith(leaving or ("\n",))
-    }
+    end: dict[int, int] = {base[value]: len(program.ops) for _, value in program.outputs}
     for place, op in enumerate(program.ops):
         for value in op.inputs:
             end[base[value]] = max(end.get(base[value], 0), place)
@@ -70,9 +65,7 @@ def memory_bill(
     gradients = sum(
         program.values[v].bytes for n, v in program.outputs if n.startswith("gradient/")
     )
-    leaving = ("gradient/",) if "gradients" in away else ()
-    gradients = 0 if leaving else gradients
-    each = (live_bytes(u.program, leaving) for _, u in compiled.units)
+    each = (live_bytes(u.program) for _, u in compiled.units)
     saved, peak = max(each, key=lambda x: x[1])
     if "params" in away:
         peak += brought(compiled)

@@ -6,7 +6,7 @@ of their own, which is kept for the next ones: it does not give room to anything
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from meshwright.program.assemble import Compiled
 from meshwright.program.away import AWAY
 from meshwright.program.donate import bases
 from meshwright.program.instruction import Instruction
+from meshwright.program.offload import FLIGHT
 from meshwright.program.partition import COLLECTIVES
 from meshwright.program.program import Op, Program
 
@@ -130,6 +131,7 @@ class _Walk:
         insides: of each segment, most bytes that it makes at once.
         makers: of each collective, the program that holds it.
         resting: bytes of what is offloaded, by name.
+        leaving: names that stand for what is on its way to a tier, in order.
     """
 
     compiled: Compiled
@@ -147,6 +149,7 @@ class _Walk:
     fresh: list[int] = field(default_factory=list)
     coming: dict[str, list[int | None]] = field(default_factory=dict)
     resting: dict[str, int] = field(default_factory=dict)
+    leaving: deque[str] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         programs = [local.program for _, local in self.compiled.units]
@@ -172,18 +175,30 @@ class _Walk:
                     self._drop(name)
 
     def _offloaded(self, instruction: Instruction) -> None:
-        """What rests elsewhere takes no room here but from its Load to its Free."""
+        """What rests elsewhere takes no room here but from its Load to its Free.
+
+        What leaves takes room until it is there: at worst until as much leaves as may at once.
+        """
         for source, name in zip(instruction.inputs, instruction.outputs, strict=True):
             if instruction.kind == "Stash":
                 storage = self.held.get(source)
                 self.resting[name] = 0 if storage is None else self.sizes[storage][1]
                 self._drop(name)
+                self._leave(storage)
             elif instruction.kind == "Load":
                 kind = "activation" if source.startswith(AWAY) else "weight"
                 self._name(name, self._new(kind, self.resting.get(source, 0)))
             else:
                 self._name(name, self.held.get(source))
                 self._drop(source)
+
+    def _leave(self, storage: int | None) -> None:
+        """A storage is on its way to a tier, as `Store.stash` lets it go."""
+        while sum(self.sizes[self.held[name]][1] for name in self.leaving) > FLIGHT:
+            self._drop(self.leaving.popleft())
+        if storage is not None and (going := f"~{storage}") not in self.held:
+            self._name(going, storage)
+            self.leaving.append(going)
 
     def _run(self, instruction: Instruction) -> None:
         lists, index = self.compiled.instructions, instruction.segment

@@ -23,13 +23,16 @@ from meshwright.program.donate import VIEWS
 from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.program import Op, Program, map_refs
 
-__all__ = ["HERE", "MOVED", "offloaded", "viewed_again"]
+__all__ = ["FLIGHT", "HERE", "MOVED", "offloaded", "viewed_again"]
 
 MOVED: Final[tuple[Part, ...]] = ("params", "gradients")
 """The parts of a plan's `offload` that instructions move."""
 
 HERE = "here/"
 """How the name begins of what was loaded from a tier."""
+
+FLIGHT: Final = 32 << 20
+"""Bytes on their way to tiers at once: what leaves is not free before it is there."""
 
 _PURE = VIEWS - {"aten.add_"}
 _SUMS = ("gradient/", "reduced/")

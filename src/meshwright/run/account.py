@@ -123,13 +123,12 @@ def state_of(worker: Worker) -> dict[str, int]:
 def away_of(worker: Worker) -> dict[str, int]:
     """Bytes that a rank keeps outside its device's memory, by tier."""
     kept, store = worker.state.kept, worker.state.store
-    tiers = {id(t): t for t in (store.tiers.values() if store is not None else ())}
-    if kept is not None and kept.tier is not None:
-        tiers[id(kept.tier)] = kept.tier
-    if kept is None and not tiers:
+    if store is None:
         return {}
+    tiers = {id(tier): tier for tier in store.tiers.values()}
     passes = kept is not None and kept.here != {"gradients", "params"}  # else nothing is copied
     found = {"host": kept.passing if kept is not None and passes else 0, "disk": 0}
     for tier in tiers.values():
         found["disk" if isinstance(tier, Disk) else "host"] += tier.bytes
+        found["host"] += tier.passing if isinstance(tier, Disk) else 0
     return found

@@ -14,13 +14,14 @@ from meshwright.program.assemble import Compiled
 from meshwright.program.away import slots
 from meshwright.program.instruction import InstructionList
 from meshwright.program.layout import local_shape
-from meshwright.program.offload import MOVED
+from meshwright.program.offload import FLIGHT, MOVED
 from meshwright.program.program import Value
 from meshwright.run.build import Build, Micro, micro_ranges, values_of
 from meshwright.run.foreseen import joint_bytes
+from meshwright.run.offload.disk import buffered
 from meshwright.run.offload.kept import CHUNK, chunks_of
 from meshwright.run.offload.probe import steps_apart
-from meshwright.run.optimizer.stochastic import CHUNK_ELEMENTS
+from meshwright.run.optimizer.stochastic import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from meshwright.schedule.bubble import endless
 
 __all__ = ["SLACK", "away", "bill_of", "bills"]
@@ -53,7 +54,7 @@ def _each(build: Build, micros: Sequence[Micro]) -> Iterator[tuple[dict[str, int
             compiled, gone = build.lowered(rank, micros).compiled, build.plan.offloads
             parts = (
                 memory_bill(compiled, held, gone)
-                if build.stages is None and "activations" not in gone
+                if build.stages is None and not gone.keys() & {"activations", "gradients"}
                 else _staged(build, rank, staged_bill(compiled, *_state(build, rank), held, gone))
             )
             if build.job.ema is not None and "optimizer" not in gone:
@@ -74,15 +75,15 @@ def bill_of(build: Build, micros: Sequence[Micro]) -> list[dict[str, Any]]:
         if alike not in seen:
             compiled = build.lowered(alike, micros).compiled
             wide = _wide(build, alike)
-            comes = max(
-                most_held(compiled, _state(build, alike)[0]).peak, parts["gradients"] + wide
-            )
+            held = most_held(compiled, _state(build, alike)[0])
+            further = parts["saved activations"] - held.activations if endless(build.plan) else 0
+            comes = max(held.peak + further, parts["gradients"] + wide)
             # Gradients that no freed activations make room for lie between what comes and goes.
             between = max(0, parts["gradients"] - parts["saved activations"])
             beside = {
                 "batches": _batches(compiled),
                 "communication buffers": _buffers(build, alike, compiled.instructions),
-                "slack": int(SLACK * comes) + between + wide,
+                "slack": int(SLACK * comes) + between + wide + _new(build, alike),
             }
             seen[alike] = comes, beside
         comes, beside = seen[alike]
@@ -96,12 +97,17 @@ def bill_of(build: Build, micros: Sequence[Micro]) -> list[dict[str, Any]]:
 
 
 def _wide(build: Build, rank: int) -> int:
-    """What a step of weights that are kept in bf16 makes of a chunk: all of it in float32."""
+    """What a step of weights that are kept in bf16 makes of a chunk: all of it in float32.
+
+    The optimizer takes two more at most while it computes; a block that is rounded, some 48 bytes
+    of each element.
+    """
     if not build.precision.stored or build.dtype is not None:
         return 0
     kept = [v for n, v in _shards(build, rank).items() if n in build.precision.stored]
-    elements = min(sum(v.bytes // 2 for v in kept), CHUNK_ELEMENTS)
-    return 4 * elements * (3 + build.recipe.slots())
+    sizes = [value.elements for value in kept]
+    elements = max(min(sum(sizes), CHUNK_ELEMENTS), max(sizes, default=0))
+    return 4 * elements * (5 + build.recipe.slots()) + 48 * min(elements, BLOCK_ELEMENTS)
 
 
 def _batches(compiled: Compiled) -> int:
@@ -144,12 +150,16 @@ def _averaged(shards: Iterable[Value]) -> int:
 
 
 def _staged(build: Build, rank: int, bill: dict[str, int]) -> dict[str, int]:
-    """The bill with the older weights that a pipeline which never flushes keeps."""
+    """The bill with what a pipeline that never flushes keeps: older weights, more in flight."""
     pipe = endless(build.plan)
     if pipe is None:
         return bill
-    older = pipe.versions(build.mesh.coordinates(rank)[0]) - 1
-    return {**bill, "older weights": older * bill["weights"]}
+    stage, _ = build.mesh.coordinates(rank)
+    older = (pipe.versions(stage) - 1) * bill["weights"]
+    flight = pipe.in_flight(stage)
+    listed = min(flight, build.plan.microbatches)  # the list is of one minibatch
+    activations = bill["saved activations"] * flight // listed
+    return {**bill, "older weights": older, "saved activations": activations}
 
 
 def _state(build: Build, rank: int) -> tuple[dict[str, int], int]:
@@ -199,6 +209,8 @@ def away(build: Build, rank: int, micros: Sequence[Micro] = ()) -> dict[str, int
     found = {tier: sum(sizes[p] for p, t in asked.items() if t == tier) for tier in TIERS}
     if asked:
         found["host"] += _passing(build, held, weights)
+    if "disk" in asked.values():
+        found["host"] += buffered(max((*weights.values(), *held.values()), default=0))
     return found
 
 
@@ -223,3 +235,14 @@ def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) 
         whole = (sum(weights[f"model/{name}"] for name in names) for names in chunks)
         read = [size + more for size, more in zip(read, whole, strict=True)]
     return (0 if here else 2 * max(sizes, default=0)) + sum(sorted(read)[-3:])
+
+
+def _new(build: Build, rank: int) -> int:
+    """State of the optimizer that is yet to go to its tier: a chunk's, and what leaves."""
+    if "optimizer" not in build.plan.offloads:
+        return 0
+    held = {n: v.bytes for n, v in _shards(build, rank).items() if n in build.recipe.names}
+    most = CHUNK if steps_apart(build.recipe) else sum(held.values())
+    chunks = [sum(held[name] for name in names) for names in chunks_of(held, most)]
+    slots = build.recipe.slots()
+    return min(slots * max(chunks, default=0) + FLIGHT, slots * sum(chunks))

@@ -109,7 +109,7 @@ def _with_optimizer(
     seen = frozenset(name for name, boxes in counts.items() if boxes)
     partly = {name: boxes for name, boxes in counts.items() if build.states[name].optimizer.fused}
     joint = _joint(build, rank, shards, optimizer)
-    kept = kept_of(build, rank, shards, optimizer, store)
+    kept = kept_of(build, shards, optimizer, store)
     average = None if build.job.ema is None else Average.of(build.job.ema, shards, store)
     told = scheduler, partly, None, rounding_of(build, coordinates), kept, store, average
     return RankState(values, shards, optimizer, seen, trained, joint, *told)

@@ -24,7 +24,7 @@ class Meter:
     Attributes:
         gradients, activations: at most.
         most: bytes of both at once.
-        state: what was there before; it does not count.
+        state: what was there before, or is not here; it does not count.
         names: name of a value -> its storage.
         sizes, kinds, users: of each storage its bytes, what it counts as, how many names it has.
         alive: bytes by kind, now.
@@ -46,6 +46,8 @@ class Meter:
 
     def take(self, instruction: Instruction, values: Mapping[str, Tensor]) -> None:
         """An instruction was followed; look at what it named."""
+        if instruction.kind == "Stash" and instruction.offloads:  # it rests elsewhere now
+            self.state |= {_storage(values[name]) for name in instruction.outputs}
         told = instruction.kind in _ALL
         known: Iterable[str] = (*self.names, *values) if told else instruction.outputs
         for name in (*known, *instruction.inputs):

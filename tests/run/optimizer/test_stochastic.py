@@ -47,15 +47,19 @@ def test_rows_that_do_not_lie_in_order_are_rounded_where_they_are():
     assert torch.equal(rounded(x.T, draws), rounded(x.T.contiguous(), draws))
 
 
+def drawn_by(make, name, at, count):
+    """The first `count` draws of a step for a parameter, as numbers."""
+    place = np.arange(65536, dtype=np.uint64)
+    draws = stochastic._draws(place, make._secrets(name, at, count))
+    return [draw.numpy().astype(np.float64) for draw, _ in zip(draws, range(count), strict=False)]
+
+
 def test_draws_are_uniform_and_of_lanes_steps_and_parameters_unlike():
     """Fixed seeds: chi-square over 256 bins within 5 deviations, correlations within 5 too."""
     make = Rounding(3, {"a": 0, "b": 1}, {"a": (65536,), "b": (65536,)}, {})
     other = Rounding(4, {"a": 0}, {"a": (65536,)}, {})
-    found = [
-        d.numpy().astype(np.float64)
-        for d in [*make._draws("a", 0, 6), *make._draws("a", 1, 1), *make._draws("b", 0, 1)]
-    ]
-    found += [next(other._draws("a", 0, 1)).numpy().astype(np.float64)]
+    found = drawn_by(make, "a", 0, 6) + drawn_by(make, "a", 1, 1) + drawn_by(make, "b", 0, 1)
+    found += drawn_by(other, "a", 0, 1)
     for drawn in found:
         for bins in (drawn // 256, drawn % 256):
             counts = np.bincount(bins.astype(int), minlength=256)

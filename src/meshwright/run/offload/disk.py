@@ -30,7 +30,7 @@ from meshwright.run.checkpoint.digest import preferred, usable
 from meshwright.run.offload.lane import Lane
 from meshwright.run.offload.tier import PATIENCE, Moved, Place, Transfer, bytes_of
 
-__all__ = ["ALIGNED", "CHUNK", "THREADS", "Disk", "sweep"]
+__all__ = ["ALIGNED", "CHUNK", "THREADS", "Disk", "buffered", "sweep"]
 
 ALIGNED = 4096
 """What a file's places, and transfers past the page cache, are multiples of."""
@@ -41,6 +41,11 @@ CHUNK = 1 << 22
 _SUFFIX = ".offload"
 THREADS = 4
 """Each way: some wait for the disk while others take digests and copy."""
+
+
+def buffered(largest: int) -> int:
+    """Bytes of the buffers that tensors of at most `largest` bytes pass through."""
+    return 2 * THREADS * min(CHUNK, largest + -largest % ALIGNED)
 
 
 class _Act(Protocol):
@@ -69,7 +74,7 @@ class Disk:
         Raises:
             StorageError: no file can be made there.
         """
-        self.moved, self.bytes = Moved(), 0
+        self.moved, self.bytes, self._largest = Moved(), 0, 0
         self.path = folder / f"rank{rank}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
         self._seconds, self._end = seconds, 0
         self._file = _made(self.path)
@@ -79,7 +84,7 @@ class Disk:
         self._writers = Lane(THREADS, "offload-write")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(2 * THREADS):
-            self._buffers.put(mmap.mmap(-1, CHUNK))
+            self._buffers.put(mmap.mmap(-1, CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         files = [file for file in (self._file, self._direct) if file is not None]
         self._gone = weakref.finalize(self, _removed, self.path, files)
         sweep(folder)
@@ -102,12 +107,18 @@ class Disk:
             place.rests = torch.empty(shape, dtype=dtype)
         self._end += size
         self.bytes += place.bytes
+        self._largest = max(self._largest, place.bytes)
         zeros = self._digest(bytes(min(CHUNK, place.bytes)))
         rest = place.bytes % CHUNK
         place.digests = [zeros] * -(-place.bytes // CHUNK)
         if rest and place.bytes > CHUNK:
             place.digests[-1] = self._digest(bytes(rest))
         return place
+
+    @property
+    def passing(self) -> int:
+        """Bytes of memory that transfers pass through."""
+        return buffered(self._largest)
 
     def put(self, place: Place, tensor: Tensor) -> Transfer:
         """Write a tensor; it must not change before the transfer is done."""

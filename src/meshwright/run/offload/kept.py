@@ -21,6 +21,7 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
+from meshwright.program.offload import FLIGHT
 from meshwright.run.offload.probe import lets_fuse
 from meshwright.run.offload.staging import Staging
 from meshwright.run.offload.store import Store
@@ -77,7 +78,7 @@ class Kept:
     far: frozenset[str] = frozenset()
     moved: Moved = field(default_factory=Moved)
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
-    writing: list[Transfer] = field(default_factory=list)
+    writing: list[tuple[int, Transfer]] = field(default_factory=list)
     _steps: Staging = field(default_factory=lambda: Staging("a chunk's weights and gradients"))
     _sets: tuple[_Read, ...] = field(init=False)
     _reads: Iterator[_Read] = field(init=False)
@@ -155,8 +156,10 @@ class Kept:
             full = f"optimizer/{slot}/{name}"
             place = places[slot] = self.tier.place(full, tuple(tensor.shape), tensor.dtype)
         if tensor.data_ptr() != place.rests.data_ptr():
+            while sum(size for size, _ in self.writing) > FLIGHT:  # new state is not free before
+                self.writing.pop(0)[1].wait()
             writing = self.tier.put(place, tensor)
-            self.writing.append(writing)
+            self.writing.append((place.bytes, writing))
             if name in self._coming:
                 self._coming[name].writing.append(writing)
         return place.rests
@@ -264,7 +267,7 @@ class Kept:
 
     def _written(self) -> None:
         """Wait until all is in the tier."""
-        for writing in self.writing:
+        for _, writing in self.writing:
             writing.wait()
         self.writing.clear()
         for read in self._sets:

@@ -23,9 +23,9 @@ _KINDS: Mapping[Part, tuple[str, ...]] = {
     "params": ("model",),
     "gradients": ("gradient", "reduced"),
     "activations": ("away",),
-    "optimizer": ("ema",),
+    "optimizer": ("optimizer", "ema"),
 }
-"""How the names of a part's values begin; the optimizer keeps its own state by itself (`Kept`)."""
+"""How the names of a part's values begin."""
 
 
 def tier_of(build: Build, rank: int, kind: str) -> Tier:
@@ -34,33 +34,29 @@ def tier_of(build: Build, rank: int, kind: str) -> Tier:
 
 
 def store_of(build: Build, rank: int) -> Store | None:
-    """Where the plan has weights and gradients of a rank rest; None: in the device's memory."""
+    """Where the plan has values of a rank rest; None: all in the device's memory."""
     asked = build.plan.offloads
-    tiers: dict[str, Tier] = {}
-    for part, kinds in _KINDS.items():
-        if part in asked and (part != "optimizer" or build.job.ema is not None):
-            tiers |= dict.fromkeys(kinds, tier_of(build, rank, asked[part]))
+    opened = {kind: tier_of(build, rank, kind) for kind in sorted(set(asked.values()))}
+    tiers = {name: opened[kind] for part, kind in asked.items() for name in _KINDS[part]}
     return Store(tiers) if tiers else None
 
 
 def kept_of(
     build: Build,
-    rank: int,
     shards: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     store: Store | None,
 ) -> Kept | None:
     """How a rank's optimizer steps on the host, where anything of it rests there; None: nothing."""
     asked = build.plan.offloads
-    if not asked.keys() & {"optimizer", "gradients", "params"}:
+    if store is None or not asked.keys() & {"optimizer", "gradients", "params"}:
         return None
-    kind = asked.get("optimizer")
     dtype = next((shard.dtype for shard in shards.values()), torch.float32)
     return Kept(
-        None if kind is None else tier_of(build, rank, kind),
+        store.tiers.get("optimizer"),
         shards,
         optimizer,
-        stays=kind != "disk",
+        stays=asked.get("optimizer") != "disk",
         fused=dtype.is_floating_point and fuses(build.recipe, dtype),
         chunk=CHUNK if steps_apart(build.recipe) else None,
         here=frozenset(part for part in MOVED if asked.get(part) == "host"),

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from meshwright.comm.pool import Pool
+from meshwright.program.offload import FLIGHT
 from meshwright.run.offload.disk import Disk
 from meshwright.run.offload.tier import Place, Tier, Transfer
 
 __all__ = ["Store"]
-
-
-_FLIGHT = 64 << 20
-"""Bytes on their way to tiers at once: what leaves is not free before it is there."""
 
 
 @dataclass(slots=True)
@@ -23,7 +20,7 @@ class Store:
     """Weights and sums of a rank.
 
     Attributes:
-        tiers: of each kind of value (`model`, `gradient`, `reduced`) that is offloaded.
+        tiers: of each kind of value (`model`, `gradient`, `optimizer` ...) that is offloaded.
         places: by name.
         going: transfers to tiers that are under way, with their bytes.
     """
@@ -31,6 +28,7 @@ class Store:
     tiers: Mapping[str, Tier]
     places: dict[str, Place] = field(default_factory=dict)
     going: list[tuple[int, Transfer]] = field(default_factory=list)
+    _pool: Pool = field(default_factory=Pool)
 
     def taken(self, name: str, tensor: Tensor) -> Tensor:
         """A value, moved to the tier that its kind rests in, at once; what is left of it here."""
@@ -43,7 +41,7 @@ class Store:
     def load(self, name: str) -> Callable[[], Tensor]:
         """Begin to copy a value here; the function waits for it."""
         place = self.places[name]
-        out = torch.empty(place.shape, dtype=place.dtype)
+        out = self._pool.empty(place.shape, place.dtype)
         transfer = self.tier(name).fetch(place, out)
 
         def arrived() -> Tensor:
@@ -59,7 +57,7 @@ class Store:
             place = self.tier(name).place(name, tuple(tensor.shape), tensor.dtype)
             self.places[name] = place
         self._look()
-        while sum(size for size, _ in self.going) > _FLIGHT:
+        while sum(size for size, _ in self.going) > FLIGHT:
             _, first = self.going.pop(0)
             first.wait()
         self.going.append((place.bytes, self.tier(name).put(place, tensor)))

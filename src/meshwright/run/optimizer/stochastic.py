@@ -8,7 +8,7 @@ parameter, step) and its place in the whole tensor: every layout rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from meshwright.compile.draw import philox, scrambled
 from meshwright.program.layout import Bounds
 
-__all__ = ["CHUNK_ELEMENTS", "Boxes", "Rounding", "rounded"]
+__all__ = ["BLOCK_ELEMENTS", "CHUNK_ELEMENTS", "Boxes", "Rounding", "rounded"]
 
 Boxes = tuple[tuple[Bounds, Bounds], ...]
 """Where the parts of a rank's tensor lie: in the whole, and in it."""
@@ -33,6 +33,8 @@ _STREAM = 2**41
 _LANES = 4  # 16-bit draws in a word
 CHUNK_ELEMENTS = 2**21
 """Elements that are widened at a time: 8 MiB of each of weights, gradients and slots."""
+BLOCK_ELEMENTS = 2**18
+"""Elements that are rounded at a time: 64 bits of each are drawn."""
 
 
 def rounded(x: Tensor, draws: Tensor) -> Tensor:
@@ -120,22 +122,37 @@ class Rounding:
         yield
         for name, shard in shards.items():
             slots = optimizer.state.get(shard, {})
-            moved = [k for k, v in slots.items() if _follows(v, shard, torch.float32)]
-            draws = self._draws(name, at, 1 + len(moved))
-            kept[name].copy_(rounded(shard.data, next(draws)))
-            for slot in moved:
-                slots[slot] = rounded(slots[slot], next(draws))
+            moved = {k: v for k, v in slots.items() if _follows(v, shard, torch.float32)}
+            short = {k: torch.empty_like(v, dtype=torch.bfloat16) for k, v in moved.items()}
+            pairs = [(shard.data, kept[name]), *zip(moved.values(), short.values(), strict=True)]
+            self._round(name, at, pairs)
+            slots |= short
             shard.grad, shard.data = None, kept[name]
 
-    def _draws(self, name: str, at: int, count: int) -> Iterator[Tensor]:
-        """For each of `count` tensors of a shard's shape, numbers from [0, 65536)."""
-        place = _places(self.shapes[name], self.boxes.get(name))
+    def _round(self, name: str, at: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Round each first tensor of a shard into the second, block by block of rows."""
+        secrets = self._secrets(name, at, len(pairs))
+        whole = self.shapes[name] or (1,)
+        boxes = self.boxes.get(name) if self.shapes[name] else None
+        pairs = [(w.view(1), s.view(1)) if not w.dim() else (w, s) for w, s in pairs]
+        for rows in _blocks(tuple(pairs[0][0].shape)):
+            place = _places(whole, boxes or (_all_of(whole),), rows)
+            for (wide, short), drawn in zip(pairs, _draws(place, secrets), strict=False):
+                short[rows].copy_(rounded(wide[rows], drawn))
+
+    def _secrets(self, name: str, at: int, count: int) -> list[int]:
+        """What the draws of step `at` for `count` tensors of a shard's shape begin with."""
         source = philox(self.seed, _STREAM + self.numbers[name], (at, 0)).bit_generator
-        for first in range(0, count, _LANES):
-            words = scrambled(place, int(source.random_raw()))
-            for lane in range(min(_LANES, count - first)):
-                drawn = (words >> np.uint64(16 * lane)) & np.uint64(0xFFFF)
-                yield torch.from_numpy(np.asarray(drawn, np.int32))
+        return [int(source.random_raw()) for _ in range(0, count, _LANES)]
+
+
+def _draws(place: npt.NDArray[np.uint64], secrets: Iterable[int]) -> Iterator[Tensor]:
+    """Numbers from [0, 65536) for each place, tensor by tensor: four of each secret."""
+    for secret in secrets:
+        words = scrambled(place, secret)
+        for lane in range(_LANES):
+            drawn = (words >> np.uint64(16 * lane)) & np.uint64(0xFFFF)
+            yield torch.from_numpy(np.asarray(drawn, np.int32))
 
 
 def _follows(value: Any, shard: Tensor, dtype: torch.dtype) -> bool:
@@ -145,18 +162,30 @@ def _follows(value: Any, shard: Tensor, dtype: torch.dtype) -> bool:
     return value.shape == shard.shape and value.dtype == dtype
 
 
-def _places(shape: tuple[int, ...], boxes: Boxes | None) -> npt.NDArray[np.uint64]:
-    """The place of each element of a rank's part in the whole tensor, row by row."""
-    if boxes is None:
-        return np.arange(prod(shape), dtype=np.uint64).reshape(shape)
-    if len(boxes) == 1:
-        return _box(shape, boxes[0][0])
-    local = tuple(
-        max(here[dim][0] + here[dim][1] for _, here in boxes) for dim in range(len(shape))
-    )
-    found = np.zeros(local, np.uint64)
+def _all_of(shape: tuple[int, ...]) -> tuple[Bounds, Bounds]:
+    """The box of a tensor that a rank has all of."""
+    bounds = tuple((0, size) for size in shape)
+    return bounds, bounds
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows that are rounded at once: one of them at least."""
+    if all(shape):
+        rows = max(1, BLOCK_ELEMENTS // prod(shape[1:]))
+        yield from (slice(at, min(at + rows, shape[0])) for at in range(0, shape[0], rows))
+
+
+def _places(shape: tuple[int, ...], boxes: Boxes, rows: slice) -> npt.NDArray[np.uint64]:
+    """The place of each element, in some rows of a rank's part, in the whole tensor of `shape`."""
+    inner = (max(here[dim][0] + here[dim][1] for _, here in boxes) for dim in range(1, len(shape)))
+    found = np.zeros((rows.stop - rows.start, *inner), np.uint64)
     for there, here in boxes:
-        found[tuple(slice(start, start + size) for start, size in here)] = _box(shape, there)
+        (start, length), *others = here
+        first, last = max(start, rows.start), min(start + length, rows.stop)
+        if first < last:
+            where = slice(first - rows.start, last - rows.start)
+            bounds = ((there[0][0] + first - start, last - first), *there[1:])
+            found[(where, *(slice(at, at + size) for at, size in others))] = _box(shape, bounds)
     return found
 
 
