@@ -238,8 +238,11 @@ def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) 
 
 
 def _new(build: Build, rank: int) -> int:
-    """State of the optimizer that is yet to go to its tier: a chunk's, and what leaves."""
-    if "optimizer" not in build.plan.offloads:
+    """State of the optimizer that is yet to go to the host: a chunk's, and what leaves.
+
+    On its way to a disk it takes no more than what passes through the host in later steps.
+    """
+    if build.plan.offloads.get("optimizer") != "host":
         return 0
     held = {n: v.bytes for n, v in _shards(build, rank).items() if n in build.recipe.names}
     most = CHUNK if steps_apart(build.recipe) else sum(held.values())
