@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -15,7 +16,7 @@ _Work = tuple[Future[None], Callable[[], None]]
 
 @final
 class Lane:
-    """Some threads over one queue; they start with the first work."""
+    """Some threads over one queue; they start with the first work and end with the lane."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
@@ -27,6 +28,7 @@ class Lane:
             self._started = True
             for _ in range(self._count):
                 Thread(target=_run, args=(self._queue,), name=self._name, daemon=True).start()
+            weakref.finalize(self, _ended, self._queue, self._count).atexit = False
         found: Future[None] = Future()
         self._queue.put((found, act))
         return found
@@ -34,8 +36,12 @@ class Lane:
     def close(self) -> None:
         """End the threads once they have done what is queued."""
         if self._started:
-            for _ in range(self._count):
-                self._queue.put(None)
+            _ended(self._queue, self._count)
+
+
+def _ended(queue: SimpleQueue[_Work | None], count: int) -> None:
+    for _ in range(count):
+        queue.put(None)
 
 
 def _run(queue: SimpleQueue[_Work | None]) -> None:
