@@ -113,6 +113,20 @@ def staged_bill(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """What is on its way: the stash's number, the tier, and what it is called there."""
+
+    number: int
+    tier: str | None
+    rests: str
+
+    @property
+    def name(self) -> str:
+        """Under which the account holds the storage meanwhile."""
+        return f"leaving/{self.number}"
+
+
 @dataclass(slots=True)
 class _Walk:
     """Goes through a list and keeps account of the storages that are there.
@@ -131,7 +145,9 @@ class _Walk:
         insides: of each segment, most bytes that it makes at once.
         makers: of each collective, the program that holds it.
         resting: bytes of what is offloaded, by name.
-        leaving: names that stand for what is on its way to a tier, in order.
+        leaving: what is on its way to a tier, in order.
+        stashes: how many stashes there were.
+        loads: of each load under way, its tier, what it loads and the stashes before it.
     """
 
     compiled: Compiled
@@ -149,7 +165,9 @@ class _Walk:
     fresh: list[int] = field(default_factory=list)
     coming: dict[str, list[int | None]] = field(default_factory=dict)
     resting: dict[str, int] = field(default_factory=dict)
-    leaving: deque[str] = field(default_factory=deque)
+    leaving: deque[_Leaving] = field(default_factory=deque)
+    stashes: int = 0
+    loads: dict[str, tuple[str | None, str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         programs = [local.program for _, local in self.compiled.units]
@@ -184,21 +202,33 @@ class _Walk:
                 storage = self.held.get(source)
                 self.resting[name] = 0 if storage is None else self.sizes[storage][1]
                 self._drop(name)
-                self._leave(storage)
+                self._leave(storage, instruction.axis, name)
             elif instruction.kind == "Load":
                 kind = "activation" if source.startswith(AWAY) else "weight"
+                self.loads[name] = instruction.axis, source, self.stashes
                 self._name(name, self._new(kind, self.resting.get(source, 0)))
             else:
                 self._name(name, self.held.get(source))
                 self._drop(source)
+                self._settled(*self.loads.pop(source))
 
-    def _leave(self, storage: int | None) -> None:
+    def _settled(self, tier: str | None, name: str, before: int) -> None:
+        """What was loaded has come: what left before it is there, or what left under its name."""
+        for each in [*self.leaving]:
+            copied = tier == each.tier == "host"  # by one thread, in order
+            if each.number <= before and (copied or each.rests == name):
+                self._drop(each.name)
+                self.leaving.remove(each)
+
+    def _leave(self, storage: int | None, tier: str | None, rests: str) -> None:
         """A storage is on its way to a tier, as `Store.stash` lets it go."""
-        while sum(self.sizes[self.held[name]][1] for name in self.leaving) > FLIGHT:
-            self._drop(self.leaving.popleft())
-        if storage is not None and (going := f"~{storage}") not in self.held:
-            self._name(going, storage)
-            self.leaving.append(going)
+        while sum(self.sizes[self.held[each.name]][1] for each in self.leaving) > FLIGHT:
+            self._drop(self.leaving.popleft().name)
+        self.stashes += 1
+        if storage is not None:
+            each = _Leaving(self.stashes, tier, rests)
+            self._name(each.name, storage)
+            self.leaving.append(each)
 
     def _run(self, instruction: Instruction) -> None:
         lists, index = self.compiled.instructions, instruction.segment
