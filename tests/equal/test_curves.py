@@ -12,8 +12,9 @@ from tests.equal.cells import example
 from tests.run.jobs import alone, losses, on_ranks
 
 STEPS, LAST = 60, 20
-BAND = 0.005
-"""Of float32's loss: of the mean over the last steps. Seeds are 3 % apart."""
+BAND, WIDER = 0.005, 0.01
+"""Of float32's loss, the mean over the last steps, as docs/precision.md says; the latter of the
+larger model. Seeds are 3 % apart."""
 
 
 @cache
@@ -52,7 +53,7 @@ def test_so_do_mixed_ones(precision):
 @pytest.mark.matrix
 def test_rounding_to_the_nearest_is_outside_the_band(monkeypatch):
     monkeypatch.setattr(stochastic, "rounded", lambda x, _: x.to(torch.bfloat16))
-    assert apart(curve(small(), "data=1,precision=bf16-pure", STEPS), wide()) > 2 * BAND
+    assert apart(curve(small(), "data=1,precision=bf16-pure", STEPS), wide()) > WIDER
 
 
 @pytest.mark.matrix
@@ -67,4 +68,4 @@ def test_curves_of_a_larger_model_on_ranks(seed):
         ("bf16-pure", "pipeline=2,microbatches=2"),
     ):
         results = on_ranks(made, f"{plan},precision={precision}", lambda s: losses(s, 120))
-        assert abs(apart(torch.tensor(results[0]), wanted)) < 2 * BAND, (precision, plan)
+        assert abs(apart(torch.tensor(results[0]), wanted)) < WIDER, (precision, plan)
