@@ -1,6 +1,6 @@
 """As test_state.py, for text: sequences, experts and pairs of axes with ZeRO, remat and offload.
 
-A pairwise cover of the product is in `make test` but for its costly half, all of it in `make matrix`.
+A pairwise cover is in `make test` but for its costly part, the whole product in `make matrix`.
 """
 
 from __future__ import annotations

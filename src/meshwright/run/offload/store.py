@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from meshwright.comm.pool import Pool
 from meshwright.program.offload import FLIGHT
 from meshwright.run.offload.disk import Disk
 from meshwright.run.offload.tier import Place, Tier, Transfer
@@ -28,7 +28,6 @@ class Store:
     tiers: Mapping[str, Tier]
     places: dict[str, Place] = field(default_factory=dict)
     going: list[tuple[int, Transfer]] = field(default_factory=list)
-    _pool: Pool = field(default_factory=Pool)
 
     def taken(self, name: str, tensor: Tensor) -> Tensor:
         """A value, moved to the tier that its kind rests in, at once; what is left of it here."""
@@ -41,7 +40,7 @@ class Store:
     def load(self, name: str) -> Callable[[], Tensor]:
         """Begin to copy a value here; the function waits for it."""
         place = self.places[name]
-        out = self._pool.empty(place.shape, place.dtype)
+        out = torch.empty(place.shape, dtype=place.dtype)
         transfer = self.tier(name).fetch(place, out)
 
         def arrived() -> Tensor:
