@@ -22,7 +22,7 @@ from meshwright.program.program import Op, Program
 __all__ = ["Held", "most_held", "staged_bill"]
 
 _SUMS = ("gradient/", "reduced/")
-_POOLED, _GRAIN = 1 << 20, 1 << 21  # as comm/pool.py
+_POOLED, _GRAIN, _WASTE = 1 << 20, 1 << 21, 8  # as comm/pool.py
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class _Pool:
 
     def lay(self, storages: Collection[int], size: int) -> None:
         """Have a block of `size` bytes for these."""
-        fitting = [b for b in self.idle if size <= b <= size + size // 4 + _GRAIN]
+        fitting = [b for b in self.idle if size <= b <= _WASTE * size]
         if fitting:
             self.idle.remove(found := min(fitting))
         else:
