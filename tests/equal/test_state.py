@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from meshwright import Job
 from meshwright.errors import PlanError
+from meshwright.predict import staged
 from meshwright.program import away
+from meshwright.run.offload import store
 from tests.equal.harness import Case, assert_equal
 from tests.equal.optimizers import OPTIMIZERS, decayed
 from tests.equal.pairwise import cover, pairs
@@ -110,8 +112,10 @@ def plan_of(parallel: str, zero: str, remat: str, offload: str, optimizer: str) 
 
 @pytest.fixture(autouse=True)
 def all_go(monkeypatch):
-    """Tiny values leave too."""
+    """Tiny values leave too, one at a time."""
     monkeypatch.setattr(away, "LEAST", 0)
+    for module in (staged, store):
+        monkeypatch.setattr(module, "FLIGHT", 0)
 
 
 COVER = cover(FACTORS)
