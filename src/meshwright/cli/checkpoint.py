@@ -259,6 +259,7 @@ def _verify(path: Path, step: int | None, skip: bool, json: bool) -> int:
 
 
 def _convert(wanted: _Wanted) -> int:
+    from meshwright.errors import UsageError
     from meshwright.run.foreign.convert import convert as write
     from meshwright.run.foreign.convert import open_source, usual_format
     from meshwright.run.foreign.fit import fitted
@@ -267,10 +268,13 @@ def _convert(wanted: _Wanted) -> int:
     from meshwright.view.checkpoints import written_table
 
     rules = parse_rules(wanted.maps)
-    limit = parse_bytes(wanted.shard_size, "--shard-size")
+    limit = _shard_bytes(wanted.shard_size)
+    _require_sense(wanted)
     opened = open_source(_at(wanted.source, wanted.step), skip_objects=wanted.skip)
     named = renamed(opened, rules)
     source, difference = named.source, None
+    if opened.items and not source.items:
+        raise UsageError(f"--map leaves out all of {opened.path}; nothing would be written")
     if wanted.like is not None:
         items, tied = _wanted_items(wanted.like, wanted.settings)
         source, difference = fitted(source, items, partial=wanted.partial, tied=tied)
@@ -294,6 +298,27 @@ def _convert(wanted: _Wanted) -> int:
     else:
         show(written_table(found))
     return 0
+
+
+def _shard_bytes(text: str) -> int:
+    """Most bytes of one file."""
+    from meshwright.errors import UsageError
+
+    limit = parse_bytes(text, "--shard-size")
+    if limit < 1:
+        raise UsageError(f"--shard-size {text} leaves no room for a tensor; give it as in 5GB")
+    return limit
+
+
+def _require_sense(wanted: _Wanted) -> None:
+    """Refuse words that would be passed over."""
+    from meshwright.errors import UsageError
+
+    if wanted.like is None and (wanted.partial or wanted.settings):
+        what = "--partial takes what fits" if wanted.partial else "--set is for a job's file"
+        raise UsageError(f"{what}, but nothing says what must fit; add --like WHAT")
+    if wanted.config is not None and not wanted.config.exists():
+        raise UsageError(f"--config {wanted.config}: there is nothing; name a folder, or leave it")
 
 
 def _wanted_items(like: str, settings: tuple[str, ...]) -> tuple[Any, Any]:

@@ -337,7 +337,8 @@ def _count(value: Any, where: str) -> int:
 
 def _shape(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _DIMS:
-        raise StorageError(f"{where}: {_shown(value)} must be a list of at most {_DIMS} numbers")
+        found = f"a list of {len(value)}" if isinstance(value, list) else _shown(value)
+        raise StorageError(f"{where}: {found} must be a list of at most {_DIMS} numbers")
     shape = tuple(_count(n, where) for n in value)
     if math.prod(shape) * 8 > _LARGEST:
         raise StorageError(f"{where}: {list(shape)} is larger than any file")
