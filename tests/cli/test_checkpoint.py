@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import meshwright
 from meshwright.launch.userfile import load_job
+from meshwright.run.checkpoint.manifest import record_of, seal
 from meshwright.run.foreign.convert import FORMATS
 from meshwright.view.checkpoints import contents_table, written_table
 from tests.run.foreign.test_unpickled import Evil
@@ -235,3 +236,14 @@ def test_layers_that_are_alike_stand_in_one_line():
     assert any(line.startswith("h.0.b ") for line in lines(every=False))
     assert any(line.startswith("2x.w ") for line in lines(every=False))
     assert sum(line.startswith("h.") for line in lines(every=True)) == 13
+
+
+def test_a_run_does_not_go_on_from_what_says_too_little(mw, trained):
+    folder = trained / "checkpoints" / "step-00000003"
+    tree = json.loads((folder / "manifest.json").read_bytes())
+    tree = {key: value for key, value in tree.items() if key != "sha256"} | {"meta": {}}
+    (folder / "manifest.json").write_bytes(seal(tree))
+    (folder / "commit.json").write_bytes(record_of(seal(tree)))
+    done = mw("train", "sums.py", "--run-dir", "run", "--steps", 5)
+    assert done.status == 74, done.err
+    assert "meta does not say batch_size" in " ".join(done.err.split())

@@ -10,6 +10,7 @@ from meshwright.compile.settings import in_dtype
 from meshwright.errors import StorageError
 from meshwright.run import averaged
 from meshwright.run.build import Build
+from meshwright.run.checkpoint.claims import require_claims
 from meshwright.run.checkpoint.compare import Wanted, compare, describe
 from meshwright.run.checkpoint.header import dtype_name
 from meshwright.run.checkpoint.restore import Checkpoint
@@ -41,6 +42,10 @@ def require_same_job(worker: Worker, checkpoint: Checkpoint) -> None:
     if "imported" in checkpoint.meta:
         require_optimizer(checkpoint)
         return
+    try:
+        require_claims(checkpoint.meta)
+    except StorageError as error:
+        raise StorageError(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
     for what in ("batch_size", "seed"):
         saved, now = checkpoint.meta[what], {"batch_size": job.batch_size, "seed": job.seed}[what]
         if saved != now:

@@ -18,6 +18,7 @@ from torch import Tensor
 from meshwright.comm.base import Group
 from meshwright.comm.local import run_local
 from meshwright.errors import StorageError, nearest
+from meshwright.run.checkpoint.claims import check_claims
 from meshwright.run.checkpoint.durable import read_small
 from meshwright.run.checkpoint.header import dtype_of
 from meshwright.run.checkpoint.manifest import (
@@ -151,6 +152,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with _usable(path):
         _check_folder(path)
         manifest = _committed(path)
+        check_claims(manifest.meta)
         named = step_of(path.name)
         if named not in (None, manifest.step):
             raise StorageError(f"its folder is of step {named}, its manifest of {manifest.step}")

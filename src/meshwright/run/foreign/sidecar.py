@@ -22,6 +22,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from meshwright.errors import StorageError
+from meshwright.run.checkpoint.claims import check_claims
 from meshwright.run.checkpoint.durable import opened, read_small, write_file
 from meshwright.run.checkpoint.manifest import MANIFEST_BYTES, seal
 from meshwright.run.checkpoint.meta import check_meta
@@ -105,6 +106,7 @@ def _sidecar(tree: Mapping[str, Any]) -> Sidecar:
     step, meta, buffers, whole = (tree[key] for key in ("step", "meta", "buffers", "whole"))
     if meta is not None:
         check_meta(meta)
+        check_claims(meta)
     if not (step is None or (type(step) is int and 0 <= step < 2**62)):
         raise StorageError(f"the step is {shown(str(step))}")
     if not isinstance(buffers, list) or not all(isinstance(name, str) for name in buffers):
