@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from meshwright.compile.annotate import annotate, cut
     from meshwright.compile.deferred import deferred_batch_norm
     from meshwright.errors import MeshwrightError
-    from meshwright.job import Job, LossScale, Phase
+    from meshwright.job import AdaScale, Job, LossScale, Phase
     from meshwright.plan import presets
     from meshwright.plan.mesh import Mesh
     from meshwright.plan.plan import Plan
     from meshwright.program.rules.user import rule
 
 __all__ = [
+    "AdaScale",
     "Job",
     "LossScale",
     "Mesh",
@@ -48,6 +49,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
+    "AdaScale": "meshwright.job",
     "Job": "meshwright.job",
     "LossScale": "meshwright.job",
     "Mesh": "meshwright.plan.mesh",

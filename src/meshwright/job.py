@@ -10,7 +10,7 @@ from typing import Any
 
 from meshwright.errors import UsageError
 
-__all__ = ["Job", "LossScale", "Phase"]
+__all__ = ["AdaScale", "Job", "LossScale", "Phase"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,42 @@ def _require_between(name: str, value: object, low: float, high: float) -> None:
         above = f"above {low:g} and below {high:g}" if high < 3e38 else f"above {low:g}"
         raise UsageError(
             f"loss_scale's {name} is {_described(value)}, but must be a number {above}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaScale:
+    """A learning rate that was found at a smaller batch, kept right at a larger (AdaScale SGD).
+
+    Attributes:
+        scale: how many times the batch is that for which the learning rate was found, and in how
+            many slices its gradients' variance is taken; it divides the batch.
+        smoothing: of the running averages, what stays of them at a step; by default as much less
+            than 1 as a thousandth of `scale`.
+        iterations: training ends when its steps were worth so many at the smaller batch.
+
+    Raises:
+        UsageError: a field has a type or value that cannot be.
+    """
+
+    scale: int
+    smoothing: float | None = None
+    iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_count("adascale's scale", self.scale)
+        if self.scale == 1:
+            raise UsageError("adascale's scale=1 has no variance between slices; use 2 or more")
+        if self.iterations is not None:
+            _require_count("adascale's iterations", self.iterations)
+        if self.smoothing is not None:
+            _require_smoothing(self.smoothing)
+
+
+def _require_smoothing(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UsageError(
+            f"adascale's smoothing is {_described(value)}, but must be a number from 0 to below 1"
         )
 
 
@@ -124,6 +160,7 @@ class Job:
         collate: makes a batch of a list of samples; torch's default when absent.
         clip_norm: the largest global L2 norm that gradients keep.
         loss_scale: how the loss is scaled where a plan computes in fp16; the usual when absent.
+        adascale: scale the learning rate by what a batch of several slices gains over one.
         ema: keep an average of the weights, of which this part stays at each step, such as 0.999.
         steps: how many steps to train. At most one of `steps` and `epochs`.
         epochs: how many passes over the data to train.
@@ -148,6 +185,7 @@ class Job:
     collate: Callable[[list[Any]], Any] | None = None
     clip_norm: float | None = None
     loss_scale: LossScale | None = None
+    adascale: AdaScale | None = None
     ema: float | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -178,6 +216,7 @@ class Job:
         _require_seed(self.seed)
         _require_clip_norm(self.clip_norm)
         _require_loss_scale(self.loss_scale)
+        _require_adascale(self.adascale, self.batch_size)
         _require_ema(self.ema)
         _require_weights(self.weights)
         if self.steps is not None and self.epochs is not None:
@@ -326,6 +365,21 @@ def _require_loss_scale(value: object) -> None:
         raise UsageError(
             f"loss_scale is {_described(value)}, but must be a LossScale, such as "
             "LossScale(initial=1024)"
+        )
+
+
+def _require_adascale(value: object, samples: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, AdaScale):
+        raise UsageError(
+            f"adascale is {_described(value)}, but must be an AdaScale, such as AdaScale(scale=4)"
+        )
+    if samples % value.scale:
+        fits = _nearest_divisor(samples, value.scale)
+        raise UsageError(
+            f"adascale's scale={value.scale} does not divide batch_size={samples} in equal slices; "
+            f"use scale={fits if fits > 1 else samples}, or another batch_size"
         )
 
 

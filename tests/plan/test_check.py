@@ -283,6 +283,39 @@ sizes = st.integers(1, 40)
             ),
         ),
         (
+            Plan(data=2, microbatches=3),
+            Facts(2, slices=4),
+            (
+                "adascale needs scale=4 slices of the batch, but data=2 and microbatches=3 make "
+                "6; use microbatches=2 and data=2"
+            ),
+        ),
+        (
+            Plan(data=3),
+            Facts(3, slices=4),
+            (
+                "adascale needs scale=4 slices of the batch, but data=3 and microbatches=1 make "
+                "3; use microbatches=4 and data=3"
+            ),
+        ),
+        (
+            Plan(pipeline=2, replicas="2-2", microbatches=2),
+            Facts(4, slices=4),
+            (
+                "adascale needs scale=4 slices of the batch, but data=1 and microbatches=2 make "
+                "2; use microbatches=4"
+            ),
+        ),
+        (
+            Plan(data=1, pipeline=2, schedule="pipedream"),
+            Facts(2, slices=4),
+            (
+                "schedule=pipedream has no moment at which all gradients of a minibatch are "
+                "there, whose variance adascale's scale=4 slices are for; leave adascale out of "
+                "the job, or use a schedule that flushes, such as 1f1b"
+            ),
+        ),
+        (
             Plan(data=1, pipeline=2, schedule="pipedream-vertical", zero=1),
             Facts(2),
             (
@@ -350,6 +383,11 @@ def test_every_schedule_runs_at_any_number_of_ranks(schedule, pipeline):
     plan = Plan(data=1, pipeline=pipeline, schedule=schedule, virtual=virtual, microbatches=parts)
     assert check(plan, Facts(pipeline, batch_size=8)) == ()
     assert plan.asynchronous == (schedule in ASYNCHRONOUS)
+
+
+@pytest.mark.parametrize(("data", "parts"), [(4, 1), (2, 2), (1, 4), (2, 4), (3, 4)])
+def test_slices_are_parts_of_micro_batches_or_these(data, parts):
+    assert check(Plan(data=data, microbatches=parts), Facts(data, slices=4)) == ()
 
 
 def test_cuts_and_replicas_that_fit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import meshwright.compile.square  # noqa: F401 - registers an op
 from tests.program.call import Call, above, f, truth, unit, whole
 
 aten = torch.ops.aten
@@ -221,6 +222,8 @@ def _reduce():
     yield Call("aten.sum.dim_IntList", (x, None, True), label="all kept")
     yield Call("aten.sum.default", (truth(5, 4),), label="count")
     yield Call("aten.sum.default", (f(),), label="number")
+    yield Call("meshwright.square.default", (x, "sample"))
+    yield Call("meshwright.square.default", (f(1), ""), label="number")
     for name in ("amax", "amin"):
         yield Call(f"aten.{name}.default", (x, (-1,), True))
         yield Call(f"aten.{name}.default", (x, (0,)), label="rows")

@@ -27,6 +27,10 @@ def test_plans_are_tried_in_order():
     assert [p.text() for p in candidates(2)] == [
         "data=2", "zero1,data=2", "zero2,data=2", "zero3,data=2",
     ]  # fmt: skip
+    slices = {p.text().partition(",")[2] for p in list(candidates(2, 8))[1:]}
+    assert slices == {"data=2,microbatches=4"}
+    assert next(candidates(3, 8)).text() == "data=3,microbatches=8"
+    assert next(candidates(8, 8)).text() == "data=8"
 
 
 @pytest.mark.parametrize(

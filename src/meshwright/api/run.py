@@ -250,7 +250,7 @@ class Run:
         self._until = total = steps_to_run(self.session, until)
         self._profile(total)
         self._journal.start(total, self.session.step)
-        while self.session.step < total:
+        while self.session.step < total and not self.session.done:
             yield self.session.step
 
     def step(

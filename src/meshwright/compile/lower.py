@@ -17,6 +17,7 @@ from meshwright.compile import experts, ring  # noqa: F401 - register ops
 from meshwright.compile.collective import local_move
 from meshwright.compile.draw import draw, draw_op
 from meshwright.compile.inductor import Compiled
+from meshwright.compile.square import square
 from meshwright.compile.window import WINDOWS, window
 from meshwright.errors import UserCodeError
 from meshwright.program.program import Arg, Op, Program, Ref, Symbol
@@ -128,7 +129,8 @@ _OF_VALUES = (IndexError, torch.linalg.LinAlgError)  # type: ignore[attr-defined
 
 
 def _arguments(op: Op, nodes: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if op.name.startswith(("comm.", "meshwright.draw")) or op.base in WINDOWS:
+    bare = op.name.startswith(("comm.", "meshwright.draw", "meshwright.square"))
+    if bare or op.base in WINDOWS:
         return tuple(nodes[value] for value in op.inputs), {}
     first = nodes[op.inputs[0]] if op.inputs else None
     args = tuple(_argument(arg, nodes, first) for arg in op.args)
@@ -155,6 +157,8 @@ def function_of(op: Op, coordinates: Mapping[str, int]) -> Callable[..., Any]:
         return _named("move", partial(_move, op, dict(coordinates)))
     if op.base == "meshwright.draw":
         return _named("draw", partial(_draw, op, dict(coordinates)))
+    if op.base == "meshwright.square":
+        return square
     if op.base in WINDOWS:
         return _named("window", window(op, coordinates))
     if op.name == "aten.view.default":

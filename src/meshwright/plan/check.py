@@ -20,6 +20,7 @@ from meshwright.plan.piped import (
 )
 from meshwright.plan.plan import Plan
 from meshwright.plan.remat import remat_is_known
+from meshwright.plan.sliced import slices_are_made
 
 __all__ = ["CHECKS", "Facts", "Problem", "check", "require"]
 
@@ -284,6 +285,7 @@ CHECKS: Final[dict[str, Check]] = {
     "shard": shards_divide_the_data_axis,
     "sequence": sequences_are_split_over_something,
     "attention": attention_has_a_context,
+    "slices": slices_are_made,
     "batch norm": batch_norm_keeps_its_samples,
     "remat": remat_is_known,
     "offload": offload_is_known,

@@ -20,6 +20,7 @@ class Facts:
         normalize_over: samples whose statistics a batch norm shares; None where the job leaves it.
         normalizes: the model has batch norm.
         clip_norm: the largest global norm that gradients keep; None where they keep any.
+        slices: of a batch, for AdaScale; None where the job has none.
         ema: decay of the average of the weights; None where there is none.
     """
 
@@ -28,6 +29,7 @@ class Facts:
     normalize_over: int | None = None
     normalizes: bool = False
     clip_norm: float | None = None
+    slices: int | None = None
     ema: float | None = None
 
 

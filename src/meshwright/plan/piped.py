@@ -183,6 +183,12 @@ def _unflushed(plan: Plan, facts: Facts, asked: str) -> Iterator[Problem]:
             f"clip_norm={facts.clip_norm} takes the norm of",
             f"leave clip_norm out of the job, or {flush}",
         )
+    if facts.slices is not None:
+        yield Problem(
+            f"{asked} has no moment at which all gradients of a minibatch are there, whose "
+            f"variance adascale's scale={facts.slices} slices are for",
+            f"leave adascale out of the job, or {flush}",
+        )
     if facts.ema is not None:
         yield Problem(
             f"{asked} has no moment at which all stages' weights are of one step, which "

@@ -96,8 +96,8 @@ def viewed_again(program: Program, *, all_values: bool = False) -> Program:
 
 
 def _stashed(body: Sequence[Instruction], tier: str) -> tuple[Instruction, ...]:
-    """Sums go to the tier as soon as they are made, not where their micro-batch ends."""
-    made: dict[str, int] = {}  # where a value was made last
+    """Sums go to the tier once they are made and read, not where their micro-batch ends."""
+    used: dict[str, int] = {}  # where a value was made, or read, last
     after: dict[int, list[Instruction]] = defaultdict(list)
     found: list[Instruction] = []
     for place, each in enumerate(body):
@@ -106,12 +106,13 @@ def _stashed(body: Sequence[Instruction], tier: str) -> tuple[Instruction, ...]:
             sums = [pair for pair in pairs if pair[1].startswith(_SUMS)]
             rest = [pair for pair in pairs if not pair[1].startswith(_SUMS)]
             for source, name in sums:
-                after[made.get(source, place - 1)] += _put(body, place, source, name, tier)
+                after[used.get(source, place - 1)] += _put(body, place, source, name, tier)
             left = tuple(source for source, _ in rest), tuple(name for _, name in rest)
             found.append(replace(each, inputs=left[0], outputs=left[1]))
         else:
             found.append(each)
-        made.update(dict.fromkeys(found[-1].outputs, place))
+        if each.kind != "Free":
+            used.update(dict.fromkeys((*found[-1].inputs, *found[-1].outputs), place))
     return tuple(
         one
         for place, each in enumerate(found)

@@ -90,7 +90,10 @@ class _Prices:
                     self._need(value).places.add(place)
         for number in reversed(range(len(self.program.ops))):
             self._read(number)
-        return frozenset(v for v in self.needs if self._waiting(v) > self._at_once(v))
+        ops = zip(self.inputs, self.completed.rules, strict=True)
+        termwise = {values[0] for values, rule in ops if self.axis in rule.apart}
+        dear = (v for v in self.needs if self._waiting(v) > self._at_once(v))
+        return frozenset(dear) - termwise
 
     def _owing(self, paid: frozenset[int]) -> set[int]:
         """Values that come as a partial sum, where those in `paid` are paid for."""
@@ -102,12 +105,14 @@ class _Prices:
             if carry is not None:
                 dims = zip(op.results, rule.results, strict=True)
                 made = {value for value, d in dims if shard_of(rule, d, carry) is None}
-            elif found and any(
-                self.inputs[number][place] in found for group in rule.linear for place in group
-            ):
+            elif found and any(self.inputs[number][place] in found for place in self._open(rule)):
                 made = set(op.results)
             found |= made - paid
         return found
+
+    def _open(self, rule: Rule) -> frozenset[int]:
+        """The operands of which a partial sum may pass through."""
+        return frozenset({0}) if self.axis in rule.apart else frozenset().union(*rule.linear)
 
     def _need(self, value: int) -> _Need:
         return self.needs.setdefault(value, _Need())
@@ -152,6 +157,8 @@ class _Prices:
             return said or None
         if carry is None:
             whole: set[Placement] = {None}
+            if self.axis in rule.apart:
+                return None
             passes = any(self._passes(number, group, places) for group in rule.linear)
             return None if passes else whole
         if places <= rule.addends and all(shard_of(rule, d, carry) is None for d in rule.results):

@@ -97,6 +97,7 @@ class _Writer:
         self.origin: list[tuple[int, Layout]] = []
         self.ops: list[Op] = []
         self.lies: dict[int, Layout] = {}
+        self.first: dict[int, Layout] = {}  # as they are made
         self.made: dict[tuple[int, Layout, tuple[str, str] | None], int] = {}
         self.names = {number: name for name, number in program.inputs}
         self.producers = program.producers()
@@ -112,6 +113,7 @@ class _Writer:
         self.values.append(Value(old.dtype, shape))
         self.origin.append((value, layout))
         self.lies.setdefault(value, layout)
+        self.first.setdefault(value, layout)
         self.made[value, layout, scope] = len(self.values) - 1
         return len(self.values) - 1
 
@@ -284,7 +286,7 @@ class _Writer:
                 placements[name] = self.lies[operand].on(name)
         layout = Layout.of(self.axes, placements)
         local = self.bring(operand, layout, op)
-        self.lies[result] = layout
+        self.lies[result] = self.first[result] = layout
         self.made[result, layout, None] = local
 
     def _operands(
@@ -317,6 +319,9 @@ class _Writer:
         counted once, at coordinate 0; a shard would have to be gathered.
         """
         lies = [self.lies[value].on(axis) for value in op.inputs]
+        if axis in rule.apart:
+            owed = self.first[op.inputs[0]].on(axis) == Partial("sum")  # it may be paid for by now
+            return frozenset({0}) if owed else None
         owing = {place for place, found in enumerate(lies) if found == Partial("sum")}
         for group in rule.linear:
             if group & owing and all(

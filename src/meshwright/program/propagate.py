@@ -60,7 +60,7 @@ def propagate(
     """
     stored, wanted = stored or {}, wanted or {}
     rules = tuple(rule_of(op, program.values) for op in program.ops)
-    said = {axis.name: _said(program, axis, pinned, stored, wanted) for axis in axes}
+    said = {axis.name: _said(program, rules, axis, pinned, stored, wanted) for axis in axes}
     places: dict[str, dict[int, Placement]] = {}
     carried: list[dict[str, Carry]] = [{} for _ in program.ops]
     resting: set[int] = set(stored)
@@ -88,6 +88,7 @@ def propagate(
 
 def _said(
     program: Program,
+    rules: Sequence[Rule],
     axis: Axis,
     pinned: Mapping[int, Layout],
     stored: Mapping[int, Layout],
@@ -98,6 +99,8 @@ def _said(
     works = {v: layout.on(axis.name) for v, layout in pinned.items()}
     works |= {v: p for v, w in wanted.items() if (p := w.on(axis.name)) is not None}
     works |= _annotated(program, axis)
+    works |= {op.inputs[0]: None for op, rule in zip(program.ops, rules, strict=True)
+              if axis.name in rule.apart}  # fmt: skip
     return {v: p for v, p in rests.items() if p is not None or v not in works}, works
 
 

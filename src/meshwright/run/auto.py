@@ -24,11 +24,14 @@ SHARE = 0.7
 """Of the free memory that state may take; activations take the rest."""
 
 
-def candidates(world: int) -> Iterator[Plan]:
-    """In the order in which they are tried: the fewer collectives, the sooner."""
-    yield Plan(data=world)
-    for zero in (1, 2, 3) if world > 1 else ():
-        yield Plan(data=world, zero=zero)
+def candidates(world: int, slices: int | None = None) -> Iterator[Plan]:
+    """In the order in which they are tried: the fewer collectives, the sooner.
+
+    What AdaScale calls slices of a batch are shared out to ranks, or else are micro-batches.
+    """
+    parts = 1 if slices is None else slices // world if slices % world == 0 else slices
+    for zero in (0, 1, 2, 3) if world > 1 else (0,):
+        yield Plan(data=world, zero=zero, microbatches=parts)
 
 
 def state_bytes(parameters: dict[str, Value], plan: Plan) -> int:
@@ -90,7 +93,7 @@ def choose_plan(job: Job, world: int) -> Plan:
     model = blueprint(job.model, job.seed)
     values = values_of(model.parameters, None)
     free = int(psutil.virtual_memory().available * SHARE) // world
-    for plan in candidates(world):
+    for plan in candidates(world, None if job.adascale is None else job.adascale.scale):
         if state_bytes(values, plan) <= free:
             return plan
     needed = state_bytes(values, Plan(data=world, zero=3 if world > 1 else 0))

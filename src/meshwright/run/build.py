@@ -27,6 +27,7 @@ from meshwright.compile.unit import Unit, trace_unit
 from meshwright.job import Job
 from meshwright.plan.mesh import SAMPLE_AXES, Axis, Mesh
 from meshwright.plan.plan import Plan
+from meshwright.plan.sliced import split_slices
 from meshwright.program.assemble import Compiled, assemble
 from meshwright.program.attention import formed
 from meshwright.program.away import put_away
@@ -36,6 +37,7 @@ from meshwright.program.fallback import require_small
 from meshwright.program.layout import chunk
 from meshwright.program.offload import MOVED, offloaded, viewed_again
 from meshwright.program.program import Program, Value
+from meshwright.program.slices import require_apart, squared
 from meshwright.program.vocabulary import split_losses
 from meshwright.program.zero import StateLayouts, gathered_once
 from meshwright.run.executor import Place
@@ -228,7 +230,7 @@ class Build:
         precision = self.precision
         stage = self.mesh.stages[0]
         splits = stage.axis_size("tensor") > 1, stage.axis_size("expert") > 1
-        split = *splits, *self._shared_sequences(), self._fetches, self._saves_away
+        split = *splits, *self._shared_sequences(), self._fetches, self._saves_away, self.slices
         key = (micro.key, self._identity(function), precision, split, tuple(sorted(how.items())))
         if key not in self.units:
             unit = trace_unit(
@@ -242,6 +244,19 @@ class Build:
             )
             self.units[key] = self._split(unit)
         return self.units[key]
+
+    @property
+    def slices(self) -> tuple[str, ...] | None:
+        """Axes whose ranks have slices of their own of a batch; None where it has no slices."""
+        if self.job.adascale is None:
+            return None
+        over = ("data", "shard") if split_slices(self.plan, self.job.adascale.scale) else ()
+        return tuple(axis.name for axis in self.axes if axis.name in over)
+
+    @property
+    def slicing(self) -> int:
+        """How many ranks have slices of their own of a micro-batch."""
+        return math.prod(axis.size for axis in self.axes if axis.name in (self.slices or ()))
 
     @property
     def _fetches(self) -> bool:
@@ -269,6 +284,8 @@ class Build:
             program, attention = formed(program, parts, tensor, self.plan.attention)
         if stage.axis_size("expert") > 1:
             program = dispatched(program)
+        if self.slices is not None:
+            program = squared(program, self.slices, self.slicing)
         if self._fetches or self._saves_away:
             program = viewed_again(program, all_values=self._saves_away)
         return replace(unit, program=program, attention=attention)
@@ -300,6 +317,7 @@ class Build:
                 if self.stages is None
                 else self._staged(rank, programs, training=how.get("training", True))
             )
+            self._require_slices(compiled)
             compiled = self._offloaded(compiled, training=how.get("training", True))
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = self.lower(rank, compiled.instructions.segments)
@@ -308,6 +326,14 @@ class Build:
             totals = tuple(dict.fromkeys(name for name in found if name.startswith("total/")))
             self.lists[key] = Lowered(compiled, functions, constants, totals)
         return self.lists[key]
+
+    def _require_slices(self, compiled: Compiled) -> None:
+        """What ranks have slices of for AdaScale is made of these alone."""
+        adascale, axes = self.job.adascale, self.axes
+        over = [axis.name for axis in axes if axis.name in (self.slices or ()) and axis.size > 1]
+        if adascale is not None and over:
+            for _, local in compiled.units:
+                require_apart(local, over, f"use microbatches={adascale.scale}, each a slice")
 
     def _offloaded(self, compiled: Compiled, *, training: bool) -> Compiled:
         """The list with loads and stashes of what the plan offloads."""

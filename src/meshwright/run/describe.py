@@ -104,6 +104,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "batch_size": str(job.batch_size),
         "seed": str(job.seed),
         "phases": str(None if job.phases is None else [job.order, *job.phases]),
+        "adascale": str(job.adascale),
         "ema": str(job.ema),
         "steps": str(job.steps),
         "epochs": str(job.epochs),

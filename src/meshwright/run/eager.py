@@ -21,6 +21,7 @@ from meshwright.compile.init import built
 from meshwright.compile.outcome import normalise
 from meshwright.compile.region import precisely
 from meshwright.compile.settings import recast
+from meshwright.compile.square import square
 from meshwright.compile.watch import Watched, watching
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.assemble import Compiled, move_instructions, move_program
@@ -28,6 +29,7 @@ from meshwright.program.instruction import Instruction, InstructionList
 from meshwright.program.layout import chunk
 from meshwright.program.pieces import Table
 from meshwright.program.program import Program
+from meshwright.program.slices import SQUARES
 from meshwright.run.build import Build, Lowered, has_batch_norm
 from meshwright.run.data.samples import Source
 from meshwright.run.step import Policy
@@ -143,6 +145,12 @@ def _require_possible(build: Build) -> None:
             "--eager sums micro-batches up and reduces once a step, but the plan asks for "
             "reduce=microbatch; drop reduce, or leave out --eager"
         )
+    if data > 1 and build.slices == ():
+        raise PlanError(
+            f"--eager takes a slice of adascale of what each of data={data} ranks has of a "
+            f"micro-batch, but microbatches={plan.microbatches} are as many as the slices; use "
+            f"microbatches={max(plan.microbatches // data, 1)}, or leave out --eager"
+        )
     if data > 1 and has_batch_norm(build.model.module):
         raise PlanError(
             f"--eager with data={data} would take batch norm's statistics over each rank's samples "
@@ -218,6 +226,8 @@ class _EagerWork(AheadWork):
                 _accumulate(values, f"total/reached/{name}", _scalar(gradient is not None))
                 if gradient is None:  # another rank may reach it
                     gradient = torch.zeros_like(parameter)
+            if gradient is not None and self.state.gains is not None:
+                _accumulate(values, f"{SQUARES}{name}", square(gradient))
             if gradient is not None:
                 _accumulate(values, f"gradient/{name}", gradient)
         for name, value in _sums(total, weight, metrics).items():

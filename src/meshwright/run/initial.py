@@ -20,6 +20,7 @@ from meshwright.run.average import Average
 from meshwright.run.build import Build
 from meshwright.run.offload.opened import kept_of, store_of
 from meshwright.run.offload.store import Store
+from meshwright.run.optimizer.adascale import gains_of
 from meshwright.run.optimizer.joint import Joint
 from meshwright.run.optimizer.recipe import build as build_optimizer
 from meshwright.run.optimizer.recipe import is_separable, scheduled
@@ -111,7 +112,8 @@ def _with_optimizer(
     joint = _joint(build, rank, shards, optimizer)
     kept = kept_of(build, shards, optimizer, store)
     average = None if build.job.ema is None else Average.of(build.job.ema, shards, store)
-    told = scheduler, partly, None, rounding_of(build, coordinates), kept, store, average
+    gains = gains_of(build.job.adascale, build.recipe.groups, build.slicing)
+    told = scheduler, partly, None, rounding_of(build, coordinates), kept, store, average, gains
     return RankState(values, shards, optimizer, seen, trained, joint, *told)
 
 

@@ -30,6 +30,7 @@ from meshwright.run.checkpoint.save import Checkpoint, Piece, save
 from meshwright.run.checkpoint.saver import Saver
 from meshwright.run.imported import stored_names
 from meshwright.run.kept import KEPT, may_cast, read_cast
+from meshwright.run.optimizer import adascale
 from meshwright.run.optimizer.scaling import restored, saved
 from meshwright.run.part import box
 from meshwright.run.same import phase_meta, require_same_job, under, wanted
@@ -132,7 +133,7 @@ def meta_of(
 
 
 def _phase_meta(build: Build, state: RankState, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of a loss's optimizer, its schedule and the scaling of its loss."""
+    """What a checkpoint says of a loss's optimizer, its schedule and what scales them."""
     scheduler = None
     if state.scheduler is not None:
         scheduler = to_plain(state.scheduler.state_dict(), "the schedule's state_dict()")
@@ -140,6 +141,7 @@ def _phase_meta(build: Build, state: RankState, plain: Mapping[str, Any]) -> dic
         "optimizer": {**_optimizer_meta(build, state), "state": dict(plain)},
         "scheduler": scheduler,
         "scaling": saved(state.scaling),
+        "adascale": adascale.saved(state.gains),
     }
 
 
@@ -311,6 +313,8 @@ def go_on(worker: Worker, checkpoint: Checkpoint) -> dict[str, Any]:
             state.scheduler.load_state_dict(from_plain(told["scheduler"]))
         if state.scaling is not None:
             state.rescale(restored(state.scaling, told.get("scaling")))
+        if state.gains is not None:
+            state.gains = adascale.restored(state.gains, told.get("adascale"))
     worker.turn(worker.phase)
     if worker.source is not None and meta["data"] is not None:
         worker.source.restore(meta["data"])

@@ -66,6 +66,7 @@ def prepare(
             "job, as job.of(name) gives it"
         )
     known = Facts(world, job.batch_size, job.normalize_over, clip_norm=job.clip_norm, ema=job.ema)
+    known = replace(known, slices=None if job.adascale is None else job.adascale.scale)
     require(plan, known)
     model = blueprint(job.model, job.seed)
     norms = has_batch_norm(model.module)

@@ -101,6 +101,12 @@ class Session:
         """Learning rate of the first group."""
         return float(self.worker.state.optimizer.param_groups[0]["lr"])
 
+    @property
+    def done(self) -> bool:
+        """Whether the job's AdaScale says that training ends here."""
+        states = (state for _, state in self.worker.phases.values())
+        return all(state.gains is not None and state.gains.done for state in states)
+
     def handshake(self, facts: Mapping[str, str]) -> None:
         """Compare versions, plan and program with all ranks before the first step."""
         self.comm.perform(agree(facts, self.everyone))
@@ -464,6 +470,8 @@ def steps_to_run(session: Session, steps: int | None) -> int:
         return job.steps
     if job.epochs is not None and source is not None:
         return source.steps(job.epochs)
+    if job.adascale is not None and job.adascale.iterations is not None:
+        return job.adascale.iterations  # a step is worth one at least
     raise UsageError(
         "nobody said how long to train; give steps=1000, or Job(steps=) or Job(epochs=)"
     )

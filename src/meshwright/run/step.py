@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 from meshwright.comm.base import Group, all_reduce
 from meshwright.errors import UserCodeError
 from meshwright.program.layout import REPLICATED, Bounds, Layout
+from meshwright.program.slices import require_even
 from meshwright.run.average import Average
 from meshwright.run.meter import Meter
 from meshwright.run.offload.kept import Kept
 from meshwright.run.offload.store import Store
+from meshwright.run.optimizer.adascale import Gains, further
 from meshwright.run.optimizer.joint import Joint
 from meshwright.run.optimizer.scaling import Scaling, nonfinite, require_found
 from meshwright.run.optimizer.stochastic import Rounding
@@ -48,6 +52,8 @@ class Metrics:
         loss_scale: what the loss was scaled by; None where nothing computes in fp16.
         overflowed: its gradients, under that scale, were not finite.
         phase: of the job, whose loss it is; empty where it has one loss.
+        gain: of AdaScale, by which learning rates were multiplied; None where the job has none.
+        iterations: how many steps on one slice all steps were worth, with AdaScale.
     """
 
     step: int
@@ -60,6 +66,8 @@ class Metrics:
     loss_scale: float | None = None
     overflowed: bool = False
     phase: str = ""
+    gain: float | None = None
+    iterations: float | None = None
 
     def __getitem__(self, name: str) -> float:
         """`loss`, or a metric by name."""
@@ -83,6 +91,7 @@ class RankState:
         scaling: of the loss; None where nothing computes in fp16.
         rounding: of what is kept in bf16; None where nothing is.
         average: of the weights; None where the job keeps none.
+        gains: of AdaScale; None where the job has none.
     """
 
     values: dict[str, Tensor]
@@ -98,6 +107,7 @@ class RankState:
     kept: Kept | None = None
     store: Store | None = None
     average: Average | None = None
+    gains: Gains | None = None
 
     def rescale(self, scaling: Scaling) -> None:
         """Take a loss scale for the next step."""
@@ -180,6 +190,7 @@ class StepWork:
         self.totals = Totals(torch.zeros(0), ())
         self.skipped = self.overflowed = False
         self.norm: float | None = None
+        self.gains = state.gains  # of the state, once the step is judged
         self.keep_gradients: dict[str, Tensor] | None = None
         self.meter: Meter | None = None  # counts what the step holds, where somebody asked for it
         self.expected: tuple[str, ...] = ()  # totals of the step, of which this rank makes some
@@ -193,7 +204,9 @@ class StepWork:
         """Take the sums together, in float64: totals, squared gradient norm, shape digests."""
         found = summed(values, self.expected)
         if self.policy.clip_norm is not None:
-            found["norm2"] = self._squares(values)
+            found["norm2"] = self._squares(values, self.state.trained)
+        if self.gains is not None:
+            found = self.gains.summed(found, partial(self._squares, values))
         if self.state.scaling is not None:
             mine = (f"reduced/{name}" for name in self.state.trained)
             found["overflow"] = nonfinite(values[name] for name in mine if name in values)
@@ -204,11 +217,15 @@ class StepWork:
         vector = torch.cat([sums, sums.new_tensor(list(known.values()))])
         self.totals = Totals(vector, (*found, *known))
 
-    def _squares(self, values: Mapping[str, Tensor]) -> Tensor:
-        """This rank's share of the squared norm of all gradients, as accumulated."""
+    def _squares(self, values: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
+        """This rank's share of the squared norm of these gradients, as accumulated."""
         mine = []
         for name in self.state.trained:
-            if name not in self.state.counted or f"reduced/{name}" not in values:
+            if (
+                name not in names
+                or name not in self.state.counted
+                or f"reduced/{name}" not in values
+            ):
                 continue
             gradient, boxes = self._read(values, name), self.state.partly.get(name)
             found = [gradient] if boxes is None else [box(gradient, bounds) for bounds in boxes]
@@ -261,6 +278,9 @@ class StepWork:
                 "Lower the learning rate, check the data, or set nonfinite='skip'"
             )
         self.skipped = not finite and self.policy.nonfinite == "skip"
+        if self.gains is not None and not self.skipped:
+            require_even(self.totals.numbers, self.gains.ranks, f"step {self.step + 1}")
+            self.gains = self.gains.judged(self.totals.numbers, weight * float(self.scale))
 
     @property
     def scale(self) -> Tensor:
@@ -280,7 +300,9 @@ class StepWork:
         now = [gradient for name, gradient in gradients.items() if name not in later]
         if factor != 1.0 and now:  # a stage of a pipeline may have none
             torch._foreach_mul_(now, factor)
-        yield from self.apply(gradients, factor)
+        scaled = nullcontext() if self.gains is None else self.gains.scaled(self.state.optimizer)
+        with scaled:
+            yield from self.apply(gradients, factor)
         for name, shard in self.state.shards.items():
             values[f"shard/{name}"] = shard.data
 
@@ -372,8 +394,10 @@ class StepWork:
 
     def _applied(self) -> None:
         """What counts the steps that were applied goes on."""
-        if self.state.scheduler is not None:
+        steps = further(self.state.gains, self.gains)
+        for _ in range(steps if self.state.scheduler is not None else 0):
             self.state.scheduler.step()
+        self.state.gains = self.gains
         if self.state.average is not None:
             self.state.average.take(self.state.shards)
 
@@ -386,7 +410,10 @@ class StepWork:
         flags = frozenset(n for n in self.flags if totals[f"flag/{n}"] > 0)
         scale = None if self.state.scaling is None else self.state.scaling.scale
         told = (self.norm, self.skipped, watched, flags, scale, self.overflowed)
-        return Metrics(self.step, loss, metrics, *told)
+        made = Metrics(self.step, loss, metrics, *told)
+        if self.gains is None:
+            return made
+        return replace(made, gain=self.gains.gain(), iterations=self.gains.iterations)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -179,6 +179,8 @@ def line_of(record: Record) -> dict[str, Any]:
         line["gradient_norm"] = metrics.gradient_norm
     if metrics.loss_scale is not None:
         line["loss_scale"] = metrics.loss_scale
+    if metrics.gain is not None:
+        line["adascale"] = {"gain": metrics.gain, "iterations": metrics.iterations}
     return line
 
 

@@ -82,6 +82,7 @@ class Rule:
         addends: operands added beside a contraction (a bias): under a carried contraction they
             must be partial too, or they would count once per rank.
         linear: sets of operands in which the op is linear together; a partial sum passes through.
+        apart: axes over which the first operand's terms of a partial sum are taken one by one.
         shape_args: (argument place, result number): sizes inside arguments that become local.
         count_args: (argument place, operand number, dim): an argument that is one operand's size.
         arguments: (arguments, local results) -> local arguments, where sizes stand in them in
@@ -107,6 +108,7 @@ class Rule:
     unaffected: frozenset[tuple[int, int]] = frozenset()
     addends: frozenset[int] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
+    apart: frozenset[str] = frozenset()
     shape_args: tuple[tuple[int, int], ...] = ()
     count_args: tuple[tuple[int, int, int], ...] = ()
     arguments: Localize | None = field(default=None, compare=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from meshwright.program.rules.factor import OpView, Rule, RuleMaker, einsum, whole
@@ -22,6 +23,14 @@ def _sum(view: OpView) -> Rule:
     dims = view.dims(1, rank)
     operand, result = _patterns(rank, dims, keepdim=view.arg(2, default=False) is True)
     return einsum(view, [operand], [result], linear=[[0]])
+
+
+def _square(view: OpView) -> Rule:
+    """The sum of squares; over the axes that it names, of each rank's term of a partial sum."""
+    (operand,), (_, axes) = view.operands, view.op.args
+    assert isinstance(axes, str)
+    letters = " ".join(f"d{k}" for k in range(len(operand.shape)))
+    return replace(einsum(view, [letters], [""]), apart=frozenset(axes.split(",")))
 
 
 def _extreme(view: OpView, reduction: Literal["max", "min"]) -> Rule:
@@ -68,6 +77,7 @@ def _histogram(view: OpView) -> Rule:
 
 RULES: dict[str, RuleMaker] = {
     "aten.sum": _sum,
+    "meshwright.square": _square,
     "aten.histc": _histogram,
     "aten.amax": _max,
     "aten.amin": _min,

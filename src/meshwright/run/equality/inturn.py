@@ -20,6 +20,7 @@ from meshwright.job import Job
 from meshwright.run.build import Build
 from meshwright.run.data.samples import Source
 from meshwright.run.equality.reference import Reference, Snapshot, average_of, scaler_of
+from meshwright.run.equality.slices import Sliced, sliced_of
 
 __all__ = ["Draws", "InTurn"]
 
@@ -37,6 +38,7 @@ class _Turn:
     scheduler: Any
     scaler: torch.amp.GradScaler | None
     average: AveragedModel | None
+    sliced: Sliced | None
 
 
 @final
@@ -79,7 +81,8 @@ class InTurn(Reference):
         scheduler = None if job.schedule is None else job.schedule(optimizer)
         scaler = None if self.scaler is None else scaler_of(job)
         average = average_of(job, self.model)
-        return _Turn(job, trained, draws, optimizer, scheduler, scaler, average)
+        sliced = sliced_of(job.adascale, optimizer)
+        return _Turn(job, trained, draws, optimizer, scheduler, scaler, average, sliced)
 
     def _free(self, trained: frozenset[str]) -> None:
         for name, parameter in self.model.named_parameters():
@@ -91,6 +94,7 @@ class InTurn(Reference):
         self._free(turn.trained)
         self.job, self.draws, self.optimizer = turn.job, turn.draws, turn.optimizer
         self.scheduler, self.scaler, self.average = turn.scheduler, turn.scaler, turn.average
+        self.sliced = turn.sliced
         return super()._step(step)
 
     @override

@@ -7,6 +7,7 @@ casts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from meshwright.compile.settings import default_dtype, in_dtype, recast, straigh
 from meshwright.job import Job, LossScale
 from meshwright.run.build import micro_ranges
 from meshwright.run.data.samples import Source
+from meshwright.run.equality.slices import sliced_of
 from meshwright.run.optimizer.scaling import nonfinite
 from meshwright.run.optimizer.stochastic import Rounding
 
@@ -43,6 +45,8 @@ class Snapshot:
         optimizer: its state.
         loss_scale: of the step; None where nothing computes in fp16.
         skipped: it overflowed, so that nothing was applied.
+        gain: of AdaScale, over all parameters; None where the job has none.
+        iterations: what it takes all steps to be worth.
     """
 
     loss: float
@@ -51,6 +55,8 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     loss_scale: float | None = None
     skipped: bool = False
+    gain: float | None = None
+    iterations: float = 0.0
 
 
 class Reference:
@@ -102,6 +108,7 @@ class Reference:
         self.optimizer = job.optimizer(self.model)
         self.scheduler = job.schedule(self.optimizer) if job.schedule is not None else None
         self.average = average_of(job, self.model)
+        self.sliced = sliced_of(job.adascale, self.optimizer)
         self.model.train()
         self.next = 0
         self.kept: dict[int, Snapshot] = {}
@@ -118,16 +125,36 @@ class Reference:
         size = self.job.batch_size
         total, weight = 0.0, 0.0
         buffers = [b.clone() for b in self.model.buffers()] if self.scaler is not None else []
-        for k, (start, stop) in enumerate(micro_ranges(size, self.microbatches)):
-            part, share = self._microbatch(step, k, start, stop)
+        parts = self.microbatches if self.sliced is None else self.sliced.rule.scale
+        for k, (start, stop) in enumerate(micro_ranges(size, parts)):
+            part, share = self._part(step, k * self.microbatches // parts, start, stop)
             total, weight = total + part, weight + share
+        before = 0 if self.sliced is None else math.floor(self.sliced.iterations)
         gradients, scale, skipped = self._update(step, size / weight, buffers)
+        worth = 1 if self.sliced is None else math.floor(self.sliced.iterations) - before
         if self.scheduler is not None and not skipped:
-            self.scheduler.step()
+            for _ in range(worth):
+                self.scheduler.step()
         if self.average is not None and not skipped:
             self.average.update_parameters(self.model)
         found = self._weights(), self._slots()
-        return Snapshot(total / weight, gradients, *found, scale, skipped)
+        told = (None, 0.0) if self.sliced is None else (self.sliced.gain(), self.sliced.iterations)
+        return Snapshot(total / weight, gradients, *found, scale, skipped, *told)
+
+    def _part(self, step: int, k: int, start: int, stop: int) -> tuple[float, float]:
+        """A micro-batch, or a slice of it, whose own gradients AdaScale looks at."""
+        if self.sliced is None:
+            return self._microbatch(step, k, start, stop)
+        before = {parameter: parameter.grad for parameter in self.model.parameters()}
+        self.model.zero_grad(set_to_none=True)
+        found = self._microbatch(step, k, start, stop)
+        self.sliced.take({id(p): p.grad for p in before if p.grad is not None})
+        for parameter, gradient in before.items():
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient is not None:
+                parameter.grad = gradient
+        return found
 
     def _update(
         self, step: int, factor: float, buffers: Sequence[Tensor]
@@ -138,6 +165,8 @@ class Reference:
         """
         gradients = {name: p.grad for name, p in self._named() if p.grad is not None}
         skipped = self.scaler is not None and bool(nonfinite(gradients.values()))
+        if self.sliced is not None and skipped:
+            self.sliced.drop()
         scale = None if self.scaler is None else self.scaler.get_scale()
         kept = {} if self.rounding is None else self.rounding.numbers
         named = dict(self._named())
@@ -162,8 +191,9 @@ class Reference:
 
     def _step_optimizer(self, trained: Sequence[nn.Parameter], factor: float) -> list[Tensor]:
         """As a user would; the gradients that it was given."""
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         if self.scaler is not None:
-            scale, held = self.scaler.get_scale(), self.optimizer.param_groups
+            held = self.optimizer.param_groups
             self.scaler.unscale_(self.optimizer)
             mine = {id(parameter) for group in held for parameter in group["params"]}
             for parameter in trained:
@@ -172,15 +202,24 @@ class Reference:
         for parameter in trained:
             assert parameter.grad is not None
             parameter.grad *= factor
+        judged = self.sliced is not None and bool(self.sliced.sums)
+        if self.sliced is not None and judged:
+            self.sliced.judge(trained, factor / scale)
         if self.job.clip_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.job.clip_norm)
         found = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if self.sliced is not None and judged:
+            self.sliced.step(self._step_scaled)
+        else:
+            self._step_scaled()
+        return found
+
+    def _step_scaled(self) -> None:
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return found
 
     def _microbatch(self, step: int, k: int, start: int, stop: int) -> tuple[float, float]:
         tree = self.source.fetch(step, start, stop, (start, stop)).tree

@@ -36,7 +36,7 @@ from meshwright.run.part import part_of
 from meshwright.run.phased import worker_for
 from meshwright.run.phases import builds_of
 from meshwright.run.same import under
-from meshwright.run.step import Policy, RankState
+from meshwright.run.step import Metrics, Policy, RankState
 from meshwright.run.worker import Make, Worker
 
 __all__ = [
@@ -73,11 +73,23 @@ def verify_rank(
         scaled = metrics.loss_scale, metrics.overflowed
         if snapshot.loss_scale is not None and scaled != (snapshot.loss_scale, snapshot.skipped):
             report.add("loss scale", math.inf, "loss scale", step)
+        if snapshot.gain is not None and worker.build.dtype is not None:
+            _compare_gains(metrics, snapshot, step, report)
         if report.first is None and not metrics.overflowed:
             report.first = step
         compare_step(worker, metrics.loss, snapshot, step, report)
         if worker.ahead is not None:
             fetched = worker.ahead
+
+
+def _compare_gains(metrics: Metrics, snapshot: Snapshot, step: int, report: Report) -> None:
+    """Put AdaScale's errors into the report."""
+    for name, ours, theirs in (
+        ("gain", metrics.gain, snapshot.gain),
+        ("iterations", metrics.iterations, snapshot.iterations),
+    ):
+        error = math.inf if not ours or not theirs else abs(ours - theirs) / theirs
+        report.add("optimizer", error, f"adascale's {name}", step)
 
 
 def compare_step(
