@@ -26,6 +26,7 @@ from meshwright.program.program import Op, Program, Ref, Value
 from meshwright.program.propagate import Completed, propagate
 from meshwright.program.remat import completed_again, rematerialised
 from meshwright.program.sequence import along_sequences
+from meshwright.program.slices import SQUARE
 from meshwright.program.zero import StateLayouts
 
 __all__ = [
@@ -124,13 +125,20 @@ def complete_unit(
             pinned[value] = batch if unit.values[value].shape[0] >= ranks else REPLICATED
         else:
             pinned[value] = sums.get(name, REPLICATED)
+    squares = {op.inputs[0] for op in unit.ops if op.base == SQUARE}
     wanted = {
-        value: states[name.removeprefix("gradient/")].work
+        value: _wanted(states[name.removeprefix("gradient/")], axes, read=value in squares)
         for name, value in unit.outputs
         if name.startswith("gradient/")
     }
     completed = propagate(unit, axes, pinned, stored, wanted)
     return along_sequences(unit, axes, completed, pinned, stored) if sequence else completed
+
+
+def _wanted(state: StateLayouts, axes: Sequence[Axis], *, read: bool) -> Layout:
+    """Where a gradient should lie; one that is `read` in its micro-batch, sharded as its sum is."""
+    shards = {a: p for a, p in state.gradients.placements if read and isinstance(p, Shard)}
+    return Layout.of(axes, {**shards, **dict(state.work.placements)}) if shards else state.work
 
 
 def _resting(state: StateLayouts) -> Layout:

@@ -21,13 +21,13 @@ from meshwright.program.layout import Partial
 from meshwright.program.partition import Local
 from meshwright.program.program import Op, Phase, Program, Ref, Value
 
-__all__ = ["SQUARES", "require_apart", "require_even", "squared"]
+__all__ = ["SQUARE", "SQUARES", "require_apart", "require_even", "squared"]
 
 SQUARES = "total/square/"
 """How sums of squares are called, before the parameter's name."""
 
 _APART, _TOGETHER = "count/apart/", "count/together/"
-_SQUARE = "meshwright.square"
+SQUARE = "meshwright.square"
 _ROUNDING = 1e-12
 _LEARNED = ("model/", "buffer/", "value/")
 _LOSSES = ("aten.nll_loss_forward", "aten.nll_loss2d_forward")
@@ -50,7 +50,7 @@ def squared(unit: Program, apart: Sequence[str], ranks: int) -> Program:
         place = made.get(value, len(unit.ops) - 1)
         source = unit.ops[place]
         op = Op(
-            f"{_SQUARE}.default", (Ref(value), ",".join(axes)), (), (len(values),),
+            f"{SQUARE}.default", (Ref(value), ",".join(axes)), (), (len(values),),
             phase=phase, module=source.module, source=source.source,
         )  # fmt: skip
         after.setdefault(place, []).append(op)
@@ -105,7 +105,7 @@ def require_apart(local: Local, over: Sequence[str], remedy: str) -> None:
     mixed: dict[int, Op] = {}
     for op in program.ops:
         found = next((mixed[value] for value in op.inputs if value in mixed), None)
-        if op.base == _SQUARE:
+        if op.base == SQUARE:
             lies = local.origin[op.results[0]][1]
             alone = not op.args[1] or all(isinstance(lies.on(axis), Partial) for axis in over)
             if op.args[1] and (found is not None or not alone):
@@ -131,7 +131,7 @@ def _of_state(op: Op) -> bool:
 
 def _mixes(op: Op, remedy: str) -> PlanError:
     where = op.source or op.module or "the loss"
-    if op.base == _SQUARE or op.name in ("comm.mask", "comm.slice"):
+    if op.base == SQUARE or op.name in ("comm.mask", "comm.slice"):
         what = f"what {where} makes does not come of samples one by one"
     else:
         what = f"{where} mixes the samples of ranks ({op.name.removeprefix('comm.')})"

@@ -84,7 +84,9 @@ def prepare(
     if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     still = frozenset(values) - moved
-    build.states = zero_layouts(plan.zero, values, build.axes, still, work, plan.reduce)
+    # The sum that AdaScale squares is of a micro-batch: it is not left owing until the last one.
+    reduce = "microbatch" if plan.reduce is None and build.slices == () else plan.reduce
+    build.states = zero_layouts(plan.zero, values, build.axes, still, work, reduce)
     split = any(build.states[name].optimizer.placements for name in moved)
     build.traces = _traces(build, split=split)
     _require_movable(build)
