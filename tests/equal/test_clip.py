@@ -103,9 +103,9 @@ def test_a_norm_that_counts_replicas_is_another(monkeypatch):
     """The law above sees what it forbids."""
     squares = StepWork._squares
 
-    def all_of_them(work, values):
+    def all_of_them(work, values, names):
         monkeypatch.setattr(work.state, "counted", frozenset(work.state.trained))
-        return squares(work, values)
+        return squares(work, values, names)
 
     monkeypatch.setattr(StepWork, "_squares", all_of_them)
     _, found = taken(SAMPLE[1])

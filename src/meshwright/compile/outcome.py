@@ -15,7 +15,7 @@ __all__ = ["RESERVED", "normalise"]
 
 RESERVED = frozenset(
     ("step", "loss", "lr", "samples", "seconds", "time", "gradient_norm", "evaluation", "note")
-) | {"adascale", "loss_scale", "phase"}
+) | {"adascale_gain", "adascale_iterations", "loss_scale", "phase"}
 """Names that records of a run keep for themselves."""
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from meshwright.errors import PlanError, UserCodeError
 from meshwright.program.layout import Partial
-from meshwright.program.partition import Local
+from meshwright.program.partition import COLLECTIVES, Local
 from meshwright.program.program import Op, Phase, Program, Ref, Value
 
 __all__ = ["SQUARE", "SQUARES", "require_apart", "require_even", "squared"]
@@ -26,21 +26,26 @@ __all__ = ["SQUARE", "SQUARES", "require_apart", "require_even", "squared"]
 SQUARES = "total/square/"
 """How sums of squares are called, before the parameter's name."""
 
-_APART, _TOGETHER = "count/apart/", "count/together/"
 SQUARE = "meshwright.square"
+"""The op's name."""
+
+_APART, _TOGETHER = "count/apart/", "count/together/"
 _ROUNDING = 1e-12
 _LEARNED = ("model/", "buffer/", "value/")
+_VARIED = ("batch/", "scale")
+_MIXING = COLLECTIVES | {"comm.mask"}  # what is masked counts once for all ranks
 _LOSSES = ("aten.nll_loss_forward", "aten.nll_loss2d_forward")
+"""Their second result is a count of the batch."""
 _BACK = ("aten.nll_loss_backward", "aten.nll_loss2d_backward")
+"""They take that count, and have no use for it but in a mean, which is traced as a division."""
 
 
-def squared(unit: Program, apart: Sequence[str], ranks: int) -> Program:
+def squared(unit: Program, apart: Sequence[str]) -> Program:
     """The traced micro-batch with a squared norm of each gradient, right after that is made.
 
     Args:
         unit: of which each gradient `gradient/name` gives a `total/square/name` in float64.
         apart: axes whose ranks have slices of their own.
-        ranks: that have.
     """
     values, made = list(unit.values), unit.producers()
     after: dict[int, list[Op]] = {}
@@ -60,7 +65,7 @@ def squared(unit: Program, apart: Sequence[str], ranks: int) -> Program:
     for name, value in unit.outputs:
         if name.startswith("gradient/"):
             add(SQUARES + name.removeprefix("gradient/"), value, apart, "backward")
-    for value in sorted(_counts(unit)) if after and ranks > 1 else ():
+    for value in sorted(_counts(unit)) if after and apart else ():
         where = f"{unit.ops[made[value]].source}#{value}"
         add(f"total/{_APART}{where}", value, apart, "forward")
         add(f"total/{_TOGETHER}{where}", value, (), "forward")
@@ -76,7 +81,6 @@ def _counts(unit: Program) -> set[int]:
     for op in unit.ops:
         if learned.intersection(op.inputs):
             alone = batch.difference(learned).intersection(op.inputs)
-            # Of a sum, or of samples one by one, it reads no count.
             found |= {v for v in alone if unit.values[v].elements == 1 and op.base not in _BACK}
             learned.update(_learned(op))
         if batch.intersection(op.inputs):
@@ -85,7 +89,7 @@ def _counts(unit: Program) -> set[int]:
 
 
 def _learned(op: Op) -> tuple[int, ...]:
-    """What an op makes of weights where it reads any; the second result of these is a count."""
+    """What an op makes of weights, where it reads any."""
     return op.results[:1] if op.base in _LOSSES else op.results
 
 
@@ -102,6 +106,7 @@ def require_apart(local: Local, over: Sequence[str], remedy: str) -> None:
     """
     program = local.program
     learned = {value for name, value in program.inputs if name.startswith(_LEARNED)}
+    varied = {value for name, value in program.inputs if name.startswith(_VARIED)} | learned
     mixed: dict[int, Op] = {}
     for op in program.ops:
         found = next((mixed[value] for value in op.inputs if value in mixed), None)
@@ -111,12 +116,14 @@ def require_apart(local: Local, over: Sequence[str], remedy: str) -> None:
             if op.args[1] and (found is not None or not alone):
                 raise _mixes(found or op, remedy)
             continue
-        reads = bool(learned.intersection(op.inputs))
-        if reads:
+        if op.name in _MIXING and op.args[1] in over and varied.intersection(op.inputs):
+            count = op.name != "comm.mask" and program.values[op.results[0]].elements == 1
+            fine = _of_state(op) or (count and not learned.intersection(op.inputs))
+            found = found or (None if fine else op)
+        if learned.intersection(op.inputs):
             learned.update(_learned(op))
-        if found is None and op.name.startswith("comm.") and op.args[1] in over:
-            count = not reads and program.values[op.results[0]].elements == 1
-            found = None if count or _of_state(op) else op
+        if varied.intersection(op.inputs):
+            varied.update(op.results)
         if found is not None:
             mixed |= dict.fromkeys(op.results, found)
     for name, value in program.outputs:
@@ -131,7 +138,7 @@ def _of_state(op: Op) -> bool:
 
 def _mixes(op: Op, remedy: str) -> PlanError:
     where = op.source or op.module or "the loss"
-    if op.base == SQUARE or op.name in ("comm.mask", "comm.slice"):
+    if op.base == SQUARE or op.name == "comm.mask":
         what = f"what {where} makes does not come of samples one by one"
     else:
         what = f"{where} mixes the samples of ranks ({op.name.removeprefix('comm.')})"

@@ -285,7 +285,7 @@ class Build:
         if stage.axis_size("expert") > 1:
             program = dispatched(program)
         if self.slices is not None:
-            program = squared(program, self.slices, self.slicing)
+            program = squared(program, self.slices)
         if self._fetches or self._saves_away:
             program = viewed_again(program, all_values=self._saves_away)
         return replace(unit, program=program, attention=attention)
@@ -317,7 +317,8 @@ class Build:
                 if self.stages is None
                 else self._staged(rank, programs, training=how.get("training", True))
             )
-            self._require_slices(compiled)
+            if how.get("training", True):
+                self._require_slices(compiled)
             compiled = self._offloaded(compiled, training=how.get("training", True))
             require_small(compiled, self.axes, self.plan.max_fallback * 2**20)
             functions = self.lower(rank, compiled.instructions.segments)

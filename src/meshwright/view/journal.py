@@ -180,7 +180,7 @@ def line_of(record: Record) -> dict[str, Any]:
     if metrics.loss_scale is not None:
         line["loss_scale"] = metrics.loss_scale
     if metrics.gain is not None:
-        line["adascale"] = {"gain": metrics.gain, "iterations": metrics.iterations}
+        line |= {"adascale_gain": metrics.gain, "adascale_iterations": metrics.iterations}
     return line
 
 

@@ -136,10 +136,11 @@ def test_the_eager_door_has_slices_of_ranks_only():
 
 def test_the_log_has_gain_and_iterations():
     record = step(alone(MADE, "data=1,microbatches=4"))
-    metrics = record.metrics
-    assert line_of(record)["adascale"] == {"gain": metrics.gain, "iterations": metrics.iterations}
-    assert "adascale" in RESERVED
-    assert "adascale" not in line_of(step(alone(job())))
+    line, names = line_of(record), {"adascale_gain", "adascale_iterations"}
+    assert line["adascale_gain"] == record.metrics.gain
+    assert line["adascale_iterations"] == record.metrics.iterations
+    assert names <= RESERVED
+    assert not names & line_of(step(alone(job()))).keys()
 
 
 def test_training_ends_after_iterations(tmp_path):
