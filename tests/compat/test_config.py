@@ -154,6 +154,15 @@ def test_a_wrong_configuration_is_refused_with_the_remedy(config, words):
         read(config, 2)
 
 
+def test_all_unknown_keys_are_named_at_once():
+    with pytest.raises(UsageError) as refusal:
+        settings({"train_batch_size": 8, "zzz": 1, "zero_optimisation": {"stage": 3}}, 2)
+    first, *each = str(refusal.value).splitlines()
+    assert first == "2 keys are unknown:"
+    assert ["'zzz'" in each[0], "'zero_optimisation'" in each[1]] == [True, True]
+    assert "zero_optimization" in each[1]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

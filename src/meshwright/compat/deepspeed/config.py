@@ -171,6 +171,12 @@ def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 
 def _left_out(flat: Mapping[str, Any]) -> Iterator[LeftOut]:
+    """What is left out, and why.
+
+    Raises:
+        UsageError: DeepSpeed does not know a key; names all such.
+    """
+    unknown: list[str] = []
     for key, value in flat.items():
         if key in READ:
             continue
@@ -181,10 +187,14 @@ def _left_out(flat: Mapping[str, Any]) -> Iterator[LeftOut]:
         else:
             section = key.rpartition(".")[0]
             known = tuple(k for k in (*READ, *LEFT, *SECTIONS) if k.rpartition(".")[0] == section)
-            raise UsageError(
+            unknown.append(
                 f"the DeepSpeed config has {key!r}, which DeepSpeed does not know either; "
                 f"{nearest(key, known)}"
             )
+    if len(unknown) > 1:
+        raise UsageError("\n  - ".join((f"{len(unknown)} keys are unknown:", *unknown)))
+    if unknown:
+        raise UsageError(*unknown)
 
 
 class _Keys:
