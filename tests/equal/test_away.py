@@ -53,8 +53,16 @@ def test_values_that_were_away_are_one_devices(name, plan, rest):
     assert_equal(case(name).verify(f"{plan},offload={rest}", 2))
 
 
+def legal(name, plan):
+    """A batch norm's samples are not split into micro-batches."""
+    return name != "digits" or "microbatches" not in plan
+
+
+CELLS = [row for row in itertools.product(NAMES, PLANS, REST) if legal(*row[:2])]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(("name", "plan", "rest"), list(itertools.product(NAMES, PLANS, REST)))
+@pytest.mark.parametrize(("name", "plan", "rest"), CELLS)
 def test_and_so_under_every_plan(name, plan, rest):
     assert_equal(case(name).verify(f"{plan},offload={rest}", 3))
 
