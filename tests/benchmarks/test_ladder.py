@@ -114,7 +114,7 @@ def test_a_limit_is_kept_and_told(tmp_path):
 def test_the_part_judges_every_rung_and_the_page_shows_it(monkeypatch, tmp_path):
     most = {"ours": 960, "deepspeed": 640}
 
-    def fake(trial, host, parent):
+    def fake(trial, host, parent, most_seconds=0.0):
         if trial.side == "deepspeed" and RUNGS[trial.rung].what == "+ disk offload":
             return Outcome(trial.width, (), (), Held(), "no libaio")
         found = outcome(trial.width, max(64, most[trial.side]))
