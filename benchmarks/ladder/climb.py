@@ -25,7 +25,13 @@ ROOT = Path(__file__).parents[2]
 LOOK_SECONDS = 0.02
 STEP = HEAD  # widths are its multiples
 
-_NO_MEMORY = ("annot allocate memory", "MemoryError", "bad_alloc", "can't start new thread")
+_NO_MEMORY = (
+    "OutOfMemory",
+    "annot allocate memory",
+    "MemoryError",
+    "bad_alloc",
+    "can't start new thread",
+)
 _HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 20)}
 """For both sides: what a process frees the limit shall not count."""
 

@@ -8,8 +8,9 @@ from meshwright.run import room
 from meshwright.run.room import machine_free, process_free, short
 
 
-def need(still, own=None, free=1000, host="a", held=10):
-    return {"host": host, "held": held, "still": still, "own": own, "free": [free, "here"]}
+def need(still, own=None, free=1000, host="a", held=10, sure=None):
+    known = {"host": host, "held": held, "still": still, "sure": still if sure is None else sure}
+    return {**known, "own": own, "free": [free, "here"]}
 
 
 def test_ranks_of_a_host_share_what_is_free():
@@ -24,6 +25,12 @@ def test_a_process_has_limits_of_its_own():
     assert short([need(50, own=[50, "by RLIMIT_DATA"])]) is None
     found = short([need(1), need(60, own=[50, "by RLIMIT_DATA"])])
     assert (found.rank, found.room, found.why) == (1, 60, "by RLIMIT_DATA")
+
+
+def test_what_is_an_estimate_is_tried_where_that_ends_in_an_error():
+    """Not where it ends in a kill."""
+    assert short([need(60, own=[50, "by RLIMIT_DATA"], sure=50)]) is None
+    assert short([need(60, free=50, sure=50)]).rank == 0
 
 
 def test_who_lacks_most_is_told():

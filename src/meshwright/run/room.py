@@ -74,16 +74,17 @@ def short(needs: Sequence[Mapping[str, Any]]) -> Short | None:
     """The rank that lacks most, if any does.
 
     Args:
-        needs: of each rank `host`, `held` now and `still` to come, in bytes, and what is free to
-            it: `own` by its process's limits or None, `free` on its host.
+        needs: of each rank `host`, `held` now, `still` to come and what of that is `sure`, in bytes,
+            and what is free to it: `own` by its process's limits or None, `free` on its host.
     """
     found: list[tuple[int, Short]] = []
     hosts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for rank, need in enumerate(needs):
         hosts.setdefault(need["host"], []).append((rank, need))
-        if need["own"] is not None and need["still"] > need["own"][0]:
+        # Past a limit of its own an allocation fails, and that is explained; a host kills.
+        if need["own"] is not None and need["sure"] > need["own"][0]:
             room, why = need["own"]
-            found.append((need["still"] - room, Short(rank, need["held"] + room, why)))
+            found.append((need["sure"] - room, Short(rank, need["held"] + room, why)))
     for ranks in hosts.values():
         still = sum(need["still"] for _, need in ranks)
         room, why = min(tuple(need["free"]) for _, need in ranks)
@@ -109,6 +110,17 @@ def _largest(build: Build, room: int) -> str:
     return f"; the largest value, {bytes_text(size)} in all, is made by {name} in {source}"
 
 
+def _sure(bill: Mapping[str, Any], need: Mapping[str, Any], private: int) -> int:
+    """Bytes to come that count against a limit of the process's own: no estimate.
+
+    `RLIMIT_DATA` does not count what is shared: the host tier, buffers of collectives.
+    """
+    if need["own"] is not None and need["own"][1].endswith("RLIMIT_DATA"):
+        shared = bill.get("away", {}).get("host", 0) + bill["beside"]["communication buffers"]
+        return max(0, bill["peak"] - bill["beside"]["slack"] - shared - private)
+    return max(0, need["still"] - bill["beside"]["slack"])
+
+
 def require_room(
     session: Session, job: Job, memory: Sequence[Mapping[str, Any]]
 ) -> Generator[Any, Any, None]:
@@ -129,6 +141,7 @@ def require_room(
     still = max(0, memory[worker.rank]["peak"] - held)
     mine = {"host": platform.node(), "held": held, "still": still}
     mine |= {"own": process_free(), "free": machine_free()}
+    mine["sure"] = _sure(memory[worker.rank], mine, sum(state_of(worker).values()))
     needs = yield from gather_json(mine, everyone, "room")
     lacking = short(needs)
     if lacking is None:
