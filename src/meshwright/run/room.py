@@ -74,7 +74,7 @@ def short(needs: Sequence[Mapping[str, Any]]) -> Short | None:
     """The rank that lacks most, if any does.
 
     Args:
-        needs: of each rank `host`, `held` now, `still` to come and what of that is `sure`, in bytes,
+        needs: of each rank `host`; in bytes `held` now, `still` to come and what of that is `sure`;
             and what is free to it: `own` by its process's limits or None, `free` on its host.
     """
     found: list[tuple[int, Short]] = []
