@@ -115,10 +115,12 @@ def _sure(bill: Mapping[str, Any], need: Mapping[str, Any], private: int) -> int
 
     `RLIMIT_DATA` does not count what is shared: the host tier, buffers of collectives.
     """
+    slack: int = bill["beside"]["slack"]
+    still: int = need["still"]
     if need["own"] is not None and need["own"][1].endswith("RLIMIT_DATA"):
         shared = bill.get("away", {}).get("host", 0) + bill["beside"]["communication buffers"]
-        return max(0, bill["peak"] - bill["beside"]["slack"] - shared - private)
-    return max(0, need["still"] - bill["beside"]["slack"])
+        still = bill["peak"] - shared - private
+    return max(0, still - slack)
 
 
 def require_room(
