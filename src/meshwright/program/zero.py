@@ -127,19 +127,11 @@ def slot_layout(slot: Value, parameter: Value, state: StateLayouts, axes: Sequen
     return Layout.of(axes, _shards(slot, axes, REPLICATED))
 
 
-def gathered_once(state: StateLayouts, axes: Sequence[Axis], reduce: str | None) -> StateLayouts:
-    """The layouts in a step whose weights are gathered once.
-
-    Its gradients are reduced once too, unless `reduce` says otherwise. Fused weights stay as they
-    rest.
-    """
+def gathered_once(state: StateLayouts) -> StateLayouts:
+    """The layouts in a step whose weights are gathered once; fused ones stay as they rest."""
     if any(isinstance(place, Fused) for _, place in state.weights.placements):
         return state
-    if reduce is not None:
-        return replace(state, weights=state.work)
-    owed = {a.name: Partial() for a in axes if a.name in _SUMMED and a.size > 1}
-    partial = Layout.of(axes, {**owed, **dict(state.work.placements)})
-    return replace(state, weights=state.work, gradients=partial)
+    return replace(state, weights=state.work)
 
 
 def _shards(value: Value, axes: Sequence[Axis], work: Layout) -> dict[str, Shard]:

@@ -383,8 +383,7 @@ class Build:
         if key not in self.micros:
             states: Mapping[str, StateLayouts] = self.states
             if self.plan.gather == "step":
-                when = self.plan.reduce
-                states = {n: gathered_once(s, self.axes, when) for n, s in states.items()}
+                states = {n: gathered_once(s) for n, s in states.items()}
             unit = open_unit(program, self.states)
             self.micros[key] = StageMicro.of(
                 program,

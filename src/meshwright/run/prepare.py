@@ -84,15 +84,22 @@ def prepare(
     if plan.pipeline > 1 or plan.gather is not None:
         build.stages = staged(build.unit(first_micros(build, data)[0]).program, plan)
     still = frozenset(values) - moved
-    # The sum that AdaScale squares is of a micro-batch: it is not left owing until the last one.
-    reduce = "microbatch" if plan.reduce is None and build.slices == () else plan.reduce
-    build.states = zero_layouts(plan.zero, values, build.axes, still, work, reduce)
+    build.states = zero_layouts(plan.zero, values, build.axes, still, work, _reduce(build))
     split = any(build.states[name].optimizer.placements for name in moved)
     build.traces = _traces(build, split=split)
     _require_movable(build)
     if (budget := budget_of(plan)) is not None:
         build.chosen = choose(build, first_micros(build, data), budget)
     return build
+
+
+def _reduce(build: Build) -> str | None:
+    """When gradients are reduced: as the plan says, or as what else it asks for needs."""
+    if build.plan.reduce is None and build.slices == ():
+        return "microbatch"  # AdaScale squares a micro-batch's sum: it cannot be left owing
+    if build.plan.reduce is None and build.plan.gather == "step":
+        return "step"
+    return build.plan.reduce
 
 
 def _require_movable(build: Build) -> None:

@@ -12,7 +12,15 @@ from meshwright.run.checkpoint.save import open_checkpoint
 from tests.run.foreign.things import meta
 from tests.run.saving import save_all, two_ranks
 
+GAINS = {"scale": 4, "means": [1.0], "variances": [2.0], "weight": 0.5, "iterations": 3.5}
+
 WRONG = [
+    ("adascale", 3, "meta.adascale must be null, or a scale above 0"),
+    ("adascale", {**GAINS, "scale": 0}, "meta.adascale must be"),
+    ("adascale", {**GAINS, "means": ["1"]}, "meta.adascale must be"),
+    ("adascale", {**GAINS, "variances": 2.0}, "meta.adascale must be"),
+    ("adascale", {**GAINS, "weight": None}, "meta.adascale must be"),
+    ("adascale", {**GAINS, "iterations": -1.0}, "meta.adascale must be"),
     ("tied", "x", "meta.tied must be names by names"),
     ("tied", {"a": 1}, "meta.tied must be"),
     ("transient", 3, "meta.transient must be a list of names"),
@@ -55,3 +63,9 @@ def test_an_average_counts_the_steps_of_the_phases_that_there_are():
     with pytest.raises(StorageError, match="where there are none"):
         require_claims(told)
     require_claims({**told, "phases": {"d": meta()}})
+
+
+def test_adascale_keeps_numbers_of_each_group_of_the_optimizer():
+    require_claims({**meta(), "adascale": GAINS})
+    with pytest.raises(StorageError, match=r"keeps 2 means and 1 variances, but .* has 1 groups"):
+        require_claims({**meta(), "adascale": {**GAINS, "means": [1.0, 2.0]}})

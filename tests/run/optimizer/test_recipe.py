@@ -158,7 +158,7 @@ class Peculiar(optim.SGD):
         (lambda m: None, r"optimizer\(model\) returned NoneType, but must return"),
         (
             lambda m: optim.SGD([nn.Parameter(torch.zeros(3, 2))], lr=0.1),
-            r"group 0 holds a tensor of shape \(3, 2\) that is no parameter of the model",
+            r"group 0 holds a tensor of shape \[3, 2\] that is no parameter of the model",
         ),
         (lambda m: optim.LBFGS(m.parameters()), r"LBFGS computes the loss again.*AdamW"),
         (

@@ -17,11 +17,10 @@ from meshwright.comm.base import Comm, Group
 from meshwright.compat.deepspeed.config import Settings
 from meshwright.compat.deepspeed.forms import Form
 from meshwright.compat.deepspeed.given import Given
-from meshwright.errors import UserCodeError
 from meshwright.job import Job
 from meshwright.launch.contract import Contract
 from meshwright.launch.worker import guard
-from meshwright.run.optimizer.recipe import Recipe, build
+from meshwright.run.optimizer.recipe import Recipe, build, recorded
 
 __all__ = ["EngineRun", "Schedule", "job_of", "recipe_of"]
 
@@ -120,16 +119,5 @@ def job_of(engine: Engine) -> Job:
 
 def recipe_of(given: Given, optimizer: torch.optim.Optimizer) -> Recipe:
     """A script's optimizer, its groups by parameters' names."""
-    names = {id(tensor): name for name, tensor in zip(given.names, given.tensors, strict=True)}
-    groups = []
-    for number, group in enumerate(optimizer.param_groups):
-        for tensor in group["params"]:
-            if id(tensor) not in names:
-                raise UserCodeError(
-                    f"optimizer group {number} holds a tensor of shape {list(tensor.shape)} that "
-                    "is no parameter of the model; build the optimizer from that model's "
-                    "parameters"
-                )
-        named = tuple(names[id(tensor)] for tensor in group["params"])
-        groups.append((named, {key: value for key, value in group.items() if key != "params"}))
-    return Recipe(type(optimizer), dict(optimizer.defaults), tuple(groups))
+    pairs = zip(given.tensors, given.names, strict=True)
+    return recorded(optimizer, {id(tensor): name for tensor, name in pairs})

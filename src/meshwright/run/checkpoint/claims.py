@@ -40,6 +40,7 @@ def require_claims(meta: Mapping[str, Any]) -> None:
         where = f"meta.phases.{phase}" if phase else "meta"
         _require(told, ("optimizer", "scheduler"), where)
         _require(told["optimizer"] or {}, ("class", "groups", "state"), f"{where}.optimizer")
+        _require_gains(told, where)
     average = meta.get("average")
     if average is not None and isinstance(average["steps"], dict) != ("phases" in meta):
         raise StorageError("meta.average counts steps of phases where there are none, or not so")
@@ -57,12 +58,27 @@ def _require(told: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None
             raise StorageError(f"{where} does not say {key}, which a run goes on with")
 
 
+def _require_gains(told: Mapping[str, Any], where: str) -> None:
+    """AdaScale keeps a mean and a variance of each of the optimizer's groups."""
+    gains = told.get("adascale")
+    groups = 0 if told["optimizer"] is None else len(told["optimizer"]["groups"])
+    if gains is not None and not groups == len(gains["means"]) == len(gains["variances"]):
+        raise StorageError(
+            f"{where}.adascale keeps {len(gains['means'])} means and {len(gains['variances'])} "
+            f"variances, but the optimizer has {groups} groups"
+        )
+
+
 def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_number(n) and n >= 0 for n in value)
 
 
 def _names(value: Any) -> bool:
@@ -101,6 +117,17 @@ def _scaling(value: Any) -> bool:
     )
 
 
+def _gains(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and _count(value.get("scale"))
+        and value["scale"] > 0
+        and _numbers(value.get("means"))
+        and _numbers(value.get("variances"))
+        and _numbers([value.get("weight"), value.get("iterations")])
+    )
+
+
 def _average(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
@@ -130,4 +157,5 @@ _LOSS: Final[Mapping[str, tuple[_Is, str]]] = {
     "optimizer": (_optimizer, "a class, groups of parameters with settings, and their state"),
     "scheduler": (lambda v: v is None or isinstance(v, dict), "null or an object"),
     "scaling": (_scaling, "null, or a scale above 0 and the steps it counted"),
+    "adascale": (_gains, "null, or a scale above 0, means, variances, a weight and iterations"),
 }

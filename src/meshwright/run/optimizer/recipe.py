@@ -26,6 +26,7 @@ __all__ = [
     "is_elementwise",
     "is_separable",
     "recipe",
+    "recorded",
     "scheduled",
     "unsplittable",
 ]
@@ -88,20 +89,27 @@ def recipe(model: Blueprint, factory: Callable[[nn.Module], Any]) -> Recipe:
             "torch.optim.Optimizer"
         )
     _require_plain_step(type(made))
-    name_of = {id(tensor): name for name, tensor in model.parameters.items()}
+    return recorded(made, {id(tensor): name for name, tensor in model.parameters.items()})
+
+
+def recorded(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Recipe:
+    """An optimizer's class and its groups; `names` of parameters by the id of their tensor.
+
+    Raises:
+        UserCodeError: a tensor of a group is none of them.
+    """
     groups = []
-    for number, group in enumerate(made.param_groups):
+    for number, group in enumerate(optimizer.param_groups):
         for tensor in group["params"]:
-            if id(tensor) not in name_of:
+            if id(tensor) not in names:
                 raise UserCodeError(
-                    f"optimizer group {number} holds a tensor of shape {tuple(tensor.shape)} that "
-                    "is no"
-                    " parameter of the model it was given; build it from that model's parameters"
+                    f"optimizer group {number} holds a tensor of shape {list(tensor.shape)} that "
+                    "is no parameter of the model it was given; build it from that model's "
+                    "parameters"
                 )
-        names = tuple(name_of[id(t)] for t in group["params"])
         settings = {key: value for key, value in group.items() if key != "params"}
-        groups.append((names, settings))
-    return Recipe(type(made), dict(made.defaults), tuple(groups))
+        groups.append((tuple(names[id(t)] for t in group["params"]), settings))
+    return Recipe(type(optimizer), dict(optimizer.defaults), tuple(groups))
 
 
 def _require_plain_step(kind: type[torch.optim.Optimizer]) -> None:
