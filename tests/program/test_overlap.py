@@ -56,6 +56,18 @@ def test_a_reduction_starts_when_its_bucket_is_made():
     ]  # fmt: skip
 
 
+def test_at_most_two_reductions_that_nobody_reads_lie_under_way():
+    """Their operands live until they are awaited; one that is read is awaited by its reader."""
+    ops = [compute(k, k, result=k + 1) for k in range(5)]
+    ops += [reduce(k + 1, k + 6) for k in range(4)] + [reduce(5, 10), compute(10, 10, result=11)]
+    made = overlapped(program(ops, 12, 1, (6, 7, 8, 9, 11)), limit=1)
+    found = [(p.kind, p.ops[0].results[0]) for p in pieces(made, 1) if p.kind != "run"]
+    assert found == [
+        ("start", 6), ("start", 7), ("start", 8), ("wait", 6), ("start", 9), ("wait", 7),
+        ("start", 10), ("wait", 10), ("wait", 8), ("wait", 9),
+    ]  # fmt: skip
+
+
 def test_a_sum_of_what_is_made_of_nothing_stays_with_its_maker():
     ops = [compute(0, 0, result=1), compute(result=2), reduce(2, 3), compute(1, 3, result=4)]
     assert [op.results[0] for op in overlapped(program(ops, 5, 1, (4,))).ops] == [1, 2, 3, 4]

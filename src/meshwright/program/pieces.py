@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,9 @@ __all__ = ["Piece", "Table", "pieces", "run_pieces", "segments_of", "with_frees"
 
 _FINE = 16
 """Pieces of a phase of a program that is cut finely."""
+
+_UNDER_WAY = 2
+"""Buckets under way whose results nobody reads here: gradients, whole until they are awaited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class _Cutter:
         self.segment: list[Op] = []
         self.beside: list[Op] = []  # collectives that stand side by side
         self.pending: dict[int, tuple[Op, ...]] = {}
+        self.read = frozenset(value for op in program.ops for value in op.inputs)
+        self.unread: deque[tuple[Op, ...]] = deque()
 
     def collective(self, op: Op) -> None:
         """A collective joins those right before it, unless it reads their results."""
@@ -63,7 +69,12 @@ class _Cutter:
         """Start the buckets of the collectives that stand side by side."""
         for bucket in buckets(self.program, self.beside, self.limit):
             self.found.append(Piece("start", bucket))
-            self.pending.update((op.results[0], bucket) for op in bucket)
+            if any(op.results[0] in self.read for op in bucket):
+                self.pending.update((op.results[0], bucket) for op in bucket)
+                continue
+            self.unread.append(bucket)
+            if len(self.unread) > _UNDER_WAY:
+                self.found.append(Piece("wait", self.unread.popleft()))
         self.beside.clear()
 
     def wait(self, op: Op) -> None:
@@ -80,7 +91,7 @@ class _Cutter:
         """Close what is open, and wait for what nobody reads here."""
         self.begin()
         self.close()
-        left = dict.fromkeys(self.pending.values())
+        left = dict.fromkeys((*self.unread, *self.pending.values()))
         return (*self.found, *(Piece("wait", bucket) for bucket in left))
 
 
@@ -91,7 +102,8 @@ def pieces(program: Program, limit: int = BUCKET_BYTES, *, fine: bool = False) -
     to piece.
 
     Collectives that stand side by side are dealt out to buckets of `limit` bytes. A bucket is
-    started where it stands, and awaited before the first op that reads any of its results.
+    started where it stands, and awaited before the first op that reads any of its results; one
+    whose results none reads, when `_UNDER_WAY` more have begun, so that its operands can go.
     """
     cutter, borders = _Cutter(program, limit), repeated(program)
     if fine:
