@@ -59,15 +59,15 @@ RUNGS = (
         "zero3,remat=full,offload=host",
         {**_THREE, "offload_optimizer": _HOST, "offload_param": _HOST},
         again=True,
-        each=7.0,
-        host=18.0,
+        each=3.3,
+        host=16.5,
     ),
     Rung(
         "+ disk offload",
         "zero3,remat=full,offload=disk",
         {**_THREE, "offload_optimizer": _DISK, "offload_param": _DISK},
         again=True,
-        each=7.0,
+        each=3.3,
     ),
 )
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.offload.disk --bytes 536870912 --rounds 7 --folder .bench
 
-Every round times each once, in an order that rotates, each on a file that is there already:
+Every round times each once, in an order that rotates, each on a file that is there already. Both
+write and read the same tensors: where pages lie scattered, a disk may take twice as long for them.
 
     raw write     4 MiB at a time past the page cache, as many threads as the tier has; then a sync
     put           the tier, with its digests; then a sync
@@ -13,7 +14,7 @@ Every round times each once, in an order that rotates, each on a file that is th
 from __future__ import annotations
 
 import argparse
-import mmap
+import itertools
 import os
 import statistics
 import tempfile
@@ -26,35 +27,34 @@ import torch
 
 from meshwright.run.offload.disk import CHUNK, THREADS, Disk
 from meshwright.run.offload.staging import Staging
-from meshwright.run.offload.tier import Place
+from meshwright.run.offload.tier import Place, bytes_of
 
 TENSORS = 8
 CONTESTANTS = ("raw write", "put", "raw read", "fetch")
 
 
 class Raw:
-    """A file past the page cache, and threads that write and read it."""
+    """A file past the page cache, and threads that write tensors to it and read them."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
         os.posix_fallocate(self.file, 0, size)
-        self.memory = memoryview(mmap.mmap(-1, size))
-        self.memory[:] = torch.randint(0, 255, (size,), dtype=torch.uint8).numpy().data
-        self.begins = range(0, size, CHUNK)
-        self.threads = ThreadPoolExecutor(THREADS)
+        self.size, self.threads = size, ThreadPoolExecutor(THREADS)
 
-    def write(self) -> None:
-        """All of it, then a sync."""
-        act = lambda at: os.pwrite(self.file, self.memory[at : at + CHUNK], at)  # noqa: E731
-        self._all(act)
+    def write(self, tensors: list[torch.Tensor]) -> None:
+        """All of them, then a sync."""
+        self._all(lambda part, at: os.pwrite(self.file, part, at), tensors)
         os.fsync(self.file)
 
-    def read(self) -> None:
-        """All of it."""
-        self._all(lambda at: os.preadv(self.file, [self.memory[at : at + CHUNK]], at))
+    def read(self, tensors: list[torch.Tensor]) -> None:
+        """All of them."""
+        self._all(lambda part, at: os.preadv(self.file, [part], at), tensors)
 
-    def _all(self, act: Callable[[int], int]) -> None:
-        if sum(self.threads.map(act, self.begins)) != len(self.memory):
+    def _all(self, act: Callable[[memoryview, int], int], tensors: list[torch.Tensor]) -> None:
+        data = map(bytes_of, tensors)
+        parts = [d[at : at + CHUNK] for d in data for at in range(0, len(d), CHUNK)]
+        begins = itertools.accumulate(map(len, parts), initial=0)
+        if sum(self.threads.map(act, parts, begins)) != self.size:
             raise RuntimeError("the disk took or gave less than it was asked")
 
 
@@ -78,9 +78,9 @@ def seconds(
             tensor.normal_()
         places = [disk.place(f"tensor {n}", form, torch.float32) for n in range(TENSORS)]
         steps: dict[str, Callable[[], None]] = {
-            "raw write": raw.write,
+            "raw write": lambda: raw.write(tensors),
             "put": lambda: _put(disk, places, tensors),
-            "raw read": raw.read,
+            "raw read": lambda: raw.read(read),
             "fetch": lambda: _fetched(disk, places, read),
         }
         try:
