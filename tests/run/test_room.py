@@ -22,14 +22,14 @@ def test_ranks_of_a_host_share_what_is_free():
 
 
 def test_a_process_has_limits_of_its_own():
-    assert short([need(50, own=[50, "by RLIMIT_DATA"])]) is None
-    found = short([need(1), need(60, own=[50, "by RLIMIT_DATA"])])
+    assert short([need(50, own=[50, "RLIMIT_DATA"])]) is None
+    found = short([need(1), need(60, own=[50, "RLIMIT_DATA"])])
     assert (found.rank, found.room, found.why) == (1, 60, "by RLIMIT_DATA")
 
 
 def test_what_is_an_estimate_is_tried_where_that_ends_in_an_error():
     """Not where it ends in a kill."""
-    assert short([need(60, own=[50, "by RLIMIT_DATA"], sure=50)]) is None
+    assert short([need(60, own=[50, "RLIMIT_DATA"], sure=50)]) is None
     assert short([need(60, free=50, sure=50)]).rank == 0
 
 
@@ -47,7 +47,7 @@ def test_limits_are_read_from_the_kernel(monkeypatch):
     unlimited = (resource.RLIM_INFINITY,) * 2
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits.get(which, unlimited))
     left, which = process_free()
-    assert which == "by RLIMIT_DATA"
+    assert which == "RLIMIT_DATA"
     assert 2**39 < left < 2**40
 
 

@@ -225,8 +225,7 @@ def _activations(build: Build, rank: int, micros: Sequence[Micro]) -> int:
 def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) -> int:
     """Bytes of chunks that pass through the host."""
     asked, slots = build.plan.offloads, build.recipe.slots()
-    most = CHUNK if steps_apart(build.recipe) else sum(held.values())
-    chunks = chunks_of(held, most)
+    chunks = _chunks(build, held)
     sizes = [sum(held[name] for name in names) for names in chunks]
     here = all(asked.get(part) == "host" for part in MOVED)  # nothing of a chunk is copied
     far = slots * (asked.get("optimizer") == "disk") + (asked.get("gradients") == "disk")
@@ -237,6 +236,11 @@ def _passing(build: Build, held: Mapping[str, int], weights: Mapping[str, int]) 
     return (0 if here else 2 * max(sizes, default=0)) + sum(sorted(read)[-3:])
 
 
+def _chunks(build: Build, held: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """The parameters that are stepped together on the host."""
+    return chunks_of(held, CHUNK if steps_apart(build.recipe) else sum(held.values()))
+
+
 def _new(build: Build, rank: int) -> int:
     """State of the optimizer that is yet to go to the host: a chunk's, and what leaves.
 
@@ -245,7 +249,6 @@ def _new(build: Build, rank: int) -> int:
     if build.plan.offloads.get("optimizer") != "host":
         return 0
     held = {n: v.bytes for n, v in _shards(build, rank).items() if n in build.recipe.names}
-    most = CHUNK if steps_apart(build.recipe) else sum(held.values())
-    chunks = [sum(held[name] for name in names) for names in chunks_of(held, most)]
+    chunks = [sum(held[name] for name in names) for names in _chunks(build, held)]
     slots = build.recipe.slots()
     return min(slots * max(chunks, default=0) + FLIGHT, slots * sum(chunks))

@@ -50,10 +50,10 @@ class Short:
 
 
 def process_free() -> tuple[int, str] | None:
-    """Bytes that this process may still take by its own limits, and which; None: any."""
+    """Bytes that this process may still take by its own limits, and the limit; None: any."""
     used = fields()
     found = [
-        (limit - used[name] - _PAD, f"by {word}")
+        (limit - used[name] - _PAD, word)
         for word, number, name in _LIMITS
         if (limit := resource.getrlimit(number)[0]) != resource.RLIM_INFINITY and name in used
     ]
@@ -75,7 +75,8 @@ def short(needs: Sequence[Mapping[str, Any]]) -> Short | None:
 
     Args:
         needs: of each rank `host`; in bytes `held` now, `still` to come and what of that is `sure`;
-            and what is free to it: `own` by its process's limits or None, `free` on its host.
+            and what is free to it: `own` and by which limit of its process or None, `free` and
+            where on its host.
     """
     found: list[tuple[int, Short]] = []
     hosts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -83,8 +84,8 @@ def short(needs: Sequence[Mapping[str, Any]]) -> Short | None:
         hosts.setdefault(need["host"], []).append((rank, need))
         # Past a limit of its own an allocation fails, and that is explained; a host kills.
         if need["own"] is not None and need["sure"] > need["own"][0]:
-            room, why = need["own"]
-            found.append((need["sure"] - room, Short(rank, need["held"] + room, why)))
+            room, limit = need["own"]
+            found.append((need["sure"] - room, Short(rank, need["held"] + room, f"by {limit}")))
     for ranks in hosts.values():
         still = sum(need["still"] for _, need in ranks)
         room, why = min(tuple(need["free"]) for _, need in ranks)
@@ -117,7 +118,7 @@ def _sure(bill: Mapping[str, Any], need: Mapping[str, Any], private: int) -> int
     """
     slack: int = bill["beside"]["slack"]
     still: int = need["still"]
-    if need["own"] is not None and need["own"][1].endswith("RLIMIT_DATA"):
+    if need["own"] is not None and need["own"][1] == "RLIMIT_DATA":
         shared = bill.get("away", {}).get("host", 0) + bill["beside"]["communication buffers"]
         still = bill["peak"] - shared - private
     return max(0, still - slack)

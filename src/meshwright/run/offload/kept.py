@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
-from meshwright.program.offload import FLIGHT
+from meshwright.run.offload.flight import Flight
 from meshwright.run.offload.probe import lets_fuse
 from meshwright.run.offload.staging import Staging
 from meshwright.run.offload.store import Store
@@ -78,7 +79,7 @@ class Kept:
     far: frozenset[str] = frozenset()
     moved: Moved = field(default_factory=Moved)
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
-    writing: list[tuple[int, Transfer]] = field(default_factory=list)
+    flight: Flight = field(default_factory=Flight)
     _steps: Staging = field(default_factory=lambda: Staging("a chunk's weights and gradients"))
     _sets: tuple[_Read, ...] = field(init=False)
     _reads: Iterator[_Read] = field(init=False)
@@ -156,10 +157,7 @@ class Kept:
             full = f"optimizer/{slot}/{name}"
             place = places[slot] = self.tier.place(full, tuple(tensor.shape), tensor.dtype)
         if tensor.data_ptr() != place.rests.data_ptr():
-            while sum(size for size, _ in self.writing) > FLIGHT:  # new state is not free before
-                self.writing.pop(0)[1].wait()
-            writing = self.tier.put(place, tensor)
-            self.writing.append((place.bytes, writing))
+            writing = self.flight.begin(place.bytes, partial(self.tier.put, place, tensor))
             if name in self._coming:
                 self._coming[name].writing.append(writing)
         return place.rests
@@ -250,7 +248,7 @@ class Kept:
             if part.data_ptr() != stepped.data_ptr():
                 part.copy_(stepped)
             self.store.stash(f"model/{name}", whole)
-            self._coming[name].writing.append(self.store.going[-1][1])
+            self._coming[name].writing.append(self.store.places[f"model/{name}"].last)
         elif stepped.data_ptr() != home.data_ptr():
             home.copy_(stepped)
             self.moved.fetched += stepped.nbytes
@@ -267,9 +265,7 @@ class Kept:
 
     def _written(self) -> None:
         """Wait until all is in the tier."""
-        for _, writing in self.writing:
-            writing.wait()
-        self.writing.clear()
+        self.flight.settle()
         for read in self._sets:
             read.free()
         if self.store is not None:

@@ -17,7 +17,7 @@ from meshwright.run.offload.probe import fuses, steps_apart
 from meshwright.run.offload.store import Store
 from meshwright.run.offload.tier import Tier
 
-__all__ = ["kept_of", "store_of", "tier_of"]
+__all__ = ["kept_of", "store_of"]
 
 _KINDS: Mapping[Part, tuple[str, ...]] = {
     "params": ("model",),
@@ -28,15 +28,13 @@ _KINDS: Mapping[Part, tuple[str, ...]] = {
 """How the names of a part's values begin."""
 
 
-def tier_of(build: Build, rank: int, kind: str) -> Tier:
-    """A tier of one rank: `host`, or `disk`."""
-    return Host() if kind == "host" else Disk(build.offload, rank)
-
-
 def store_of(build: Build, rank: int) -> Store | None:
     """Where the plan has values of a rank rest; None: all in the device's memory."""
     asked = build.plan.offloads
-    opened = {kind: tier_of(build, rank, kind) for kind in sorted(set(asked.values()))}
+    opened: dict[str, Tier] = {
+        kind: Host() if kind == "host" else Disk(build.offload, rank)
+        for kind in sorted(set(asked.values()))
+    }
     tiers = {name: opened[kind] for part, kind in asked.items() for name in _KINDS[part]}
     return Store(tiers) if tiers else None
 

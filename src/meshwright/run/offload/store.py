@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from meshwright.program.offload import FLIGHT
 from meshwright.run.offload.disk import Disk
-from meshwright.run.offload.tier import Place, Tier, Transfer
+from meshwright.run.offload.flight import Flight
+from meshwright.run.offload.tier import Place, Tier
 
 __all__ = ["Store"]
 
@@ -22,12 +23,12 @@ class Store:
     Attributes:
         tiers: of each kind of value (`model`, `gradient`, `optimizer` ...) that is offloaded.
         places: by name.
-        going: transfers to tiers that are under way, with their bytes.
+        flight: what is on its way to tiers.
     """
 
     tiers: Mapping[str, Tier]
     places: dict[str, Place] = field(default_factory=dict)
-    going: list[tuple[int, Transfer]] = field(default_factory=list)
+    flight: Flight = field(default_factory=Flight)
 
     def taken(self, name: str, tensor: Tensor) -> Tensor:
         """A value, moved to the tier that its kind rests in, at once; what is left of it here."""
@@ -55,11 +56,7 @@ class Store:
         if place is None or not place.fits(tensor):
             place = self.tier(name).place(name, tuple(tensor.shape), tensor.dtype)
             self.places[name] = place
-        self._look()
-        while sum(size for size, _ in self.going) > FLIGHT:
-            _, first = self.going.pop(0)
-            first.wait()
-        self.going.append((place.bytes, self.tier(name).put(place, tensor)))
+        self.flight.begin(place.bytes, partial(self.tier(name).put, place, tensor))
         return place.rests
 
     def refresh(self, names: Iterable[str]) -> None:
@@ -86,21 +83,12 @@ class Store:
 
     def settle(self) -> None:
         """Wait until all that was stashed is there."""
-        for _, transfer in self.going:
-            transfer.wait()
-        self.going.clear()
+        self.flight.settle()
 
     def close(self) -> None:
         """Give the room back."""
         for tier in set(self.tiers.values()):
             tier.close()
-
-    def _look(self) -> None:
-        """Forget transfers that have ended; what they raised is raised."""
-        for _, transfer in self.going:
-            if transfer.done:
-                transfer.wait()
-        self.going = [each for each in self.going if not each[1].done]
 
     def tier(self, name: str) -> Tier:
         """Where a value rests."""
