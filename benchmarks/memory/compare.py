@@ -6,6 +6,7 @@ python -m benchmarks.memory.compare [PLAN ...]
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def measured(plan: str, *settings: str) -> tuple[Compared, ...]:
             [sys.executable, "-m", "meshwright", "train", "benchmarks/memory/job.py",
              "--plan", plan, "-n", str(Plan.parse(plan).ranks), "--run-dir", f"{folder}/run",
              *(word for setting in settings for word in ("--set", setting))],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=SECONDS,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+            capture_output=True, text=True, check=False, timeout=SECONDS,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{plan}: {done.stderr.strip()[-600:]}")
