@@ -10,9 +10,9 @@ NAMES = {"ours": "ours", "deepspeed": "DeepSpeed"}
 
 def table(raw: Mapping[str, Any]) -> str:
     """In Markdown, from the part's raw numbers."""
-    memory = raw["memory_bytes"] / 2**30
+    memory, beside = (raw[key] / 2**30 for key in ("memory_bytes", "host_bytes"))
     rows = [
-        f"In {memory:g} GiB a rank, and {raw['host_bytes'] / 2**30:g} GiB of the host's beside it:",
+        f"In {memory:g} GiB a rank, and {beside:.3g} GiB of the host's beside it:",
         "",
         (
             "| rung | | width | parameters | tok/s | MiB of its own | beside, both ranks |"
