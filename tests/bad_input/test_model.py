@@ -245,7 +245,7 @@ def test_values_out_of_range_while_training(train, folder, ids, labels, at, word
         ({"optimizer": "lambda model: model.none"}, ("no attribute 'none'", "job.py:")),
         (
             {"optimizer": "lambda model: torch.optim.SGD([torch.zeros(3)])"},
-            ("holds a tensor of shape (3,)", "no parameter of the model"),
+            ("holds a tensor of shape [3]", "no parameter of the model"),
         ),
         ({"optimizer": "lambda model: torch.optim.LBFGS(model.parameters())"}, ("LBFGS", "AdamW")),
         ({"schedule": "lambda optimizer: None"}, ("schedule", "NoneType")),

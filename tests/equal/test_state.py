@@ -19,7 +19,7 @@ from meshwright import Job
 from meshwright.errors import PlanError
 from meshwright.predict import staged
 from meshwright.program import away
-from meshwright.run.offload import store
+from meshwright.run.offload import flight
 from tests.equal.harness import Case, assert_equal
 from tests.equal.optimizers import OPTIMIZERS, decayed
 from tests.equal.pairwise import cover, pairs
@@ -114,7 +114,7 @@ def plan_of(parallel: str, zero: str, remat: str, offload: str, optimizer: str) 
 def all_go(monkeypatch):
     """Tiny values leave too, one at a time."""
     monkeypatch.setattr(away, "LEAST", 0)
-    for module in (staged, store):
+    for module in (staged, flight):
         monkeypatch.setattr(module, "FLIGHT", 0)
 
 
