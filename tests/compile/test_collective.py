@@ -83,6 +83,16 @@ def test_gathering_what_was_cut_gives_the_whole(case):
         assert request.shapes == tuple(tuple(part.shape) for part in parts)
 
 
+@given(case=cut_tensors())
+def test_a_gather_fills_the_memory_that_it_is_given(case):
+    slab, whole = case
+    parts = [narrow(whole, slab, k).clone() for k in range(members(slab))]
+    memory = torch.full_like(whole, -1)
+    (found,) = unpack(wire((move("all_gather", slab),)), parts, (memory,))
+    assert found is memory
+    assert torch.equal(memory, whole)
+
+
 def test_parts_that_lie_end_to_end_are_the_whole():
     """A driver may gather into one piece of memory; then nothing is copied."""
     memory = torch.arange(24.0)
@@ -99,7 +109,7 @@ def test_parts_that_lie_end_to_end_are_the_whole():
 
 
 def test_a_gather_may_be_left_where_the_old_one_is():
-    """Rows lie in one piece, columns do not; then there is no such place."""
+    """Rows lie in one piece, columns do not; then what comes is copied there."""
     whole = torch.arange(12.0).reshape(4, 3)
     rows = Op("comm.all_gather", (Ref(0), "data", (0, 1, 1, (0, 2), (2, 2))), (("into", "model/w"),
               ("value", "model/w")), (1,))  # fmt: skip
@@ -107,8 +117,9 @@ def test_a_gather_may_be_left_where_the_old_one_is():
     assert bucket.into == ("model/w",)
     request = start(bucket, (whole[:2],), Group("data", (0, 1)), 0, (whole,))
     assert [part.data_ptr() for part in request.into] == [whole.data_ptr(), whole[2:].data_ptr()]
-    (made,) = unpack(bucket, request.into)
+    (made,) = unpack(bucket, request.into, (whole,))
     assert made.data_ptr() == whole.data_ptr()
+    assert made.tolist() == torch.arange(12.0).reshape(4, 3).tolist()
     columns = replace(rows, args=(Ref(0), "data", (1, 1, 1, (0, 2), (2, 1))))
     request = start(wire((columns,)), (whole[:, :2],), Group("data", (0, 1)), 0, (whole,))
     assert request.into == ()

@@ -9,14 +9,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from meshwright.predict.staged import most_held
 from meshwright.run.account import Account, away_of, state_of
 from meshwright.run.bill import SLACK, bill_of
+from meshwright.run.form import first_micros
 from meshwright.run.meter import Meter
 from tests.equal.cells import example
+from tests.equal.harness import Case
 from tests.run.jobs import job, on_ranks
 
-WIDTH, STEPS = 64, 2
+WIDTH, STEPS, MIB = 64, 2, 1 << 20
 
 
 @cache
@@ -127,6 +132,27 @@ def test_the_bill_comes_to_its_parts():
     assert max(parts["gradients"], parts["saved activations"]) <= comes
     assert beside["communication buffers"] == 0
     assert bill["saving"] == parts["weights"] + parts["optimizer"]
+
+
+def test_gathered_weights_pass_through_memory_where_their_parts_are_columns():
+    """Rows are gathered straight into the weights."""
+
+    class Weight(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(shape))
+
+        def forward(self, x):
+            return self.w * x.sum()
+
+    def peak(*shape):
+        made = job(model=lambda: Weight(*shape), loss=lambda m, batch: m(batch["x"]).mean())
+        build = Case(made).build("zero1,data=3", None)
+        compiled = build.lowered(0, first_micros(build)).compiled
+        return most_held(compiled, {"model/w": 3 * MIB}).peak
+
+    between = peak(512, 1536) - peak(1536, 512)
+    assert 3 * MIB <= between <= 4 * MIB
 
 
 def test_ranks_that_share_memory_count_it():

@@ -25,13 +25,18 @@ _Slab = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 
 def narrow(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
     """The part of `tensor`, whole along the slab's factor, that belongs to `member`."""
+    part = _seen(tensor, slab, member)
+    return part if slab[1] == 1 else part.reshape(_part_shape(tensor.shape, slab, member))
+
+
+def _seen(tensor: Tensor, slab: _Slab, member: int) -> Tensor:
+    """A view of the part; where the slab is of a factor, its dim is three: outer, n, unit."""
     dim, outer, unit, starts, lengths = slab
     if outer == 1:
         return tensor.narrow(dim, starts[member] * unit, lengths[member] * unit)
     shape = tensor.shape
-    seen = tensor.reshape(*shape[:dim], outer, sum(lengths), unit, *shape[dim + 1 :])
-    part = seen.narrow(dim + 1, starts[member], lengths[member])
-    return part.reshape(*shape[:dim], outer * lengths[member] * unit, *shape[dim + 1 :])
+    seen = tensor.view(*shape[:dim], outer, sum(lengths), unit, *shape[dim + 1 :])
+    return seen.narrow(dim + 1, starts[member], lengths[member])
 
 
 def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
@@ -48,6 +53,14 @@ def _join(parts: Sequence[Tensor], slab: _Slab) -> Tensor:
     ]
     joined = torch.cat(seen, dim + 1)
     return joined.reshape(*shape[:dim], outer * sum(lengths) * unit, *shape[dim + 1 :])
+
+
+def _lay(parts: Sequence[Tensor], slab: _Slab, whole: Tensor) -> None:
+    """As `_join`, into `whole`; parts that came straight there stay."""
+    for member, part in enumerate(parts):
+        place = _seen(whole, slab, member)
+        if place.data_ptr() != part.data_ptr():
+            place.copy_(part.reshape(place.shape))
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> bool:
@@ -171,8 +184,10 @@ def _places(
     return found if all(part.is_contiguous() for part in found) else ()
 
 
-def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a bucket from what `Wait` answered."""
+def unpack(
+    bucket: Wire, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The results of a bucket from what `Wait` answered; in the memory of `into`, if given."""
     if bucket.op == "exchange":
         count = len(bucket.slabs)
         return tuple([torch.cat(list(tensors[k::count])) for k in range(count)])
@@ -182,6 +197,10 @@ def unpack(bucket: Wire, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
     if bucket.op in ("all_gather", "all_to_all"):
         count = len(bucket.slabs)
+        if into:
+            for k, (whole, cut) in enumerate(zip(into, bucket.slabs, strict=True)):
+                _lay(tensors[k::count], cut[0], whole)
+            return tuple(into)
         return tuple([_join(tensors[k::count], cut[0]) for k, cut in enumerate(bucket.slabs)])
     return tuple(tensors)
 

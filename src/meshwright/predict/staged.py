@@ -6,9 +6,11 @@ of their own, which is kept for the next ones: it does not give room to anything
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from meshwright.predict.memory import live_bytes
 from meshwright.program.assemble import Compiled
@@ -259,20 +261,40 @@ class _Walk:
         """A collective: from now on its results have room."""
         lists, index = self.compiled.instructions, instruction.segment
         assert index is not None
-        found = [
-            self._reduced(op, source)
-            for op, source in zip(lists.calls[index], instruction.inputs, strict=False)
-        ]
+        calls, pending = lists.calls[index], instruction.outputs[0]
+        if all("into" in dict(op.kwargs) for op in calls):
+            found: list[int | None] = [None] * len(calls)
+            self._pass_through(calls, pending)
+        else:
+            found = [
+                self._reduced(op, source)
+                for op, source in zip(calls, instruction.inputs, strict=False)
+            ]
         self._lay()
-        self.coming[instruction.outputs[0]] = found
+        self.coming[pending] = found
         self.peak = max(self.peak, self._heap())
 
+    def _pass_through(self, calls: Sequence[Op], pending: str) -> None:
+        """What comes to be left in weights' own memory takes room meanwhile, if some is in pieces.
+
+        Drivers gather a bucket straight into memory, or not at all.
+        """
+        if all(map(self._in_one_piece, calls)):
+            return
+        for number, op in enumerate(calls):
+            self.fresh.append(self._new(*self._brought(op)))
+            self._name(f"{pending}/{number}", self.fresh[-1])
+
+    def _in_one_piece(self, gather: Op) -> bool:
+        """Whether each member's part of the whole is contiguous."""
+        slab: Any = gather.args[2]
+        dim, outer, *_ = slab
+        shape = self.makers[id(gather)].values[gather.results[0]].shape
+        return outer == 1 and math.prod(shape[:dim]) == 1
+
     def _reduced(self, op: Op, source: str) -> int | None:
-        """The storage of what a collective makes; None where it is left in a weight's own."""
-        notes = dict(op.kwargs)
-        if "into" in notes:
-            return None
-        if notes.get("donate") is True:
+        """The storage of what a collective makes."""
+        if dict(op.kwargs).get("donate") is True:
             return self.held.get(source)
         new = self._new(*self._brought(op))
         self.fresh.append(new)
@@ -301,6 +323,8 @@ class _Walk:
                 self._becomes(storage, "gradient")
             self._name(name, storage)
         self.peak = max(self.peak, self._heap())
+        for number in range(len(found)):
+            self._drop(f"{instruction.inputs[0]}/{number}")
 
     def _heap(self) -> int:
         """Bytes that are there now, but those in the pool."""

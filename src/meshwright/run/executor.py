@@ -262,6 +262,10 @@ class Machine:
         assert instruction.segment is not None
         return self.buckets[instruction.segment]
 
+    def places(self, bucket: Wire) -> list[Tensor]:
+        """Where its results are to lie, if that is said."""
+        return [self.values[name] for name in bucket.into]
+
 
 def _load(machine: Machine, instruction: Instruction, step: Step) -> None:
     if instruction.offloads:
@@ -310,8 +314,7 @@ def _start(machine: Machine, instruction: Instruction, _: Step | None) -> Genera
     tensors = machine.read(instruction)
     group, index = machine.place.groups[axis], machine.place.coordinates[axis]
     bucket = machine.bucket(instruction)
-    into = [machine.values[name] for name in bucket.into]
-    request = start(bucket, tensors, group, index, into)
+    request = start(bucket, tensors, group, index, machine.places(bucket))
     machine.pending[instruction.outputs[0]] = yield request
 
 
@@ -342,7 +345,8 @@ def _wait(machine: Machine, instruction: Instruction, _: Step | None) -> Generat
     if instruction.peer is not None:
         machine.values.update(zip(instruction.outputs, tensors, strict=True))
         return
-    results = unpack(machine.bucket(instruction), tensors)
+    bucket = machine.bucket(instruction)
+    results = unpack(bucket, tensors, machine.places(bucket))
     machine.values.update(zip(instruction.outputs, results, strict=True))
 
 
