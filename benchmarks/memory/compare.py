@@ -1,5 +1,7 @@
 """Peak resident bytes of every rank against its bill, plan by plan, in processes of their own.
 
+Of some steps, since a pipeline that never flushes takes a few to fill.
+
 python -m benchmarks.memory.compare [PLAN ...]
 """
 
@@ -48,6 +50,36 @@ PLANS = (
     "zero3,data=2,tensor=2",
     "zero3,data=2,pipeline=2,schedule=1f1b,microbatches=2",
     "zero3,data=4,shard=2",
+    # The rest of what tests/equal/test_processes.py runs.
+    "data=3",
+    "data=4",
+    "zero1,data=3",
+    "zero2,data=4",
+    "zero3,data=2,microbatches=3",
+    "zero3,data=4",
+    "data=2,tensor=2",
+    "tensor=2,microbatches=3",
+    "context=2,tensor=2",
+    "pipeline=2,schedule=zb-v,microbatches=3",
+    "pipeline=3,schedule=dualpipe-v,microbatches=3",
+    "pipeline=3,schedule=gpipe,microbatches=3",
+    "pipeline=4,schedule=1f1b,microbatches=8",
+    "pipeline=4,schedule=zb-h2,microbatches=8",
+    "pipeline=4,schedule=zb-v,microbatches=8",
+    "pipeline=2,schedule=1f1b,microbatches=3,remat=full",
+    "pipeline=2,schedule=pipedream,replicas=2-1",
+    "pipeline=2,schedule=pipedream-2bw,microbatches=3",
+    "data=2,pipeline=2,schedule=1f1b,microbatches=3",
+    "data=2,pipeline=2,schedule=interleaved,virtual=2",
+    "zero1,data=2,pipeline=2,schedule=1f1b",
+    "zero2,data=2,pipeline=2,schedule=zb-h1,microbatches=3",
+    "zero3,data=2,pipeline=2,schedule=zb-h1,microbatches=3",
+    "tensor=2,pipeline=2,schedule=gpipe,microbatches=3",
+    "tensor=2,pipeline=2,schedule=dualpipe-v,microbatches=3",
+    "expert=2",
+    "expert=3",
+    "zero2,data=2,expert=2",
+    "expert=2,tensor=2",
 )
 
 
@@ -57,9 +89,10 @@ def measured(plan: str, *settings: str) -> tuple[Compared, ...]:
     Raises:
         RuntimeError: the training failed.
     """
+    job = "experts" if "expert" in plan else "job"
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "meshwright", "train", "benchmarks/memory/job.py",
+            [sys.executable, "-m", "meshwright", "train", f"benchmarks/memory/{job}.py",
              "--plan", plan, "-n", str(Plan.parse(plan).ranks), "--run-dir", f"{folder}/run",
              *(word for setting in settings for word in ("--set", setting))],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},

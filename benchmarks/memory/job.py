@@ -28,6 +28,6 @@ def job(
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
         data=lambda: [*tokens],
         batch_size=batch,
-        steps=4,
+        steps=8,
         ema=ema or None,
     )
