@@ -38,16 +38,19 @@ def main(config: str, folder: str, epochs: int) -> None:
     engine, _, loader, _ = deepspeed.initialize(
         model=model, config=config, training_data=samples(), model_parameters=model.parameters()
     )
-    criterion, losses, right = nn.CrossEntropyLoss(), [], []
+    criterion, losses, early, right = nn.CrossEntropyLoss(), [], [], []
     for _ in range(epochs):
         for x, y in loader:
             outputs = engine(x)
             loss = criterion(outputs, y)
             engine.backward(loss)
+            if engine.global_rank == 0 and engine.micro_steps % 3 == 0:
+                early.append((engine.micro_steps, loss.item()))
             engine.step()
             if engine.micro_steps % engine.gradient_accumulation_steps() == 0:
                 losses.append(loss.item())
-                right.append(int((outputs.argmax(1) == y).sum()))
+                if engine.global_rank == 0:
+                    right.append(int((outputs.argmax(1) == y).sum()))
     engine.save_checkpoint(folder, tag="end", client_state={"epochs": epochs})
     module = engine.eval().module
     with torch.no_grad():
@@ -56,7 +59,7 @@ def main(config: str, folder: str, epochs: int) -> None:
         out = Path(folder)
         save_file(dict(module.state_dict()), out / "weights.safetensors")
         (out / "found.json").write_text(
-            json.dumps({"losses": losses, "right": right, "seen": seen, "lr": engine.get_lr()})
+            json.dumps({"losses": losses, "early": early, "right": right, "seen": seen})
         )
 
 

@@ -23,13 +23,13 @@ TUTORIAL = {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
 
 
 def eager(config):
-    """The loop over the same global batches: losses, weights, optimizer state."""
+    """The loop over the same global batches: losses, every rank 0's alone, weights, optimizer."""
     micro, parts = 4, config["gradient_accumulation_steps"]
     model, data = network(), samples()
     optimizer = torch.optim.AdamW(model.parameters(), **config["optimizer"]["params"])
     orders = [list(DistributedSampler(data, RANKS, rank)) for rank in range(RANKS)]
     steps = len(data) // RANKS // micro // parts
-    losses = []
+    losses, alone = [], []
     for _ in range(EPOCHS):
         for step in range(steps):
             total = 0.0
@@ -37,6 +37,9 @@ def eager(config):
                 at = (step * parts + part) * micro
                 rows = [row for order in orders for row in order[at : at + micro]]
                 x, y = (tensor[rows] for tensor in data.tensors)
+                with torch.no_grad():
+                    own = nn.functional.cross_entropy(model(x[:micro]), y[:micro])
+                alone.append(own.item())
                 loss = nn.functional.cross_entropy(model(x), y) / parts
                 loss.backward()
                 total += loss.item()
@@ -45,7 +48,7 @@ def eager(config):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
-    return losses, model, optimizer
+    return losses, alone, model, optimizer
 
 
 def run(tmp_path, monkeypatch, config):
@@ -89,8 +92,12 @@ def config_of(zero, parts=2, **more):
 )
 def test_a_script_equals_its_loop_on_one_device(tmp_path, monkeypatch, config):
     found = run(tmp_path, monkeypatch, config)
-    losses, model, optimizer = eager(config)
+    losses, alone, model, optimizer = eager(config)
     assert found["losses"] == pytest.approx(losses, rel=1e-10)
+    assert len(found["early"]) == -(-len(alone) // 3)
+    for micro, loss in found["early"]:  # read by one rank, before the step
+        assert loss == pytest.approx(alone[micro], rel=1e-10)
+    assert len(found["right"]) == len(losses)
     weights = load_file(tmp_path / "ck/weights.safetensors")
     for name, parameter in model.named_parameters():
         close(weights[name], parameter.detach())

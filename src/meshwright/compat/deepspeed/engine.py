@@ -25,7 +25,8 @@ from meshwright.compat.deepspeed.config import Settings
 from meshwright.compat.deepspeed.forms import Form, form_of
 from meshwright.compat.deepspeed.given import Given
 from meshwright.compat.deepspeed.lazy import Call, Lazy, Recording
-from meshwright.errors import StorageError, UsageError, UserCodeError
+from meshwright.compat.deepspeed.meeting import Meeting
+from meshwright.errors import MeshwrightError, StorageError, UsageError, UserCodeError
 from meshwright.launch.contract import here
 from meshwright.run.checkpoint.durable import sync_folder, write_file
 from meshwright.run.step import Metrics
@@ -64,7 +65,7 @@ class Engine:
         self._losses: list[Lazy] = []
         self._micros: list[tuple[Form, dict[str, Tensor], Recording, list[Lazy]]] = []
         self.forms: dict[str, Form] = {}
-        self._kept: frozenset[tuple[int, int]] = frozenset()
+        self._meeting = Meeting(self.contract.world.size)
         self.example: Any = None
         self._told: set[str] = set()
         self.recipe = recipe_of(self.given, optimizer)
@@ -180,7 +181,7 @@ class Engine:
     # ---- a step -------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward: recorded in training, run at once otherwise."""
+        """The module's forward: recorded in training, run at once otherwise, by all ranks."""
         args, kwargs = self._cast((args, kwargs))
         if not self.training or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
@@ -208,7 +209,7 @@ class Engine:
             )
         recording, losses = self._recording, self._losses
         self._recording, self._losses = None, []
-        form, tensors = form_of(recording, losses, self.asked.micro, self._kept)
+        form, tensors = form_of(recording, losses, self.asked.micro, self._meeting.kept)
         self._require_rows(tensors, recording)
         self._micros.append((form, tensors, recording, losses))
         self.micro_steps += 1
@@ -235,6 +236,7 @@ class Engine:
         batch["form"] = form.key
         self.example = batch
         run = self._open()
+        self._meet(busy=True)
         self._take_rates(run)
         self._metrics = metrics = run.step(batch, part="local")
         self.global_steps = run.step_number
@@ -292,7 +294,7 @@ class Engine:
         """A value that was asked for without a step having given it."""
         if call.recording.number < self.global_steps * self.gradient_accumulation_steps():
             turn = [c for c in call.recording.calls if c.function is None].index(call)
-            self._kept |= {(turn, place)}
+            self._meeting.wanted.add((turn, place))
             self._note(
                 "an output of the model was read after the step that used it; this once it is "
                 "computed again, with the new weights, and from the next step on it is kept"
@@ -334,6 +336,7 @@ class Engine:
     ) -> bool:
         """Save under `save_dir/tag`; any plan on any number of ranks loads it."""
         run = self._open()
+        self._meet()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         root = _within(Path(save_dir), tag)
         run.extra["deepspeed"] = {
@@ -358,6 +361,7 @@ class Engine:
             if not latest.is_file():
                 return None, None
             tag = latest.read_text().strip()
+        self._meet()
         found = run.session.resume(_within(Path(load_dir), str(tag)))
         if found is None:
             raise StorageError(f"there is no checkpoint in {load_dir}/{tag}; name another tag")
@@ -370,7 +374,9 @@ class Engine:
 
     def save_16bit_model(self, save_dir: str | Path, *_: Any, **__: Any) -> bool:
         """Export the whole weights as safetensors."""
-        self._open().export(save_dir)
+        run = self._open()
+        self._meet()
+        run.export(save_dir)
         return True
 
     def _open(self) -> EngineRun:
@@ -395,15 +401,28 @@ class Engine:
 
     def leave(self) -> None:
         """Close, at the end of the process; as failed where an error ends it."""
-        self.close(vars(sys).get("last_value"))
+        error = vars(sys).get("last_value")
+        if error is None and self._run is not None:
+            try:
+                self._meet()
+            except MeshwrightError as problem:
+                error = problem
+        self.close(error)
 
     def _refresh(self) -> None:
         """Put the weights as they are now into the script's module."""
-        if self._run is None:
-            self._open()
+        run = self._open()
         if not self.given.whole:
-            assert self._run is not None
-            self.given.fill(self._run.session.whole())
+            self._meeting.hold(run.session.comm.perform, reading=True, busy=bool(self._micros))
+            self.given.fill(run.session.whole())
+
+    def _meet(self, *, busy: bool = False) -> None:
+        """Before what all ranks do together: ranks that wait to read a value get what it takes."""
+        run = self._open()
+        perform, busy = run.session.comm.perform, busy or bool(self._micros)
+        while self._meeting.hold(perform, reading=False, busy=busy):
+            if not self.given.whole:
+                self.given.fill(run.session.whole())
 
     def _take_rates(self, run: Run) -> None:
         """The script may have changed settings of its optimizer's groups."""
