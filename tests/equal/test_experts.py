@@ -87,8 +87,8 @@ def test_rows_travel_four_times(case, name):
 
 
 def test_rows_that_come_back_in_another_order_are_told(case, monkeypatch):
-    def turned(bucket, parts):
-        return unpack(bucket, parts[::-1] if bucket.op == "exchange" else parts)
+    def turned(bucket, parts, into):
+        return unpack(bucket, parts[::-1] if bucket.op == "exchange" else parts, into)
 
     monkeypatch.setattr(executor, "unpack", turned)
     assert not case("mixtral").verify("data=1,expert=2", steps=1).passed
